@@ -1,0 +1,110 @@
+"""The answer grammar, in one place: prompts, rewards, metrics and the viewer all read and write it here.
+
+A well-formed response is exactly one `<think>…</think>` followed by exactly one `<answer>…</answer>`, and nothing
+else but white space. An answer points at things in two ways, both resolved to boxes by `resolve_boxes`:
+
+- `<obj12>`: the name of detected proposal 12 (its name stands beside its scene token in the prompt);
+- `<box>x, y, z, dx, dy, dz</box>`: centre and size in metres, model frame (see `datasets.scene.Scene.origin_3`),
+  two decimals, with an optional seventh number, the heading in radians, counter-clockwise seen from above.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+_TAG = re.compile(r"</?(?:think|answer)>")
+_WELL_FORMED = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+_BOX = re.compile(rf"<box>\s*({_NUMBER}(?:\s*,\s*{_NUMBER}){{5,6}})\s*</box>")
+_NAME = re.compile(r"<obj(\d{1,4})>")
+_POINTER = re.compile(rf"{_BOX.pattern}|{_NAME.pattern}")
+
+
+@dataclass(frozen=True)
+class Response:
+    """A model's response taken apart. `well_formed` is the strict reading; `think` and `answer` the lenient one."""
+
+    think: str
+    answer: str
+    well_formed: bool
+
+
+def parse_response(text: str) -> Response:
+    """Take a response apart.
+
+    A response that is not well formed still yields the best reading of its answer, so that evaluation does not
+    punish format twice: the text after the last `<answer>`, or else all text outside the thought.
+    """
+    match = _WELL_FORMED.fullmatch(text)
+    if match and not _TAG.search(match["think"]) and not _TAG.search(match["answer"]):
+        return Response(match["think"].strip(), match["answer"].strip(), True)
+    think = ""
+    opened = re.search(r"<think>(.*?)(?:</think>|$)", text, re.DOTALL)
+    if opened:
+        think = opened[1].strip()
+    answer = text.rpartition("<answer>")[2] if "<answer>" in text else re.sub(
+        r"<think>.*?(?:</think>|$)", "", text, flags=re.DOTALL
+    )
+    return Response(think, _TAG.sub("", answer.partition("</answer>")[0]).strip(), False)
+
+
+def format_response(think: str, answer: str) -> str:
+    """The well-formed response made of a thought and an answer."""
+    return f"<think>{think}</think><answer>{answer}</answer>"
+
+
+def format_box(box: Sequence[float]) -> str:
+    """Write one box (cx, cy, cz, dx, dy, dz[, heading]) in metres; a heading below half a degree is left out."""
+    numbers = list(box[:6])
+    if len(box) > 6 and abs(box[6]) >= math.radians(0.5):
+        numbers.append(box[6])
+    # "+ 0.0" after rounding turns -0.0 into 0.0
+    return "<box>" + ", ".join(f"{round(float(value), 2) + 0.0:.2f}" for value in numbers) + "</box>"
+
+
+def format_name(index: int) -> str:
+    """The name of proposal `index`, as it stands in prompts and answers."""
+    return f"<obj{index}>"
+
+
+def parse_box(numbers: str) -> list[float]:
+    """Numbers of one `<box>` as 7 floats."""
+    values = [float(value) for value in numbers.split(",")]
+    return values + [0.0] * (7 - len(values))
+
+
+def find_pointers(text: str) -> list[int | list[float]]:
+    """All pointers of a text in order: an int for `<obj12>`, 7 floats for `<box>…</box>`."""
+    return [
+        int(match.group(2)) if match.group(2) is not None else parse_box(match.group(1))
+        for match in _POINTER.finditer(text)
+    ]
+
+
+def resolve_boxes(text: str, proposals: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Boxes a text points at, in order and without repeats, in the frame of `proposals` (model frame).
+
+    Names of proposals that do not exist and boxes without positive finite sizes are left out.
+    """
+    boxes: list[list[float]] = []
+    for pointer in find_pointers(text):
+        if isinstance(pointer, int):
+            if pointer >= len(proposals):
+                continue
+            box = [float(value) for value in proposals[pointer]]
+        else:
+            box = pointer
+        if all(map(math.isfinite, box)) and min(box[3:6]) > 0 and box not in boxes:
+            boxes.append(box)
+    return boxes
+
+
+def replace_boxes(text: str, replace: Callable[[list[float]], str]) -> str:
+    """Rewrite every `<box>…</box>` of a text, for instance to the name of the proposal that covers it."""
+    return _BOX.sub(lambda match: replace(parse_box(match.group(1))), text)
+
+
+def strip_pointers(text: str) -> str:
+    """The words of an answer: pointers removed, white space folded. This is what the text metrics score."""
+    return re.sub(r"\s+([.,;:?!])", r"\1", re.sub(r"\s+", " ", _POINTER.sub(" ", text))).strip()
