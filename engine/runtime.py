@@ -1,0 +1,112 @@
+"""Device, process group, seeds: what every loop needs before it starts."""
+
+import logging
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+log = logging.getLogger("threedr1")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs. `rank` and `world_size` are torchrun's."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def all_finite(self, finite: bool) -> bool:
+        """True where the flag is true on every rank, so that all ranks skip a bad step together."""
+        if self.world_size == 1:
+            return finite
+        flag = torch.tensor(float(finite), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA where there is one. ValueError where the asked device is missing."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("run.device is cuda, but PyTorch sees no GPU; set run.device=cpu or check the driver.")
+    return torch.device(name)
+
+
+def init_runtime(device: str = "auto") -> Runtime:
+    """Join the process group that torchrun or accelerate launched, if any, and choose the device."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    chosen = pick_device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return Runtime(chosen)
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if rank != 0:
+        log.setLevel(logging.WARNING)
+    return Runtime(chosen, rank, world_size, local_rank)
+
+
+def close_runtime(runtime: Runtime) -> None:
+    """Leave the process group."""
+    if runtime.world_size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def stream(*keys: int) -> np.random.Generator:
+    """A random stream named by integers, as (seed, step, row): the same keys give the same numbers.
+
+    Streams instead of one long-lived generator make a resumed run equal to one that was not interrupted.
+    """
+    return np.random.default_rng(np.random.SeedSequence([int(key) & 0xFFFFFFFF for key in keys]))
+
+
+def torch_stream(device: torch.device | str, *keys: int) -> torch.Generator:
+    """The same for torch, on a device."""
+    generator = torch.Generator(device=device)
+    generator.manual_seed(int(stream(*keys).integers(2**62)))
+    return generator
+
+
+def seed_everything(*keys: int) -> None:
+    """Seed the global generators (dropout, initial weights) from a stream."""
+    seed = int(stream(*keys).integers(2**31))
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Permutation of the data set in one epoch; equal on every rank."""
+    return stream(seed, 7, epoch).permutation(num_samples)
+
+
+def batch_indices(num_samples: int, step: int, batch_size: int, seed: int, runtime: Runtime) -> list[int]:
+    """Rows of the data set that this rank takes at one step.
+
+    The data position is a function of the step alone, so resuming needs no sampler state, and the union over ranks
+    is the same for any world size with the same global batch.
+    """
+    total = batch_size * runtime.world_size
+    first = step * total + runtime.rank * batch_size
+    rows = []
+    for position in range(first, first + batch_size):
+        epoch, offset = divmod(position, num_samples)
+        rows.append(int(epoch_order(num_samples, seed, epoch)[offset]))
+    return rows

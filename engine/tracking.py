@@ -1,0 +1,120 @@
+"""Progress bar and metrics.jsonl, always; other trackers behind the same small interface."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from tqdm import tqdm
+
+
+class Sink(Protocol):
+    """Anything that takes metrics."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorboardSink:
+    """Scalars to `<run>/tensorboard`."""
+
+    def __init__(self, run_dir: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("The tensorboard tracker needs the package: pip install tensorboard.") from None
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+SINKS = {"tensorboard": TensorboardSink}
+
+
+class Tracker:
+    """Logs one run. Use as a context manager.
+
+    Args:
+        run_dir: folder of metrics.jsonl.
+        title: name on the progress bar.
+        total_steps: for the bar's ETA.
+        first_step: step that the run (re)starts at; rows of metrics.jsonl from there on are dropped first, so that a
+            resumed run leaves the same file as one that was not interrupted.
+        sinks: names out of SINKS.
+        enabled: False on ranks other than 0.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        title: str,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        sinks: Sequence[str] = (),
+        enabled: bool = True,
+    ):
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self.enabled = enabled
+        self.started = time.perf_counter()
+        self.sinks: list[Sink] = []
+        if enabled:
+            for name in sinks:
+                if name not in SINKS:
+                    raise ValueError(f"Unknown tracker {name!r}; known: {', '.join(SINKS)}.")
+                self.sinks.append(SINKS[name](Path(run_dir)))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [row for row in read_metrics(self.path) if row["step"] < first_step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc=title, disable=not enabled, dynamic_ncols=True, mininterval=1.0
+        )
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        for sink in self.sinks:
+            sink.close()
+
+    def advance(self, **shown: float) -> None:
+        """One step done; `shown` stands beside the bar."""
+        if shown:
+            self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+        self.bar.update(1)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one row to metrics.jsonl. Non-finite values are written as null, which JSON has."""
+        if not self.enabled:
+            return
+        row = {"step": step, "seconds": round(time.perf_counter() - self.started, 3)}
+        row |= {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        for sink in self.sinks:
+            sink.log(step, {name: value for name, value in metrics.items() if math.isfinite(value)})
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number + 1 < len(lines):
+                raise ValueError(f"{path}, line {number + 1}: not JSON.") from None
+    return rows
