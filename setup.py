@@ -53,6 +53,7 @@ setup(
         "synthesis": ["google-genai>=1.40"],
         "tracking": ["tensorboard>=2.15"],
         "dev": [
+            "datasets>=3",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",

@@ -14,8 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
-from .config import save_config
+from ..models.scene_vlm import SceneVLM
+from .config import save_config, to_dict
+from .optim import Optimizer
+from .runtime import Runtime, log
 
 _STEP = re.compile(r"step-(\d+)")
 
@@ -39,6 +43,11 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def checkpoint_path(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint after `step` finished steps lies."""
+    return Path(run_dir) / "checkpoints" / f"step-{step:06d}"
+
+
 def save_checkpoint(
     run_dir: str | Path,
     step: int,
@@ -55,9 +64,8 @@ def save_checkpoint(
         save_model: writes the model into the folder it is given.
         state: anything torch.save takes; `step` and the RNG are added.
     """
-    folder = Path(run_dir) / "checkpoints"
-    final = folder / f"step-{step:06d}"
-    partial = folder / f"partial-{step:06d}"
+    final = checkpoint_path(run_dir, step)
+    partial = final.with_name(f"partial-{step:06d}")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "model").mkdir(parents=True)
     save_model(partial / "model")
@@ -71,6 +79,27 @@ def save_checkpoint(
     return final
 
 
+def save_run(runtime: Runtime, config: Any, step: int, model: SceneVLM, optimizer: Optimizer) -> Path:
+    """Checkpoint a training run after `step` finished steps; rank 0 writes, the others wait."""
+    run = config.run
+    if runtime.is_main:
+        state = {"optimizer": optimizer.state_dict()}
+        save_checkpoint(run.dir, step, config, model.save_pretrained, state, keep=run.keep_checkpoints)
+    runtime.barrier()
+    return checkpoint_path(run.dir, step)
+
+
+def restore_run(checkpoint: Path | None, optimizer: Optimizer) -> int:
+    """Restore optimizer and RNG; returns the number of finished steps, 0 for a fresh run."""
+    if checkpoint is None:
+        return 0
+    state = load_state(checkpoint)
+    optimizer.load_state_dict(state["optimizer"])
+    set_rng_state(state["rng"])
+    log.info("resumed from %s", checkpoint)
+    return state["step"]
+
+
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folder = Path(run_dir) / "checkpoints"
@@ -82,6 +111,45 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
     """The newest complete checkpoint, if any."""
     return next(reversed(list_checkpoints(run_dir)), None)
+
+
+def open_run(config: Any, resume: bool) -> Path | None:
+    """The checkpoint that a run goes on from, None for a fresh start.
+
+    Raises:
+        ValueError: the folder holds another run's checkpoints, or this run's under another configuration.
+    """
+    newest = latest_checkpoint(config.run.dir)
+    if newest is None:
+        return None
+    if not resume:
+        raise ValueError(
+            f"{config.run.dir} already holds checkpoints; pass --resume to go on, or set another run.dir."
+        )
+    saved = yaml.safe_load((newest / "config.yaml").read_text(encoding="utf-8"))
+    changed = _differences(saved, to_dict(config))
+    if changed:
+        raise ValueError(
+            f"{newest} was trained with another configuration ({', '.join(changed[:3])}); "
+            "resume with the same one, or set another run.dir."
+        )
+    return newest
+
+
+# Settings that change how a run is carried out, not what it computes.
+_FREE_TO_CHANGE = {"run.steps", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.trackers"}
+_FREE_TO_CHANGE |= {"run.eval_every", "run.device", "run.dir"}
+
+
+def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
+    names = []
+    for key in sorted(set(saved) | set(now)):
+        old, new = saved.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            names += _differences(old, new, f"{prefix}{key}.")
+        elif old != new and prefix + key not in _FREE_TO_CHANGE:
+            names.append(f"{prefix}{key}: {old} -> {new}")
+    return names
 
 
 def load_state(checkpoint: str | Path) -> dict[str, Any]:

@@ -148,19 +148,23 @@ class RewardConfig:
     names: tuple[str, ...] = ("format", "perception", "semantic")  # or module:function
     weights: tuple[float, ...] = (0.3, 0.4, 0.3)
     gate_by_format: bool = True
+    per_task: dict[str, dict[str, float]] = field(default_factory=dict)  # weights changed for a task's rows
     semantic_encoder: str = "openai/clip-vit-large-patch14"
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """GRPO loss (engine/grpo_loss.py)."""
+    """GRPO loss; the fields are those of engine.grpo_loss.GrpoLossConfig, which explains them."""
 
-    loss_type: str = "grpo"
+    loss_type: str = "grpo"  # grpo, dr_grpo, dapo, bnpo, cispo, gspo
+    ratio_level: str = "token"  # token, sequence, response (the paper's)
     clip_low: float = 0.2
     clip_high: float = 0.2
+    delta: float | None = None
     beta: float = 0.02
     kl: str = "k3"
-    scale_rewards: str = "group"
+    kl_ratio: bool = False
+    scale: str = "group"  # group, batch, none
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,8 @@ class GrpoConfig:
 class EvalConfig:
     """`python main.py eval`: one model on the benchmarks."""
 
-    model: str = ""  # model folder, or "most-frequent" for the training set's most frequent answers
+    model: str = ""  # run, checkpoint or model folder
+    answers: str = "model"  # model; most-frequent: the training set's most frequent answers, the model only detects
     label: str = ""  # name of the column in reports; "" takes the folder's name
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(

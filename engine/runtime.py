@@ -1,5 +1,6 @@
 """Device, process group, seeds: what every loop needs before it starts."""
 
+import functools
 import logging
 import os
 from dataclasses import dataclass
@@ -35,6 +36,14 @@ class Runtime:
         flag = torch.tensor(float(finite), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag.item())
+
+    def total(self, *values: float) -> list[float]:
+        """Sums over ranks."""
+        if self.world_size == 1:
+            return list(values)
+        packed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(packed)
+        return packed.tolist()
 
 
 def pick_device(name: str) -> torch.device:
@@ -92,6 +101,7 @@ def seed_everything(*keys: int) -> None:
     np.random.seed(seed)
 
 
+@functools.lru_cache(maxsize=4)
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     """Permutation of the data set in one epoch; equal on every rank."""
     return stream(seed, 7, epoch).permutation(num_samples)

@@ -39,3 +39,38 @@ def parity_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no parity data at {folder}; set THREEDR1_PARITY_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Qwen2.5-VL on disk."""
+    from threedr1.models.tiny import TinySize, build_tiny
+
+    texts = ["The red chair <obj12> stands next to the desk.", "<think>First, look.</think><answer>two</answer>"] * 20
+    size = TinySize(vocab_size=360, width=64, layers=2, heads=4, kv_heads=2, mlp_width=96, vision_width=32)
+    return build_tiny(tmp_path_factory.mktemp("tiny") / "qwen", texts, size=size, seed=0)
+
+
+@pytest.fixture(scope="session")
+def rooms_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four generated rooms (three train, one held out), prepared, and a tiny Qwen trained on their words.
+
+    Made once and shared by the test processes.
+    """
+    from filelock import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    root = shared / "rooms"
+    with FileLock(str(shared / "rooms.lock")):
+        if not (root / "tiny").exists():
+            from threedr1.datasets.rooms import write_rooms
+            from threedr1.datasets.scannet import prepare_scans
+            from threedr1.models.tiny import TinySize, build_tiny, corpus_texts
+
+            write_rooms(root, num_train=3, num_val=1, seed=0, workers=1, num_frames=2)
+            assert prepare_scans(root, workers=1) == []
+            size = TinySize(vocab_size=600, width=64, layers=2, heads=4, kv_heads=2, mlp_width=96, vision_width=32)
+            build_tiny(root / "partial-tiny", corpus_texts(root), size=size, seed=0)
+            (root / "partial-tiny").rename(root / "tiny")
+    return root

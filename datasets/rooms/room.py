@@ -42,6 +42,19 @@ class Room:
     axis_align_44: np.ndarray  # float64, raw to world; a rotation about z and a shift, never the identity
     # share of candidate views (a fixed, documented set of cameras) that see each object, by objectId
     visible_share: dict[int, float] = field(default_factory=dict)
+    floor_centre_3: np.ndarray | None = (
+        None  # `datasets.scene.floor_centre` of the full cloud, also once it is dropped
+    )
+    candidate_poses_V44: np.ndarray | None = None  # camera-to-world poses of those candidate views
+    # middle of the full cloud's bounding box in the RAW frame (SQA3D's positions are relative to it), also once the
+    # cloud is dropped
+    raw_middle_3: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.raw_middle_3 is None and len(self.vertices_V3):
+            to_raw_44 = np.linalg.inv(self.axis_align_44)
+            raw_V3 = self.vertices_V3 @ to_raw_44[:3, :3].T + to_raw_44[:3, 3]
+            self.raw_middle_3 = (raw_V3.min(0) + raw_V3.max(0)) / 2
 
     def by_id(self, object_id: int) -> RoomObject:
         """The object with this objectId."""

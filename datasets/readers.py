@@ -1,0 +1,300 @@
+"""Any scan -> Scene: point clouds, meshes, prepared and raw ScanNet scans, posed RGB-D frames.
+
+`read_scene` says in `Scene.notes` what it assumed (up-axis, scale, colours). Labels are read where the format has
+them (ScanNet); any other scan has none.
+"""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from . import scannet
+from .alignment import align as estimate_alignment
+from .frames import has_frames, list_frames
+from .ply import read_ply, to_uint8
+from .scannet import GREY, LABEL_MAP_NAME, transform
+from .scene import Frame, Scene, floor_centre, load_scene
+
+ALIGN_MODES = ("auto", "none")
+MESH_SUFFIXES = (".obj", ".glb", ".gltf", ".stl", ".off")
+Y_UP_SUFFIXES = (".glb", ".gltf")  # by the format's definition
+SURFACE_POINTS = 200_000
+DENSE_VERTICES = 20_000  # a mesh with fewer is sampled on its faces
+NO_DEPTH = 65535
+MAX_DEPTH = 6.0  # metres: depth cameras are noise beyond
+VOXEL = 0.02  # metres
+_POINT_KEYS = ("xyz", "points", "points_N3", "coords", "coord", "positions")
+_COLOR_KEYS = ("rgb", "colors", "colors_N3", "color", "colours")
+
+
+class _Cloud:
+    """Points as a file holds them, with what is known about them."""
+
+    def __init__(self, points_N3: np.ndarray, colors_N3: np.ndarray | None, *, up: str = "z"):
+        self.points_N3 = np.asarray(points_N3)
+        self.colors_N3 = colors_N3
+        self.up = up
+        self.up_hint_3: np.ndarray | None = None
+        self.frames: list[Frame] = []  # poses in the cloud's own frame
+        self.notes: list[str] = []
+
+
+def read_scene(path: str | Path, *, align: str = "auto", max_points: int = 200_000, seed: int = 0) -> Scene:
+    """Read a scan.
+
+    Args:
+        path: a .ply, .npz, .obj, .glb, .gltf, .stl or .off file; a raw ScanNet scan folder; or a folder of posed
+            RGB-D frames, which is fused into a cloud.
+        align: `auto` turns up to +z, scales to metres and turns walls along x and y (recorded in axis_align_44);
+            `none` takes the file's frame as it is. Scans that bring their own alignment keep it under either.
+        max_points: a larger cloud is thinned by a seeded choice.
+
+    Raises:
+        ValueError: nothing there, an unknown format, an empty cloud, no finite point; one sentence each.
+    """
+    path = Path(path)
+    if align not in ALIGN_MODES:
+        raise ValueError(f"Unknown alignment {align!r}; it is one of {', '.join(ALIGN_MODES)}.")
+    if max_points < 1:
+        raise ValueError(f"max_points is {max_points}; a scene keeps at least one point.")
+    if not path.exists():
+        raise ValueError(f"There is no scan at {path}.")
+    if path.is_dir():
+        if (path / f"{path.name}_vh_clean_2.ply").exists():
+            return _read_scannet(path, max_points, seed)
+        cloud = _fuse_folder(path)
+    elif path.suffix.lower() == ".ply":
+        cloud = _read_ply_cloud(path, seed)
+    elif path.suffix.lower() == ".npz":
+        cloud = _read_npz(path)
+        if isinstance(cloud, Scene):
+            return cloud
+    elif path.suffix.lower() in MESH_SUFFIXES:
+        cloud = _read_mesh(path, seed)
+    else:
+        known = ", ".join((".ply", ".npz", *MESH_SUFFIXES))
+        raise ValueError(f"{path} is of no format that we read ({known}, a ScanNet scan or a folder of RGB-D frames).")
+    return _to_scene(path.name if path.is_dir() else path.stem, path, cloud, align, max_points, seed)
+
+
+def _to_scene(name: str, path: Path, cloud: _Cloud, align: str, max_points: int, seed: int) -> Scene:
+    points_N3, colors_N3, notes = cloud.points_N3, cloud.colors_N3, list(cloud.notes)
+    if points_N3.ndim != 2 or points_N3.shape[1] != 3:
+        raise ValueError(f"{path}: points have shape {points_N3.shape}, not [N, 3].")
+    if len(points_N3) == 0:
+        raise ValueError(f"{path} is an empty cloud: it has 0 points. Export it again from the scanning software.")
+    if colors_N3 is not None and colors_N3.shape != points_N3.shape:
+        raise ValueError(f"{path}: colours have shape {colors_N3.shape}, points {points_N3.shape}; they must agree.")
+    finite_N = np.isfinite(points_N3).all(axis=1)
+    if not finite_N.any():
+        raise ValueError(f"{path} has no point with finite coordinates (NaN or infinite); export it again.")
+    if not finite_N.all():
+        notes.append(f"{int((~finite_N).sum())} points with NaN or infinite coordinates left out")
+        points_N3 = points_N3[finite_N]
+        colors_N3 = colors_N3[finite_N] if colors_N3 is not None else None
+    if colors_N3 is None:
+        notes.append("no colours: grey")
+        colors_N3 = np.full(points_N3.shape, GREY, np.uint8)
+    rng = np.random.default_rng(seed)
+    axis_align_44 = np.eye(4)
+    if align == "auto":
+        estimate = estimate_alignment(points_N3, rng, assumed_up=cloud.up, up_hint_3=cloud.up_hint_3)
+        axis_align_44 = estimate.matrix
+        notes += estimate.notes
+    else:
+        notes.append("frame taken as it is: metres, +z up")
+    world_N3 = transform(points_N3, axis_align_44)
+    origin_3 = floor_centre(world_N3)
+    kept = scannet.keep_points(points_N3, world_N3, max_points, rng)
+    if len(kept) < len(world_N3):
+        notes.append(f"{len(kept)} of {len(world_N3)} points kept")
+    count = len(kept)
+    return Scene(
+        scene_id=name,
+        points_N3=world_N3[kept],
+        colors_N3=colors_N3[kept],
+        instance_ids_N=np.full(count, -1, np.int32),
+        nyu40_N=np.zeros(count, np.uint8),
+        object_ids_K=np.zeros(0, np.int32),
+        object_labels=[],
+        class_ids_K=np.zeros(0, np.int32),
+        boxes_K7=np.zeros((0, 7), np.float32),
+        axis_align_44=axis_align_44,
+        origin_3=origin_3,
+        frames=[_moved(frame, axis_align_44) for frame in cloud.frames],
+        notes=notes,
+    )
+
+
+def _moved(frame: Frame, axis_align_44: np.ndarray) -> Frame:
+    """A frame moved to the world; the scale of the alignment goes to the position, not to the camera's axes."""
+    pose_44 = axis_align_44 @ frame.pose_44
+    pose_44[:3, :3] /= np.cbrt(np.linalg.det(pose_44[:3, :3]))
+    return Frame(frame.color_path, frame.depth_path, pose_44, frame.intrinsics_33)
+
+
+def _read_scannet(path: Path, max_points: int, seed: int) -> Scene:
+    """A raw scan in place, labelled where its files and the data root's label table are there."""
+    options = scannet.PrepareOptions(max_points=max_points, seed=seed)
+    table = path.parent.parent / LABEL_MAP_NAME
+    if table.exists():
+        return scannet.build_scene(path, scannet.load_label_map(table), options=options)
+    return scannet.build_scene(path, None, options=options)
+
+
+def _read_ply_cloud(path: Path, seed: int) -> _Cloud:
+    mesh = read_ply(path)
+    if len(mesh.faces_F3) and len(mesh.vertices_V3) < DENSE_VERTICES:
+        return _sample_faces(mesh.vertices_V3, mesh.faces_F3, mesh.colors_V3, seed)
+    return _Cloud(mesh.vertices_V3, mesh.colors_V3)
+
+
+def _sample_faces(
+    vertices_V3: np.ndarray, faces_F3: np.ndarray, colors_V3: np.ndarray | None, seed: int, *, up: str = "z"
+) -> _Cloud:
+    """Points drawn evenly from the area of a mesh, colours interpolated."""
+    corners_F33 = vertices_V3[faces_F3].astype(np.float64)
+    area_F = np.linalg.norm(
+        np.cross(corners_F33[:, 1] - corners_F33[:, 0], corners_F33[:, 2] - corners_F33[:, 0]), axis=1
+    )
+    area_F = np.where(np.isfinite(area_F), area_F, 0.0)
+    if area_F.sum() <= 0:
+        raise ValueError("The mesh has no surface: all its faces have zero area. Export it again.")
+    rng = np.random.default_rng(seed)
+    face_N = rng.choice(len(faces_F3), size=SURFACE_POINTS, p=area_F / area_F.sum())
+    u_N, v_N = rng.random(SURFACE_POINTS), rng.random(SURFACE_POINTS)
+    over_N = u_N + v_N > 1
+    u_N, v_N = np.where(over_N, 1 - u_N, u_N), np.where(over_N, 1 - v_N, v_N)
+    weights_N3 = np.stack([1 - u_N - v_N, u_N, v_N], axis=1)
+    points_N3 = (corners_F33[face_N] * weights_N3[:, :, None]).sum(axis=1)
+    colors_N3 = None
+    if colors_V3 is not None:
+        colors_N3 = np.rint((colors_V3[faces_F3[face_N]] * weights_N3[:, :, None]).sum(axis=1)).astype(np.uint8)
+    cloud = _Cloud(points_N3.astype(np.float32), colors_N3, up=up)
+    cloud.notes.append(f"mesh of {len(faces_F3)} faces sampled at {SURFACE_POINTS} points")
+    return cloud
+
+
+def _read_mesh(path: Path, seed: int) -> _Cloud:
+    """A mesh through trimesh; textures become vertex colours first."""
+    import trimesh
+
+    try:
+        scene = trimesh.load_scene(path)
+        mesh = scene.to_mesh()
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"{path} is not a readable mesh ({error}); export it again.") from None
+    if len(mesh.faces) == 0:
+        raise ValueError(f"{path} has no faces; save a plain cloud as .ply or .npz instead.")
+    visual = mesh.visual
+    if visual.kind == "texture":
+        visual = visual.to_color()
+    colors_V3 = np.asarray(visual.vertex_colors)[:, :3].astype(np.uint8) if visual.kind is not None else None
+    up = "y" if path.suffix.lower() in Y_UP_SUFFIXES else "z"
+    return _sample_faces(np.asarray(mesh.vertices), np.asarray(mesh.faces), colors_V3, seed, up=up)
+
+
+def _read_npz(path: Path) -> _Cloud | Scene:
+    try:
+        with np.load(path) as archive:
+            names = set(archive.files)
+            if "header" in names and "boxes_K7" in names:
+                return load_scene(path)
+            point_key = next((key for key in _POINT_KEYS if key in names), None)
+            if point_key is None:
+                raise _NotACloud(
+                    f"{path} has no array {' or '.join(_POINT_KEYS[:2])}; it has {', '.join(sorted(names))}."
+                )
+            points = archive[point_key]
+            color_key = next((key for key in _COLOR_KEYS if key in names), None)
+            colors = archive[color_key] if color_key else None
+    except _NotACloud as error:
+        raise ValueError(str(error)) from None
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a whole .npz file ({error}); copy it again from its source.") from None
+    if points.ndim == 2 and points.shape[1] == 6 and colors is None:
+        points, colors = points[:, :3], points[:, 3:]
+    return _Cloud(points.astype(np.float64, copy=False), to_uint8(colors) if colors is not None else None)
+
+
+class _NotACloud(Exception):
+    """An .npz file in order, but without points."""
+
+
+def _fuse_folder(folder: Path) -> _Cloud:
+    """Depth of all posed frames as one cloud: metres in the poses' frame, one point per 2 cm voxel."""
+    if not has_frames(folder):
+        raise ValueError(
+            f"{folder} is neither a raw ScanNet scan nor a folder of posed frames "
+            "(000000.color.jpg, 000000.depth.png, 000000.pose.txt, intrinsics.txt)."
+        )
+    frames, lost = list_frames(folder, np.eye(4))
+    with_depth = [frame for frame in frames if frame.depth_path]
+    if not with_depth:
+        raise ValueError(f"{folder} has no frame with both a depth picture and a finite pose; nothing to fuse.")
+    stride = 1 if len(with_depth) <= 8 else 2
+    parts = [unproject(frame, stride=stride) for frame in with_depth]
+    points_N3, colors_N3 = voxel_mean(
+        np.concatenate([points for points, _ in parts]), np.concatenate([colors for _, colors in parts]), VOXEL
+    )
+    cloud = _Cloud(points_N3, colors_N3)
+    # image rows grow downwards: people hold cameras upright on average
+    cloud.up_hint_3 = -np.mean([frame.pose_44[:3, 1] for frame in frames], axis=0)
+    cloud.frames = frames
+    cloud.notes.append(
+        f"{len(with_depth)} depth frames fused at {VOXEL * 100:.0f} cm, depth beyond {MAX_DEPTH:.0f} m left out"
+    )
+    if lost:
+        cloud.notes.append(f"{lost} frames without a finite pose left out")
+    return cloud
+
+
+def _open_picture(path: str) -> np.ndarray:
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture)
+    except OSError as error:
+        raise ValueError(f"{path} is not a whole picture ({error}); copy it again from its source.") from None
+
+
+def unproject(frame: Frame, *, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Points [N, 3] (float32, the pose's frame, metres) and colours [N, 3] (uint8) of one frame's depth.
+
+    Depth is uint16 millimetres, 0 and 65535 for none. Intrinsics are those of the colour picture; a depth picture of
+    another size is taken to see the same field of view.
+    """
+    assert frame.depth_path is not None
+    depth_HW = _open_picture(frame.depth_path)
+    color_HW3 = _open_picture(frame.color_path)
+    if depth_HW.ndim != 2:
+        raise ValueError(f"{frame.depth_path} is not a one-channel depth picture (uint16 millimetres).")
+    color_HW3 = np.repeat(color_HW3[:, :, None], 3, axis=2) if color_HW3.ndim == 2 else color_HW3[:, :, :3]
+    scale_x, scale_y = color_HW3.shape[1] / depth_HW.shape[1], color_HW3.shape[0] / depth_HW.shape[0]
+    row_N, column_N = np.mgrid[0 : depth_HW.shape[0] : stride, 0 : depth_HW.shape[1] : stride].reshape(2, -1)
+    raw_N = depth_HW[row_N, column_N].astype(np.int64)
+    valid_N = (raw_N > 0) & (raw_N < NO_DEPTH) & (raw_N <= MAX_DEPTH * 1000)
+    row_N, column_N, depth_N = row_N[valid_N], column_N[valid_N], raw_N[valid_N] / 1000.0
+    # pixel centres: column c of the depth picture stands over (c + 0.5) * scale - 0.5 of the colour picture
+    u_N, v_N = (column_N + 0.5) * scale_x - 0.5, (row_N + 0.5) * scale_y - 0.5
+    fx, fy, cx, cy = (frame.intrinsics_33[index] for index in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    camera_N3 = np.stack([(u_N - cx) / fx * depth_N, (v_N - cy) / fy * depth_N, depth_N], axis=1)
+    colors_N3 = color_HW3[np.rint(v_N).astype(int).clip(0), np.rint(u_N).astype(int).clip(0)]
+    return transform(camera_N3, frame.pose_44), colors_N3
+
+
+def voxel_mean(points_N3: np.ndarray, colors_N3: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarray]:
+    """One point per occupied voxel: mean position (float32) and mean colour (uint8), in voxel order."""
+    cells_N3 = np.floor(points_N3 / size).astype(np.int64)
+    cells_N3 -= cells_N3.min(axis=0, initial=0)
+    spans_3 = cells_N3.max(axis=0, initial=0) + 1
+    keys_N = (cells_N3[:, 0] * spans_3[1] + cells_N3[:, 1]) * spans_3[2] + cells_N3[:, 2]
+    _, inverse_N, counts_M = np.unique(keys_N, return_inverse=True, return_counts=True)
+
+    def mean(values_N: np.ndarray) -> np.ndarray:
+        return np.bincount(inverse_N, weights=values_N, minlength=len(counts_M)) / counts_M
+
+    points_M3 = np.stack([mean(points_N3[:, axis]) for axis in range(3)], axis=1)
+    colors_M3 = np.stack([mean(colors_N3[:, axis]) for axis in range(3)], axis=1)
+    return points_M3.astype(np.float32), np.rint(colors_M3).astype(np.uint8)

@@ -1,0 +1,124 @@
+"""Choosing questions so that no answer is right too often.
+
+A question's accepted answers all count: the answer "brown" is right for every question that accepts it. In every
+group (the question type) no answer may be right for more than `max_share` of the questions; a group that cannot
+reach this, such as one with two possible answers, ends up empty.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from .questions import Question
+
+MAX_SHARE = 1 / 3
+
+
+class _Tally:
+    """Counts of questions and of right answers in each group."""
+
+    def __init__(self) -> None:
+        self.sizes: Counter[str] = Counter()
+        self.answers: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def add(self, question: Question, step: int = 1) -> None:
+        self.sizes[question.question_type] += step
+        for answer in {answer.lower() for answer in question.answers}:
+            self.answers[question.question_type][answer] += step
+
+    def excess_with(self, question: Question, max_share: float) -> float:
+        """By how many questions the most frequent of a question's answers would exceed its share if it were added."""
+        counts = self.answers[question.question_type]
+        allowed = max_share * (self.sizes[question.question_type] + 1)
+        return max(0.0, max(counts[answer.lower()] + 1 for answer in question.answers) - allowed)
+
+    def share_with(self, question: Question) -> float:
+        """The largest share that one of a question's answers would have if it were added."""
+        group = question.question_type
+        counts = self.answers[group]
+        return max(counts[answer.lower()] + 1 for answer in question.answers) / (self.sizes[group] + 1)
+
+    def worst(self, max_share: float) -> tuple[str, str] | None:
+        """(group, answer) that exceeds its share most, or None."""
+        over = [
+            (count / self.sizes[group], group, answer)
+            for group, counts in self.answers.items()
+            if self.sizes[group] > 0
+            for answer, count in counts.most_common(1)
+            if count > max_share * self.sizes[group] + 1e-9
+        ]
+        if not over:
+            return None
+        _share, group, answer = max(over)
+        return group, answer
+
+
+def trim(questions: Sequence[Question], rng: np.random.Generator, max_share: float = MAX_SHARE) -> list[Question]:
+    """The questions without as many as must go to keep every answer's share; the order of the rest is kept."""
+    tally = _Tally()
+    kept = dict(enumerate(questions))
+    holders: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for index in rng.permutation(len(questions)):
+        question = questions[index]
+        tally.add(question)
+        for answer in {answer.lower() for answer in question.answers}:
+            holders[question.question_type, answer].append(int(index))
+    while (excess := tally.worst(max_share)) is not None:
+        index = holders[excess].pop()
+        if index in kept:
+            tally.add(kept.pop(index), -1)
+    return list(kept.values())
+
+
+def choose(
+    pools: dict[str, list[Question]], per_room: int, rng: np.random.Generator, max_share: float = MAX_SHARE
+) -> list[Question]:
+    """About `per_room` questions from the pool of each room (by scene_id), balanced over all rooms together.
+
+    First every room takes turns picking the question whose type it has least and whose answer is rarest; then the
+    excess is trimmed, and what room is left is filled with questions that break no share.
+    """
+    order = {scene_id: [pool[k] for k in rng.permutation(len(pool))] for scene_id, pool in pools.items()}
+    tally = _Tally()
+    chosen: dict[str, list[Question]] = {scene_id: [] for scene_id in pools}
+    types: dict[str, Counter[str]] = {scene_id: Counter() for scene_id in pools}
+    for _ in range(per_room):
+        for scene_id, pool in order.items():
+            if not pool:
+                continue
+            mine = types[scene_id]
+            # An answer in excess counts like another question of the same type: it may have to go again.
+            best = min(
+                range(len(pool)),
+                key=lambda k: mine[pool[k].question_type] + 0.7 * tally.excess_with(pool[k], max_share),
+            )
+            question = pool.pop(best)
+            chosen[scene_id].append(question)
+            mine[question.question_type] += 1
+            tally.add(question)
+    kept = trim([question for picked in chosen.values() for question in picked], rng, max_share)
+    return _fill(kept, order, per_room, max_share)
+
+
+def _fill(kept: list[Question], spare: dict[str, list[Question]], per_room: int, max_share: float) -> list[Question]:
+    """Add spare questions to rooms below their number wherever no share is broken."""
+    tally = _Tally()
+    by_room: dict[str, list[Question]] = {scene_id: [] for scene_id in spare}
+    for question in kept:
+        tally.add(question)
+        by_room[question.scene_id].append(question)
+    added = True
+    while added:
+        added = False
+        for scene_id, pool in spare.items():
+            if len(by_room[scene_id]) >= per_room:
+                continue
+            fitting = [k for k, question in enumerate(pool) if tally.share_with(question) <= max_share + 1e-9]
+            if fitting:
+                rare = min(fitting, key=lambda k: tally.share_with(pool[k]))
+                question = pool.pop(rare)
+                tally.add(question)
+                by_room[scene_id].append(question)
+                added = True
+    return [question for picked in by_room.values() for question in picked]

@@ -1,0 +1,60 @@
+"""Scene-30K records: questions with a true chain of thought and an answer that carries the target's box.
+
+A thought has three steps, `First`, `Next`, `Last`; the last one names the target. Boxes are in the model frame (world
+frame minus the floor centre), written by the answer grammar (utils/text.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...utils.text import format_box, format_response
+from .descriptions import Description
+from .questions import Question
+from .relations import RoomFacts
+from .words import sentence
+
+
+def render_thought(steps: Sequence[str]) -> str:
+    """The three steps as sentences with their cues."""
+    first, following, last = steps
+    return f"First, {first}. Next, {following}. Last, {last}."
+
+
+def model_box(facts: RoomFacts, object_id: int) -> str:
+    """An object's box as an answer writes it, model frame."""
+    box = facts.boxes[object_id]
+    return format_box([box[a] - facts.origin_3[a] for a in range(3)] + list(box[3:6]))
+
+
+def grounding_record(facts: RoomFacts, chosen: Description, phrase: str, question: str) -> dict[str, Any]:
+    """A record for finding one object: the question is the description, the answer its phrase with the box."""
+    color, label = facts.color(chosen.target), facts.label(chosen.target)
+    words = sentence(phrase)
+    last = f"this {color} {label} is the target"
+    return {
+        "scene_id": facts.room.scene_id,
+        "question": question,
+        "cot": format_response(render_thought((*chosen.steps, last)), f"{words} {model_box(facts, chosen.target)}."),
+        "task": "grounding",
+        "object_ids": [chosen.target],
+        "gold_answer": f"{words}.",
+        "question_type": "grounding",
+        "relation": chosen.kind,
+    }
+
+
+def question_record(facts: RoomFacts, question: Question) -> dict[str, Any]:
+    """A record for any other question: a short answer, with the box where there is one target."""
+    answer = question.answers[0]
+    box = f" {model_box(facts, question.targets[0])}" if len(question.targets) == 1 else ""
+    # A sentence keeps its full stop at the end, after the box.
+    stem, stop = (answer[:-1], ".") if answer.endswith(".") else (answer, "")
+    return {
+        "scene_id": facts.room.scene_id,
+        "question": f"{question.situation} {question.question}".strip(),
+        "cot": format_response(render_thought(question.steps), f"{stem}{box}{stop}"),
+        "task": question.task,
+        "object_ids": list(question.targets),
+        "gold_answer": answer,
+        "question_type": question.question_type,
+    }

@@ -1,0 +1,344 @@
+"""Questions about a room (ScanQA's kind), each with its true answers, its targets and its reasoning.
+
+Every function takes a RoomFacts and a numpy Generator and returns the questions it can ask. A question is asked only
+where at most 30 % of the candidate views can show all of its targets (`RoomFacts.hidden`), and never with only two
+possible answers, so that no single answer can be right more than a third of the time once `balance` has chosen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .descriptions import Description, describe
+from .relations import RoomFacts, is_between, is_closest
+from .words import (
+    colour_answers,
+    colour_census,
+    counted,
+    joined,
+    material_noun,
+    metres,
+    number_word,
+    plural,
+)
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where someone stands: floor point x, y and heading in degrees counter-clockwise from +x, world frame."""
+
+    x: float
+    y: float
+    heading: float
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its accepted answers (the first is the one to learn) and First, Next, Last of the thought."""
+
+    scene_id: str
+    task: str  # qa, situated_qa, dialogue, planning
+    question_type: str
+    question: str
+    answers: tuple[str, ...]
+    targets: tuple[int, ...]
+    steps: tuple[str, str, str]
+    situation: str = ""
+    alternatives: tuple[str, ...] = ()
+    pose: Pose | None = None
+    mentioned: tuple[int, ...] = field(default=())
+
+
+Describer = dict[int, list[Description]]
+
+
+def hidden_descriptions(facts: RoomFacts) -> Describer:
+    """All descriptions of every object that few candidate views show."""
+    return {i: found for i in facts.ids if facts.hidden(i) and (found := describe(facts, i))}
+
+
+def choose_description(
+    rng: np.random.Generator, options: Sequence[Description], *, without_color: bool = False, avoid: Sequence[int] = ()
+) -> Description | None:
+    """One description, each kind equally likely; none that leans on the objects of `avoid`."""
+    usable = [
+        option
+        for option in options
+        if not (without_color and option.uses_color) and not set(option.anchors) & set(avoid)
+    ]
+    if not usable:
+        return None
+    kinds = sorted({option.kind for option in usable})
+    kind = kinds[rng.integers(len(kinds))]
+    alike = [option for option in usable if option.kind == kind]
+    return alike[rng.integers(len(alike))]
+
+
+def _ask(
+    facts: RoomFacts,
+    question_type: str,
+    question: str,
+    answers: Sequence[str],
+    targets: Sequence[int],
+    steps: tuple[str, str, str],
+) -> Question:
+    unique = tuple(dict.fromkeys(answers))
+    return Question(facts.room.scene_id, "qa", question_type, question, unique, tuple(targets), steps)
+
+
+def named_groups(facts: RoomFacts) -> dict[str, list[int]]:
+    """Nouns that can be counted without doubt: noun -> all objects that it names."""
+    groups: dict[str, list[int]] = {}
+    for object_id in facts.ids:
+        noun = facts.family_noun(object_id)
+        members = facts.rivals(object_id)
+        if not facts.is_one_kind(object_id):
+            continue
+        # A noun is in doubt where another object's label ends with it, or its members know other rivals.
+        if any(facts.label(i).endswith(noun) and i not in members for i in facts.ids):
+            continue
+        if any(set(facts.rivals(i)) - set(members) for i in members):
+            continue
+        if noun not in groups or len(groups[noun]) < len(members):
+            groups[noun] = members
+    return groups
+
+
+def colour_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer) -> list[Question]:
+    asked = []
+    for target, options in known.items():
+        chosen = choose_description(rng, options, without_color=True)
+        if chosen is None:
+            continue
+        color = facts.color(target)
+        steps = (*chosen.steps, f"{chosen.this} is {color}")
+        asked.append(_ask(facts, "color", f"What color is {chosen.phrase}?", colour_answers(color), (target,), steps))
+    return asked
+
+
+def material_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer) -> list[Question]:
+    asked = []
+    for target, options in known.items():
+        usable = [option for option in options if option.kind != "material"]
+        chosen = choose_description(rng, usable)
+        material = facts.objects[target].material
+        if not material or chosen is None:
+            continue
+        noun = material_noun(material)
+        steps = (*chosen.steps, f"{chosen.this} is made of {noun}")
+        question = f"What is {chosen.phrase} made of?"
+        asked.append(_ask(facts, "material", question, (noun, material), (target,), steps))
+    return asked
+
+
+def place_phrases(facts: RoomFacts, target: int) -> list[tuple[str, int | None]]:
+    """True short answers to "where is it?", the most telling first, each with the object that it leans on."""
+    places: list[tuple[str, int | None]] = []
+    support = facts.objects[target].support_id
+    if support is not None and facts.stands_on(target, support):
+        return [(f"on the {facts.label(support)}", support)]
+    if facts.objects[target].on_wall:
+        below = [i for i in facts.anchors if facts.on_floor(i) and facts.hangs_above(target, i)]
+        below.sort(key=lambda i: facts.planar[i][target])
+        return [*((f"above {facts.anchors[i]}", i) for i in below[:1]), ("on the wall", None)]
+    near = [i for i in facts.anchors if i not in facts.rivals(target) and facts.on_floor(i)]
+    near = sorted((i for i in near if facts.gaps[i][target] <= 0.4), key=lambda i: facts.gaps[i][target])
+    places += [(f"next to {facts.anchors[i]}", i) for i in near[:2]]
+    middle, half = facts.origin_3, facts.room.size_3 / 2
+    box = facts.boxes[target]
+    to_walls = [half[a] - abs(box[a] - middle[a]) - box[a + 3] / 2 for a in (0, 1)]
+    if max(to_walls) <= 0.3:
+        places.append(("in the corner", None))
+    return places
+
+
+def where_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer) -> list[Question]:
+    asked = []
+    for target, options in known.items():
+        places = place_phrases(facts, target)
+        leaning = [anchor for _, anchor in places if anchor is not None]
+        chosen = choose_description(rng, options, avoid=leaning)
+        if not places or chosen is None:
+            continue
+        answers = [phrase for phrase, _ in places]
+        steps = (*chosen.steps, f"{chosen.this} is {answers[0]}")
+        asked.append(_ask(facts, "where", f"Where is {chosen.phrase}?", answers, (target,), steps))
+    return asked
+
+
+def support_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer) -> list[Question]:
+    """What is on a thing, and what a thing is on."""
+    asked = []
+    for lower, name in facts.anchors.items():
+        if len(facts.supported[lower]) != 1 or not facts.hidden(facts.supported[lower][0]):
+            continue
+        upper = facts.supported[lower][0]
+        answers = (facts.label(upper), f"{facts.color(upper)} {facts.label(upper)}")
+        steps = (
+            f"I look for {name}, it is {metres(facts.from_middle(lower))} meters from the middle of the room",
+            f"one thing stands on it at a height of {metres(facts.bottom(upper) - facts.origin_3[2])} meters",
+            f"{name} carries the {facts.color(upper)} {facts.label(upper)}",
+        )
+        asked.append(_ask(facts, "on", f"What is on {name}?", answers, (upper,), steps))
+    for upper, options in known.items():
+        lower = facts.objects[upper].support_id
+        chosen = choose_description(rng, options, avoid=() if lower is None else (lower,))
+        if lower is None or chosen is None or not facts.stands_on(upper, lower):
+            continue
+        answers = (facts.label(lower), f"{facts.color(lower)} {facts.label(lower)}")
+        steps = (*chosen.steps, f"{chosen.this} stands on the {facts.label(lower)}")
+        asked.append(_ask(facts, "stands on", f"What is {chosen.phrase} standing on?", answers, (upper,), steps))
+    return asked
+
+
+def count_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer) -> list[Question]:  # noqa: ARG001
+    asked = []
+    for noun, members in named_groups(facts).items():
+        if not facts.hidden(*members):
+            continue
+        count, colors = len(members), [facts.color(i) for i in members]
+        steps = (
+            f"I look for every {noun} in the room, on the floor, on furniture and on the walls",
+            f"by color I find {colour_census(colors)}",
+            f"that makes {counted(count, noun)} in all",
+        )
+        question = f"How many {plural(noun)} are in the room?"
+        asked.append(_ask(facts, "count", question, (number_word(count), str(count)), members, steps))
+        for color in sorted(set(colors)):
+            alike = facts.coloured(members, color)
+            if count < 3 or not facts.hidden(*alike):
+                continue
+            steps = (
+                f"the room has {counted(count, noun)}",
+                f"by color they are {colour_census(colors)}",
+                f"so {counted(len(alike), f'{color} {noun}')} can be counted",
+            )
+            question = f"How many {color} {plural(noun)} are there?"
+            answers = (number_word(len(alike)), str(len(alike)))
+            asked.append(_ask(facts, "color count", question, answers, alike, steps))
+    return asked
+
+
+def closer_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer) -> list[Question]:  # noqa: ARG001
+    """Which of two things is closer to a third, and what stands closest to a thing."""
+    asked = []
+    names = list(facts.anchors)
+    floor = [i for i in facts.ids if facts.on_floor(i)]
+    for anchor in names:
+        others = [i for i in names if i != anchor]
+        for _ in range(min(3, len(others) // 2)):
+            first, second = (others[k] for k in rng.permutation(len(others))[:2])
+            near, far = sorted((first, second), key=lambda i: facts.planar[i][anchor])
+            if not facts.hidden(near) or not is_closest(facts, near, [far], anchor):
+                continue
+            options = f"{facts.anchors[first]} or {facts.anchors[second]}"
+            distances = [metres(facts.planar[i][anchor]) for i in (first, second)]
+            steps = (
+                f"I look for {joined([facts.anchors[i] for i in (anchor, first, second)])}",
+                f"{facts.anchors[first]} is {distances[0]} and {facts.anchors[second]} {distances[1]} meters away"
+                f" from {facts.anchors[anchor]}",
+                f"the closer one is {facts.anchors[near]}",
+            )
+            question = f"Which is closer to {facts.anchors[anchor]}, {options}?"
+            asked.append(_ask(facts, "closer", question, _short(facts, near), (near,), steps))
+        for target in floor:
+            rest = [i for i in floor if i not in (anchor, target)]
+            if target == anchor or not facts.hidden(target) or not is_closest(facts, target, rest, anchor):
+                continue
+            reach = metres(min(facts.planar[i][anchor] for i in rest)) if rest else "more"
+            steps = (
+                f"I look for {facts.anchors[anchor]} and for what stands on the floor around it",
+                f"one thing is {metres(facts.planar[target][anchor])} meters away, all the others {reach} or more",
+                f"the closest one is the {facts.color(target)} {facts.label(target)}",
+            )
+            question = f"What on the floor is closest to {facts.anchors[anchor]}?"
+            answers = (facts.label(target), f"{facts.color(target)} {facts.label(target)}")
+            asked.append(_ask(facts, "nearest", question, answers, (target,), steps))
+    return asked
+
+
+def _short(facts: RoomFacts, object_id: int) -> tuple[str, ...]:
+    """An anchor as an answer: its label, and its phrase where that says more."""
+    return (facts.label(object_id), facts.anchors[object_id].removeprefix("the "))
+
+
+def between_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer) -> list[Question]:  # noqa: ARG001
+    asked = []
+    floor = [i for i in facts.ids if facts.on_floor(i)]
+    names = [i for i in facts.anchors if i in floor]
+    for index, start in enumerate(names):
+        for end in names[index + 1 :]:
+            inside = [i for i in floor if i not in (start, end)]
+            for target in inside:
+                rest = [i for i in inside if i != target]
+                if not facts.hidden(target) or not is_between(facts, target, rest, start, end):
+                    continue
+                pair = f"{facts.anchors[start]} and {facts.anchors[end]}"
+                steps = (
+                    f"I look for {pair}, they are {metres(facts.planar[start][end])} meters apart",
+                    "of all things on the floor just one is near the line between them",
+                    f"between them is the {facts.color(target)} {facts.label(target)}",
+                )
+                answers = (facts.label(target), f"{facts.color(target)} {facts.label(target)}")
+                question = f"What on the floor is between {pair}?"
+                asked.append(_ask(facts, "between", question, answers, (target,), steps))
+    return asked
+
+
+def compare_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer) -> list[Question]:  # noqa: ARG001
+    """More, fewer or the same number; the tallest of three."""
+    asked = []
+    groups = {noun: members for noun, members in named_groups(facts).items() if len(members) > 1}
+    nouns = sorted(groups)
+    for index, first in enumerate(nouns):
+        for second in nouns[index + 1 :]:
+            if rng.random() < 0.5:
+                first, second = second, first
+            if set(groups[first]) & set(groups[second]) or not facts.hidden(*groups[first], *groups[second]):
+                continue
+            counts = len(groups[first]), len(groups[second])
+            answer = "more" if counts[0] > counts[1] else "fewer" if counts[0] < counts[1] else "the same"
+            steps = (
+                f"I count {counted(counts[0], first)}",
+                f"I count {counted(counts[1], second)}",
+                f"comparing {counts[0]} with {counts[1]}, the number of {plural(first)} is {_COMPARED[answer]}",
+            )
+            question = f"Are there more {plural(first)} than {plural(second)}, fewer, or the same number?"
+            asked.append(_ask(facts, "compare", question, (answer,), (*groups[first], *groups[second]), steps))
+    floor = [i for i in facts.anchors if facts.on_floor(i)]
+    for _ in range(6):
+        if len(floor) < 3:
+            break
+        three = [floor[k] for k in rng.permutation(len(floor))[:3]]
+        heights = {i: facts.boxes[i][5] for i in three}
+        tall, next_one, _low = sorted(three, key=lambda i: -heights[i])
+        if heights[tall] < 1.15 * heights[next_one] or not facts.hidden(tall):
+            continue
+        steps = (
+            f"I look for {joined([facts.anchors[i] for i in three])}",
+            f"their heights are {joined([metres(heights[i]) for i in three])} meters",
+            f"the tallest one is {facts.anchors[tall]}",
+        )
+        question = f"Which is the tallest, {joined([facts.anchors[i] for i in three], 'or')}?"
+        asked.append(_ask(facts, "tallest", question, _short(facts, tall), (tall,), steps))
+    return asked
+
+
+_COMPARED = {"more": "larger", "fewer": "smaller", "the same": "the same"}
+_FAMILIES = (
+    colour_questions,
+    material_questions,
+    where_questions,
+    support_questions,
+    count_questions,
+    closer_questions,
+    between_questions,
+    compare_questions,
+)
+
+
+def room_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer) -> list[Question]:
+    """All questions that can be asked about one room, without repeats."""
+    asked = [question for family in _FAMILIES for question in family(facts, rng, known)]
+    return list({question.question: question for question in asked}.values())

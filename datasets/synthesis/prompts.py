@@ -1,0 +1,40 @@
+"""What a teacher is asked: the paper's prompt, and the check that answers again from the thought alone."""
+
+from ..prompts import TASK_TEMPLATES
+from .sources import Question
+
+# The paper's words. What follows in `REQUEST_FORMAT` is ours: it tells the teacher what the filters look for.
+ANSWER_PROMPT = (
+    "{description} Following the scene description, think step by step and answer the following question directly. "
+    "Output format: <think>…</think> <answer>…</answer>. {format} Question: {question}"
+)
+REQUEST_FORMAT = (
+    "Begin the steps of the thought with Step 1, Step 2, Step 3 and so on, and its last sentence with Conclusion:, "
+    "which names the thing that the question is about and the answer."
+)
+BOX_FORMAT = "Give the box of the object in the conclusion and in the answer, as <box>x, y, z, dx, dy, dz</box>."
+CHECK_PROMPT = (
+    "Here are thoughts about a question. Answer the question from these thoughts alone, in the words of their "
+    "conclusion, and write nothing but the answer: <answer>…</answer>. Question: {question} Thoughts: {think}"
+)
+
+
+def question_text(question: Question) -> str:
+    """The question as it is put to a reader: descriptions of objects become requests to find them."""
+    return TASK_TEMPLATES[question.task].replace("{question}", question.text)
+
+
+def answer_prompt(question: Question, description: str) -> str:
+    """Ask for a thought and an answer."""
+    wanted = f"{REQUEST_FORMAT} {BOX_FORMAT}" if question.task == "grounding" else REQUEST_FORMAT
+    # `replace` in one go is not needed: descriptions hold no field names, and the question comes last
+    return (
+        ANSWER_PROMPT.replace("{format}", wanted)
+        .replace("{description}", description)
+        .replace("{question}", question_text(question))
+    )
+
+
+def check_prompt(question: Question, think: str) -> str:
+    """Ask for the answer again, from the thought alone."""
+    return CHECK_PROMPT.replace("{question}", question_text(question)).replace("{think}", think)

@@ -1,0 +1,114 @@
+"""What every teacher has in common: the interface, and retries for those behind a network."""
+
+import asyncio
+import email.utils
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from .sources import Question
+
+RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to ask. Network teachers read `prompt` alone; `think` is "" unless an answer is to be checked."""
+
+    question: Question
+    prompt: str
+    think: str = ""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back. `reason` says why there is no usable text: blocked, truncated, cannot_tell, …"""
+
+    text: str
+    reason: str = ""
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class Teacher(Protocol):
+    """Writes thoughts and answers.
+
+    `identity` names the teacher, its model and the settings that its replies depend on: replies of another identity
+    are not reused. `ask` raises TeacherUnavailable where a later try may succeed and ValueError where none will.
+    """
+
+    identity: str
+
+    async def ask(self, request: Request) -> Reply: ...
+
+    async def close(self) -> None: ...
+
+
+class TeacherUnavailable(Exception):
+    """A request failed in a way that may pass: server overloaded, connection lost, quota of the minute used up.
+
+    `retry_after` is what the server asked for, in seconds.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class RetryOptions:
+    """Exponential backoff with jitter. Seconds."""
+
+    attempts: int = 6
+    first_delay: float = 1.0
+    longest_delay: float = 60.0
+
+
+def parse_retry_after(value: str | None, now: float | None = None) -> float | None:
+    """Seconds of a Retry-After header, which is a number or a date; None where there is none to read."""
+    if not value:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass  # then it is a date, or nothing
+    try:
+        date = email.utils.parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, date.timestamp() - (time.time() if now is None else now))
+
+
+def backoff(attempt: int, retry_after: float | None, options: RetryOptions, rng: random.Random) -> float:
+    """Seconds to wait after failed attempt number `attempt` (from 0): at least what the server asked for."""
+    ceiling = min(options.longest_delay, options.first_delay * 2**attempt)
+    jittered = ceiling * rng.uniform(0.5, 1.0)
+    return jittered if retry_after is None else max(jittered, min(retry_after, options.longest_delay))
+
+
+async def with_retries(call: Callable[[], Awaitable[Reply]], options: RetryOptions, rng: random.Random) -> Reply:
+    """Call until it succeeds; TeacherUnavailable of the last attempt where none does."""
+    for attempt in range(options.attempts):
+        try:
+            return await call()
+        except TeacherUnavailable as error:
+            if attempt + 1 == options.attempts:
+                raise
+            delay = backoff(attempt, error.retry_after, options, rng)
+            _log.info("%s; trying again in %.1f s.", error, delay)
+            await asyncio.sleep(delay)
+    raise ValueError("A teacher needs at least one attempt; set attempts to 1 or more.")
+
+
+def refusal(server: str, status: int, model: str, message: str, key: str) -> ValueError:
+    """The error for a status that no retry mends, without the key that some servers repeat in their messages."""
+    if status in (401, 403):
+        return ValueError(f"{server} refused the API key (status {status}); set the right one in the environment.")
+    if status == 404:
+        return ValueError(f"{server} has no model {model!r} (status 404); name another one with --model.")
+    shown = " ".join((message.replace(key, "***") if key else message).split())[:300]
+    return ValueError(f"{server} refused the request (status {status}): {shown or 'it gave no reason'}.")

@@ -1,0 +1,164 @@
+"""The command line's arguments and help texts; imports nothing heavy, so that every `--help` answers at once."""
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+TASKS = "dense_caption, object_caption, grounding, qa, situated_qa, dialogue, planning, scene_description"
+DEFAULT_MODEL = os.environ.get("THREEDR1_MODEL", "runs/quickstart/grpo")
+AddCommand = Callable[..., argparse.ArgumentParser]
+
+
+def build_parser(
+    functions: Mapping[str, Callable[[argparse.Namespace], int]], benchmarks: Mapping[str, str], version: str
+) -> argparse.ArgumentParser:
+    """The whole command line.
+
+    Args:
+        functions: what runs each command, by the command's name; stored as `function` in the parsed arguments.
+        benchmarks: name and purpose of each benchmark, for `bench --help`.
+        version: for `--version`.
+    """
+    parser = argparse.ArgumentParser(
+        "threedr1", description="3D-R1: a reasoning 3D vision-language model for indoor scenes."
+    )
+    parser.add_argument("--version", action="version", version=f"threedr1 {version}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, purpose: str, **options: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", **options)
+        command.set_defaults(function=functions[name])
+        return command
+
+    _add_data_commands(add)
+    _add_loop_commands(add)
+    _add_result_commands(add)
+    _add_bench_command(add, benchmarks)
+    return parser
+
+
+def _add_data_commands(add: AddCommand) -> None:
+    rooms = add("rooms", "write generated rooms in ScanNet's raw format, with annotations of every benchmark")
+    rooms.add_argument("--out", required=True, metavar="DIR", help="data root to write: scans/, annotations/, splits")
+    rooms.add_argument("--train", type=int, default=24, metavar="N", help="training rooms (default: %(default)s)")
+    rooms.add_argument("--val", type=int, default=8, metavar="N", help="held-out rooms (default: %(default)s)")
+    rooms.add_argument("--seed", type=int, default=0, help="same seed, same rooms (default: %(default)s)")
+    rooms.add_argument("--points-only", action="store_true", help="no mesh faces and no frames: much faster")
+    rooms.add_argument(
+        "--frames", type=int, default=12, metavar="N", help="RGB-D frames a room (default: %(default)s)"
+    )
+    rooms.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+
+    prepare = add("prepare", "raw scans to aligned, labelled, boxed, cached scenes")
+    prepare.add_argument("--root", required=True, metavar="DIR", help="data root with scans/ (data/README.md)")
+    prepare.add_argument("--out", metavar="DIR", help="where the scenes go (default: ROOT/prepared)")
+    prepare.add_argument(
+        "--split", choices=("train", "val", "test"), help="only the scans of one split (default: all)"
+    )
+    prepare.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+
+    synthesize = add("synthesize", "write chain-of-thought data (Scene-30K) with a teacher model")
+    synthesize.add_argument("--root", required=True, metavar="DIR", help="data root with prepared scenes")
+    synthesize.add_argument(
+        "--out", required=True, metavar="FILE", help="JSON lines to write; an existing one goes on"
+    )
+    synthesize.add_argument(
+        "--teacher", choices=("rules", "gemini", "openai"), default="rules", help="who writes (default: %(default)s)"
+    )
+    synthesize.add_argument(
+        "--model", default="", metavar="NAME", help="the teacher's model (default: the teacher's own)"
+    )
+    synthesize.add_argument(
+        "--split", default="train", metavar="NAME", help="scenes to ask about (default: %(default)s)"
+    )
+    synthesize.add_argument("--limit", type=int, default=0, metavar="N", help="records at most; 0 for all (default)")
+    synthesize.add_argument(
+        "--workers", type=int, default=4, metavar="N", help="requests at a time (default: %(default)s)"
+    )
+    synthesize.add_argument("--seed", type=int, default=0, help="order of the questions (default: %(default)s)")
+
+    doctor = add("doctor", "what is installed, and what is missing or wrong in a data root")
+    doctor.add_argument("--root", metavar="DIR", help="data root to examine")
+
+
+def _add_loop_commands(add: AddCommand) -> None:
+    loops = {
+        "detect": "pre-train the scene encoder on boxes",
+        "sft": "supervised fine-tuning: the cold start on chain-of-thought data, then the tasks",
+        "grpo": "reinforcement learning with GRPO from an SFT model",
+        "eval": "evaluate a model on the benchmarks",
+    }
+    for name, purpose in loops.items():
+        loop = add(name, purpose)
+        loop.add_argument("--config", metavar="FILE", help="YAML recipe, for instance one under script/recipes/")
+        loop.add_argument(
+            "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="override keys: run.steps=100"
+        )
+        loop.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+        if name != "eval":
+            loop.add_argument(
+                "--resume", action="store_true", help="go on from the newest checkpoint in run.dir, if there is one"
+            )
+    tiny = add("tiny", "write small random checkpoints in the real on-disk format, to train on a CPU")
+    tiny.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    tiny.add_argument(
+        "--corpus", required=True, metavar="ROOT", help="data root whose annotations train the tokenizer"
+    )
+    tiny.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
+
+
+def _add_result_commands(add: AddCommand) -> None:
+    score = add("score", "score any prediction file, ours or another model's")
+    score.add_argument("--task", required=True, help=f"one of {TASKS}")
+    score.add_argument(
+        "--scorer", metavar="NAME", help="a task has one or more, named after their source (default: first)"
+    )
+    score.add_argument(
+        "--references", metavar="FILE", help="prediction file or official annotations with the references"
+    )
+    score.add_argument("--predictions", required=True, metavar="FILE", help="predictions.jsonl (docs/predictions.md)")
+    score.add_argument("--json", action="store_true", help="print one JSON object")
+
+    infer = add("infer", "ask questions about one scan: PLY, mesh, NPZ, ScanNet scan or posed RGB-D folder")
+    infer.add_argument("--scene", required=True, metavar="PATH", help="the scan; needs no labels")
+    infer.add_argument("--ask", action="append", default=[], metavar="TEXT", help="a question; may be repeated")
+    infer.add_argument("--questions", metavar="FILE", help="questions, one a line")
+    infer.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="DIR", help="model or run folder (default: %(default)s)"
+    )
+    infer.add_argument("--task", default="qa", help=f"how to ask and read: {TASKS} (default: %(default)s)")
+    infer.add_argument(
+        "--align", choices=("auto", "none"), default="auto", help="correct up-axis, scale and walls, or take as is"
+    )
+    infer.add_argument("--out", metavar="DIR", help="write predictions.jsonl and a picture of each answer there")
+    infer.add_argument("--json", action="store_true", help="print one JSON object a question")
+
+    view = add("view", "look at predictions: HTML report, Rerun viewer or Rerun file")
+    view.add_argument("predictions", help="run folder or predictions.jsonl")
+    view.add_argument(
+        "--data",
+        default="data/rooms",
+        metavar="ROOT",
+        help="data root with the prepared scenes (default: %(default)s)",
+    )
+    view.add_argument("--html", metavar="FILE", help="write a report that needs no server")
+    view.add_argument("--save", metavar="FILE.rrd", help="write a Rerun file instead of opening the viewer")
+    view.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="predictions to show (default: 2 a task in the report, all in the viewer)",
+    )
+
+
+def _add_bench_command(add: AddCommand, benchmarks: Mapping[str, str]) -> None:
+    names = "\n".join(f"  {name:14} {purpose}" for name, purpose in benchmarks.items())
+    bench = add(
+        "bench",
+        "run one benchmark",
+        epilog=f"benchmarks:\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("name", choices=tuple(benchmarks), metavar="NAME", help="one of the benchmarks listed below")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the benchmark")

@@ -1,0 +1,66 @@
+"""Builds the assembled model from configuration objects; nothing below the engine knows them."""
+
+from ..models.language_model import add_lora, load_language_model
+from ..models.scene_encoder.build import build_scene_encoder
+from ..models.scene_vlm import POLICY, SceneSettings, SceneVLM, build_connector
+from ..models.view_selector import ViewSelector
+from .config import DataConfig, ModelConfig, ViewsConfig
+
+
+def build_view_selector(config: ViewsConfig) -> ViewSelector | None:
+    """The configured selector; None where the model takes no views."""
+    if config.source == "none":
+        return None
+    return ViewSelector.from_settings(
+        {
+            "encoder": config.encoder,
+            "num_views": config.num_views,
+            "w_text": config.w_text,
+            "w_image": config.w_image,
+            "w_clip": config.w_clip,
+        }
+    )
+
+
+def build_model(config: ModelConfig, data: DataConfig) -> SceneVLM:
+    """A model ready for SFT: pretrained parts where the configuration names them, a fresh adapter and connector."""
+    language_config = config.language
+    language = load_language_model(
+        language_config.model,
+        dtype=language_config.dtype,
+        attention=language_config.attention,
+        gradient_checkpointing=language_config.gradient_checkpointing,
+    )
+    scene_encoder = build_scene_encoder(config.encoder)
+    connector = build_connector(
+        language,
+        scene_encoder,
+        num_proposals=language_config.num_proposals,
+        num_layout_tokens=language_config.num_layout_tokens,
+    )
+    if language_config.train == "lora":
+        add_lora(
+            language,
+            POLICY,
+            rank=language_config.lora_rank,
+            alpha=language_config.lora_alpha,
+            last_blocks=language_config.lora_last_blocks,
+        )
+    elif language_config.train != "full":
+        raise ValueError(f"model.language.train is {language_config.train!r}; choose lora or full.")
+    return SceneVLM(
+        language,
+        language_config.model,
+        scene_encoder,
+        connector,
+        build_view_selector(config.views),
+        SceneSettings(
+            num_points=data.num_points,
+            use_color=config.encoder.use_color,
+            use_height=config.encoder.use_height,
+            num_proposals=language_config.num_proposals,
+            view_source=config.views.source,
+            num_candidates=config.views.num_candidates,
+            view_size=config.views.image_size,
+        ),
+    )

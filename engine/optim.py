@@ -1,0 +1,131 @@
+"""AdamW, learning-rate schedule, and the guarded optimiser step that every loop takes."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .config import OptimConfig
+from .runtime import Runtime, log
+
+
+def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Learning rate of a step: linear warm-up, then cosine from lr to min_lr, or constant."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule != "cosine":
+        raise ValueError(f"Unknown optim.schedule {config.schedule!r}; choose cosine or constant.")
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Optimizer:
+    """AdamW over float32 masters of the trained parameters, with clipping and non-finite steps skipped.
+
+    Low-precision parameters get a float32 master copy: bfloat16 rounds small updates away.
+
+    Args:
+        parameters: trained parameters by name. Matrices decay; vectors (norms, biases) do not.
+        config: optimiser settings.
+        total_steps: length of the schedule.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, total_steps: int, runtime: Runtime
+    ):
+        if not parameters:
+            raise ValueError("Nothing to train: every parameter is frozen.")
+        self.config = config
+        self.total_steps = total_steps
+        self.runtime = runtime
+        self.parameters = list(parameters.values())
+        self.masters = [
+            parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()
+            for parameter in self.parameters
+        ]
+        decayed = [master for master in self.masters if master.dim() >= 2]
+        plain = [master for master in self.masters if master.dim() < 2]
+        self.adam = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+        )
+        self.skipped_in_a_row = 0
+        self.skipped = 0
+
+    def step(self, step: int, divisor: float = 1.0) -> dict[str, float]:
+        """Sum gradients over ranks, divide, clip, update, clear. A non-finite one skips the step on every rank.
+
+        Args:
+            step: number of the step, for the schedule.
+            divisor: what the summed loss is the mean over, on ALL ranks together: taught tokens, completions, ...
+                Dividing here makes the result independent of micro-batches and of the number of ranks.
+
+        Raises:
+            RuntimeError: more non-finite steps in a row than max_skipped_steps.
+        """
+        gradients = []
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)  # every rank must take part in the all-reduce
+            if master is not parameter:
+                master.grad = parameter.grad.float()
+                parameter.grad = None
+            gradients.append(master.grad)
+        if self.runtime.world_size > 1:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+            for gradient, part in zip(
+                gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
+            ):
+                gradient.copy_(part.view_as(gradient))
+        for gradient in gradients:
+            gradient.div_(divisor)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm or math.inf)
+        rate = learning_rate(step, self.total_steps, self.config)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        if self.runtime.all_finite(bool(torch.isfinite(norm))):
+            self.adam.step()
+            self.skipped_in_a_row = 0
+            with torch.no_grad():
+                for parameter, master in zip(self.parameters, self.masters, strict=True):
+                    if master is not parameter:
+                        parameter.copy_(master)
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            log.warning("step %d: gradient is not finite, step skipped", step)
+            if self.skipped_in_a_row > self.config.max_skipped_steps:
+                raise RuntimeError(
+                    f"{self.skipped_in_a_row} steps in a row had non-finite gradients; lower optim.lr and restart "
+                    "with --resume from the last checkpoint."
+                )
+        self.adam.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
+        return {"lr": rate, "grad_norm": float(norm), "skipped_steps": float(self.skipped)}
+
+    def state_dict(self) -> dict:
+        """Everything that a resumed run needs."""
+        return {
+            "adam": self.adam.state_dict(),
+            "masters": [
+                master.detach().cpu() if master is not parameter else None
+                for parameter, master in zip(self.parameters, self.masters, strict=True)
+            ],
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` gave."""
+        self.adam.load_state_dict(state["adam"])
+        self.skipped = state["skipped"]
+        with torch.no_grad():
+            for master, saved in zip(self.masters, state["masters"], strict=True):
+                if saved is not None:
+                    master.copy_(saved)

@@ -1,0 +1,176 @@
+"""From samples to predictions: greedy answers, boxes resolved to the world frame."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..datasets.prompts import DEFAULT_MODE
+from ..datasets.readers import read_scene
+from ..datasets.scene import Sample, Scene
+from ..models.scene_vlm import Observation, SceneVLM
+from ..utils.predictions import Prediction, write_predictions
+from ..utils.text import parse_response, resolve_boxes
+from .checkpoint import model_folder
+from .data import ObservationCache
+from .rollout import Rollout, roll_out
+from .runtime import pick_device
+
+
+def to_prediction(rollout: Rollout, label: str) -> Prediction:
+    """The first completion of a rollout as a prediction."""
+    sample, observation = rollout.sample, rollout.observation
+    assert observation.encoded is not None
+    response = parse_response(rollout.texts[0])
+    boxes = resolve_boxes(response.answer, observation.encoded.proposals.tolist())
+    meta = dict(sample.meta)
+    if sample.query_box_7 is not None:
+        meta["query_box"] = sample.query_box_7.tolist()
+    if sample.situation:
+        meta["situation"] = sample.situation
+    return Prediction(
+        sample_id=sample.sample_id,
+        task=sample.task,
+        scene_id=sample.scene_id,
+        question=sample.question,
+        text=rollout.texts[0],
+        think=response.think,
+        answer=response.answer,
+        well_formed=response.well_formed,
+        boxes=world_boxes(observation, boxes),
+        references=sample.references,
+        target_boxes=sample.target_boxes_K7.tolist(),
+        views=[view_path(observation, index) for index in rollout.views],
+        question_type=sample.question_type,
+        model=label,
+        truncated=not rollout.finished[0],
+        meta=meta,
+    )
+
+
+def view_path(observation: Observation, index: int) -> str:
+    """Where a view's picture lies, relative to the prediction file."""
+    assert observation.pool is not None
+    return f"views/{observation.scene.scene_id}/{observation.pool.names[index].replace(' ', '-')}.jpg"
+
+
+def save_views(rollouts: Sequence[Rollout], folder: Path) -> None:
+    """Write the pictures of the views that rollouts were given, each once."""
+    for rollout in rollouts:
+        for index in rollout.views:
+            path = folder / view_path(rollout.observation, index)
+            if not path.exists():
+                assert rollout.observation.pool is not None
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rollout.observation.pool.images_VHW3[index]).save(path)
+
+
+def world_boxes(observation: Observation, boxes: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Boxes from the model frame to the scene's world frame."""
+    if not boxes:
+        return []
+    return observation.scene.to_world(np.asarray(boxes, dtype=np.float32)).tolist()
+
+
+def answer(
+    model: SceneVLM,
+    samples: Sequence[Sample],
+    observations: ObservationCache,
+    *,
+    label: str = "",
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    views_to: Path | None = None,
+    progress: str = "",
+) -> list[Prediction]:
+    """Answer samples greedily, each in its task's response mode.
+
+    Args:
+        observations: where scenes are observed and kept.
+        label: the model's name in the predictions.
+        views_to: folder of predictions.jsonl, to which the chosen views' pictures are written too.
+        progress: title of a progress bar; none without.
+    """
+    predictions = []
+    with tqdm(total=len(samples), desc=progress, disable=not progress, dynamic_ncols=True, mininterval=1.0) as bar:
+        block = 8 * batch_size
+        for start in range(0, len(samples), block):
+            part = samples[start : start + block]
+            rollouts = roll_out(
+                model,
+                part,
+                observations.of(part),
+                [DEFAULT_MODE[sample.task] for sample in part],
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                on_batch=bar.update,
+            )
+            if views_to is not None:
+                save_views(rollouts, views_to)
+            predictions += [to_prediction(rollout, label) for rollout in rollouts]
+    return predictions
+
+
+@dataclass
+class Answered:
+    """What `infer` hands back: predictions, the scene, the detected objects and the views that were chosen."""
+
+    scene: Scene
+    predictions: list[Prediction]
+    observation: Observation
+
+
+def infer(
+    scene_path: str | Path,
+    model_path: str | Path,
+    questions: Sequence[str],
+    *,
+    task: str = "qa",
+    align: str = "auto",
+    out: str | Path | None = None,
+    device: str = "auto",
+    max_new_tokens: int = 256,
+    language_model: str | None = None,
+) -> Answered:
+    """Answer questions about one scan, labelled or not.
+
+    Args:
+        scene_path: anything that `datasets.readers.read_scene` reads.
+        model_path: model folder, checkpoint or run.
+        questions: one or more.
+        task: how the questions are put (datasets/prompts.py).
+        align: "auto" checks up-axis, scale and walls; "none" takes the scan as it is.
+        out: folder for predictions.jsonl.
+
+    Raises:
+        ValueError: no question, unreadable scan, unreadable model.
+    """
+    if not questions:
+        raise ValueError('There is no question: ask one with --ask "…" or give a file with --questions.')
+    if task in ("dense_caption", "object_caption"):
+        raise ValueError(f"Task {task} asks about a box, not a question; use eval, or ask for it in words with qa.")
+    scene = read_scene(scene_path, align=align)  # type: ignore[arg-type]
+    model = SceneVLM.from_pretrained(
+        model_folder(model_path), device=pick_device(device), language_model=language_model
+    )
+    observation = model.observe(scene)
+    model.encode([observation])
+    samples = [
+        Sample(f"{scene.scene_id}-{index}", task, "own", scene.scene_id, question, answer="")
+        for index, question in enumerate(questions)
+    ]
+    rollouts = roll_out(
+        model,
+        samples,
+        [observation] * len(samples),
+        [DEFAULT_MODE[task]] * len(samples),
+        max_new_tokens=max_new_tokens,
+    )
+    predictions = [to_prediction(rollout, Path(model_path).name) for rollout in rollouts]
+    if out:
+        save_views(rollouts, Path(out))
+        write_predictions(Path(out) / "predictions.jsonl", predictions)
+    return Answered(scene, predictions, observation)

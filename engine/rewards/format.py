@@ -1,0 +1,27 @@
+"""The format reward, and the gate before the other rewards."""
+
+import re
+from typing import Any
+
+from ...utils.text import parse_response
+
+MIN_THINK_WORDS = 3
+
+
+def format_reward(completions: list[str], **columns: Any) -> list[float | None]:  # noqa: ARG001
+    """1 for `<think>…</think><answer>…</answer>`, the whole text and nothing else, with both parts filled; else 0.
+
+    The paper's R_format in {0, 1}. The thought must hold at least three different words, so that an empty or a
+    filled-up one does not count. A search for the pattern, or parts of a point for parts of it, would be learned
+    as a way to earn it: this is one full match (utils.text).
+
+    >>> format_reward(["<think>The chair by the desk is red.</think><answer>red</answer>", "red"])
+    [1.0, 0.0]
+    """
+    return [float(_is_well_formed(completion)) for completion in completions]
+
+
+def _is_well_formed(completion: str) -> bool:
+    response = parse_response(completion)
+    words = re.findall(r"[^\W\d_]+", response.think.lower())
+    return response.well_formed and len(set(words)) >= MIN_THINK_WORDS and bool(response.answer)

@@ -1,0 +1,114 @@
+"""Rollouts: completions of prompts, in batches, with every row's own random stream.
+
+One path serves GRPO's sampling (a group of completions for each prompt) and evaluation's greedy answers.
+
+Shapes: G completions of a prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..datasets.scene import Sample
+from ..models.decoding import decode
+from ..models.inputs import TEXT, Row
+from ..models.scene_vlm import Observation, SceneVLM
+
+
+@dataclass
+class Rollout:
+    """One prompt with its completions."""
+
+    sample: Sample
+    observation: Observation
+    row: Row  # the prompt's tokens
+    views: list[int]
+    texts: list[str]  # G, end tokens left out
+    token_ids: list[list[int]]  # G, the end token of finished completions included
+    logps: list[list[float]]  # G, under the sampling distribution
+    finished: list[bool]  # G, False where max_new_tokens cut it
+
+
+@torch.no_grad()
+def roll_out(
+    model: SceneVLM,
+    samples: Sequence[Sample],
+    observations: Sequence[Observation],
+    modes: Sequence[str],
+    *,
+    max_new_tokens: int,
+    group_size: int = 1,
+    temperature: float = 0.0,
+    generators: Sequence[torch.Generator] | None = None,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Rollout]:
+    """Decode `group_size` completions for every sample.
+
+    Args:
+        observations: the samples' scenes, encoded.
+        modes: response mode of each sample, "think" or "direct".
+        generators: one for each completion, group by group; a row's tokens depend on its own stream alone, so the
+            result is the same however rows are batched.
+        batch_size: completions decoded together.
+        on_batch: called with the number of prompts done in each batch.
+    """
+    was_training = model.training
+    model.eval()
+    language = model.language
+    written = [
+        model.write_row(sample, observation, mode, None)
+        for sample, observation, mode in zip(samples, observations, modes, strict=True)
+    ]
+    # Prompts of like length share a batch: less padding.
+    order = sorted(range(len(samples)), key=lambda index: len(written[index][0].token_ids))
+    results: list[Rollout | None] = [None] * len(samples)
+    prompts_per_batch = max(1, batch_size // group_size)
+    for start in range(0, len(order), prompts_per_batch):
+        batch = order[start : start + prompts_per_batch]
+        prompts = model.embed_rows(
+            [written[index][0] for index in batch],
+            [observations[index] for index in batch],
+            [written[index][1] for index in batch],
+            left=True,
+        )
+        decoded = decode(
+            language.decoder,
+            language.base.lm_head,
+            language.base.get_input_embeddings(),
+            prompts,
+            eos_ids=language.eos_ids,
+            max_new_tokens=max_new_tokens,
+            group_size=group_size,
+            temperature=temperature,
+            generators=[generators[index * group_size + g] for index in batch for g in range(group_size)]
+            if generators
+            else None,
+        )
+        texts = language.tokenizer.batch_decode(decoded.token_ids, skip_special_tokens=True)
+        for place, index in enumerate(batch):
+            rows = slice(place * group_size, (place + 1) * group_size)
+            results[index] = Rollout(
+                samples[index],
+                observations[index],
+                *written[index],
+                texts=texts[rows],
+                token_ids=decoded.token_ids[rows],
+                logps=decoded.logps[rows],
+                finished=decoded.finished[rows],
+            )
+        if on_batch:
+            on_batch(len(batch))
+    model.train(was_training)
+    return [result for result in results if result is not None]
+
+
+def completion_row(prompt: Row, token_ids: Sequence[int]) -> Row:
+    """The prompt followed by a completion, taught in full: a row for log-probabilities."""
+    return Row(
+        [*prompt.token_ids, *token_ids],
+        [*prompt.kinds, *[TEXT] * len(token_ids)],
+        [*prompt.labels, *token_ids],
+        prompt.grids,
+    )

@@ -1,0 +1,250 @@
+"""Command line of 3D-R1.
+
+Started from a checkout as `python main.py COMMAND`, once installed as `threedr1 COMMAND` or
+`python -m threedr1.main COMMAND`; `torchrun` and `accelerate launch` take main.py too. Each command imports what it
+needs when it runs, so that every `--help` answers at once (engine/arguments.py has the arguments).
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if not __package__:  # started as a file: give it its package (PEP 366), so that the relative imports below work
+    import importlib.util
+
+    _root = Path(__file__).resolve().parent
+    if "threedr1" not in sys.modules:
+        _spec = importlib.util.spec_from_file_location(
+            "threedr1", _root / "__init__.py", submodule_search_locations=[str(_root)]
+        )
+        assert _spec is not None and _spec.loader is not None
+        sys.modules["threedr1"] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules["threedr1"])
+    __package__ = "threedr1"
+
+
+if TYPE_CHECKING:
+    from .engine.predict import Answered
+
+
+def say(text: str) -> None:
+    """One line, or several, on standard output."""
+    sys.stdout.write(text + "\n")
+
+
+def show_table(values: dict[str, Any], prefix: str = "") -> None:
+    """Nested results, one number a line."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            show_table(value, f"{prefix}{name}.")
+        else:
+            say(f"{prefix + name:28} {value:.4f}" if isinstance(value, float) else f"{prefix + name:28} {value}")
+
+
+def run_rooms(args: argparse.Namespace) -> int:
+    from .datasets.rooms import write_rooms
+
+    write_rooms(
+        args.out,
+        num_train=args.train,
+        num_val=args.val,
+        seed=args.seed,
+        points_only=args.points_only,
+        workers=args.workers,
+        num_frames=args.frames,
+    )
+    return 0
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    from .datasets.scannet import prepare_scans
+
+    failures = prepare_scans(args.root, args.out, split=args.split, workers=args.workers)
+    if failures:  # each was reported, with its reason, when it happened
+        names = ", ".join(failure.scene_id for failure in failures)
+        raise ValueError(
+            f"{len(failures)} of the scans could not be prepared ({names}); mend them and run this again."
+        )
+    return 0
+
+
+def run_loop(args: argparse.Namespace) -> int:
+    from importlib import import_module
+
+    from .engine.config import dump_config, load_config
+
+    config = load_config(args.command, args.config, args.set)
+    if args.dry_run:
+        say(dump_config(config).rstrip())
+    elif args.command == "eval":
+        import_module("threedr1.engine.evaluate").evaluate(config)
+    else:
+        import_module(f"threedr1.engine.{args.command}").train(config, resume=args.resume)
+    return 0
+
+
+def run_score(args: argparse.Namespace) -> int:
+    from .utils.metrics.score import score_file
+
+    result = score_file(args.task, args.scorer, args.references, args.predictions)
+    if args.json:
+        say(json.dumps(result, indent=2))
+    else:
+        show_table(result)
+    return 0
+
+
+def run_infer(args: argparse.Namespace) -> int:
+    questions = list(args.ask)
+    if args.questions:
+        questions += [line.strip() for line in Path(args.questions).read_text("utf-8").splitlines() if line.strip()]
+    if not questions:
+        raise ValueError("There is no question; give one or more with --ask, or a file with one a line: --questions.")
+    from .engine.predict import infer
+
+    answered = infer(args.scene, args.model, questions, task=args.task, align=args.align, out=args.out)
+    for note in answered.scene.notes:
+        sys.stderr.write(f"assumed: {note}\n")
+    for prediction in answered.predictions:
+        if args.json:
+            say(json.dumps(asdict(prediction), ensure_ascii=False))
+        else:
+            boxes = "".join("\nbox     " + ", ".join(f"{number:.2f}" for number in box) for box in prediction.boxes)
+            say(f"asked   {prediction.question}\nthink   {prediction.think}\nanswer  {prediction.answer}{boxes}\n")
+    if args.out:
+        save_answer_pictures(answered, Path(args.out))
+    return 0
+
+
+def save_answer_pictures(answered: "Answered", folder: Path) -> None:
+    """The scan with the detected boxes and those of each answer, one picture an answer."""
+    from .engine.predict import world_boxes
+    from .visualization.pictures import DETECTED, PREDICTED, save_picture, scene_picture
+
+    assert answered.observation.encoded is not None
+    detected = world_boxes(answered.observation, answered.observation.encoded.proposals.tolist())
+    for number, prediction in enumerate(answered.predictions):
+        picture = scene_picture(answered.scene, [(detected, DETECTED), (prediction.boxes, PREDICTED)])
+        save_picture(picture, folder / f"answer-{number}.png")
+
+
+def run_view(args: argparse.Namespace) -> int:
+    if args.save or not args.html:
+        from .visualization.rerun_view import show
+
+        show(args.predictions, data_root=args.data, save=args.save, limit=args.limit)
+    if args.html:
+        from .visualization.report import write_report
+        from .visualization.table import results_markdown
+
+        table = results_markdown(args.predictions)
+        if table:
+            say(table)
+        say(f"wrote {write_report(args.predictions, args.html, data_root=args.data, limit=args.limit)}")
+    return 0
+
+
+def run_synthesize(args: argparse.Namespace) -> int:
+    from .datasets.synthesis import synthesize
+
+    synthesize(
+        args.root,
+        args.out,
+        teacher=args.teacher,
+        model=args.model,
+        split=args.split,
+        limit=args.limit,
+        workers=args.workers,
+        seed=args.seed,
+    )
+    return 0
+
+
+def run_tiny(args: argparse.Namespace) -> int:
+    from .models.tiny import build_tiny, corpus_texts
+
+    build_tiny(args.out, corpus_texts(args.corpus), seed=args.seed)
+    return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from .engine.environment import describe_environment
+
+    for name, state in describe_environment():
+        say(f"{name:22} {state}")
+    if not args.root:
+        return 0
+    from .datasets.doctor import examine
+
+    findings = examine(args.root)
+    for finding in findings:
+        say(f"[{finding.level}] {finding.what}" + (f"\n  fix: {finding.fix}" if finding.fix else ""))
+    return 1 if any(finding.level == "error" for finding in findings) else 0
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from .benchmarks import run_benchmark
+
+    return run_benchmark(args.name, args.arguments)
+
+
+FUNCTIONS = {
+    "rooms": run_rooms,
+    "prepare": run_prepare,
+    "synthesize": run_synthesize,
+    "tiny": run_tiny,
+    "detect": run_loop,
+    "sft": run_loop,
+    "grpo": run_loop,
+    "eval": run_loop,
+    "score": run_score,
+    "infer": run_infer,
+    "view": run_view,
+    "doctor": run_doctor,
+    "bench": run_bench,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    from . import __version__
+    from .benchmarks import BENCHMARKS
+    from .engine.arguments import build_parser
+
+    return build_parser(FUNCTIONS, BENCHMARKS, __version__)
+
+
+def explain(error: BaseException) -> str:
+    """One sentence for an error that a user can act on."""
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"The Python package {error.name!r} is missing; run `bash script/setup.sh`, or install requirements.txt."
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    return str(error) or type(error).__name__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the return value is the exit status. THREEDR1_DEBUG=1 lets errors through with a traceback."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.function(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted.\n")
+        return 130
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        ours = isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] == "threedr1"
+        if ours or os.environ.get("THREEDR1_DEBUG") == "1":
+            raise
+        sys.stderr.write(f"threedr1 {args.command}: {explain(error)}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

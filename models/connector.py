@@ -1,0 +1,102 @@
+"""From the scene encoder to the language model: each proposal and each patch of layout becomes one token.
+
+Shapes: B scenes, K proposals, T encoder tokens, M layout tokens, E encoder width, D language-model width.
+"""
+
+import torch
+from torch import nn
+
+from ..third_party.pointnet2 import furthest_point_sample
+
+
+def fourier_features(values: torch.Tensor, num_bands: int) -> torch.Tensor:
+    """sin and cos of each value at `num_bands` octaves from a period of 16 m down: [..., n] -> [..., 2 n bands]."""
+    frequencies = 2.0 ** torch.arange(num_bands, device=values.device) * (2 * torch.pi / 16.0)
+    angles = (values[..., None] * frequencies).flatten(-2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def pool_layout(
+    token_xyz_BT3: torch.Tensor, tokens_BTE: torch.Tensor, num_pooled: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average the encoder tokens around `num_pooled` well-spread centres.
+
+    Returns:
+        centres [B, M, 3] in metres, model frame; pooled tokens [B, M, E].
+    """
+    index_BM = furthest_point_sample(token_xyz_BT3.float(), num_pooled).long()
+    centres_BM3 = torch.gather(token_xyz_BT3, 1, index_BM[..., None].expand(-1, -1, 3))
+    nearest_BT = torch.cdist(token_xyz_BT3.float(), centres_BM3.float()).argmin(-1)
+    share_BMT = nn.functional.one_hot(nearest_BT, num_pooled).transpose(1, 2).to(tokens_BTE.dtype)
+    share_BMT = share_BMT / share_BMT.sum(-1, keepdim=True).clamp(min=1)
+    return centres_BM3, share_BMT @ tokens_BTE
+
+
+class Connector(nn.Module):
+    """Projects proposals and layout to the width of the language model (paper 1.1: a linear projection, concatenated).
+
+    A proposal's token is made of its feature, its box and its class probabilities, and carries an embedding of its
+    place in the fixed order, which ties it to the name beside it.
+
+    Args:
+        encoder_width: E.
+        language_width: D.
+        num_classes: detection classes.
+        num_proposals: K, the number of places.
+        num_layout_tokens: M; 0 for none.
+        output_scale: standard deviation that tokens start with; the language model's embeddings'.
+    """
+
+    NUM_BANDS = 8
+
+    def __init__(
+        self,
+        *,
+        encoder_width: int,
+        language_width: int,
+        num_classes: int,
+        num_proposals: int,
+        num_layout_tokens: int,
+        output_scale: float = 0.02,
+    ):
+        super().__init__()
+        self.num_proposals = num_proposals
+        self.num_layout_tokens = num_layout_tokens
+        box_features = 7 + 6 * 2 * self.NUM_BANDS
+        self.feature_norm = nn.LayerNorm(encoder_width)
+        self.object_mlp = nn.Sequential(
+            nn.Linear(encoder_width + box_features + num_classes, language_width),
+            nn.GELU(),
+            nn.Linear(language_width, language_width),
+        )
+        self.place_embedding = nn.Embedding(num_proposals, language_width)
+        self.layout_norm = nn.LayerNorm(encoder_width)
+        self.layout_linear = nn.Linear(encoder_width + 3 + 3 * 2 * self.NUM_BANDS, language_width)
+        self.output_norm = nn.LayerNorm(language_width)
+        nn.init.constant_(self.output_norm.weight, output_scale)
+
+    def objects(
+        self, features_BKE: torch.Tensor, boxes_BK7: torch.Tensor, class_probs_BKC: torch.Tensor
+    ) -> torch.Tensor:
+        """Proposal tokens [B, K, D]; boxes in metres, model frame."""
+        described = torch.cat(
+            [
+                self.feature_norm(features_BKE),
+                boxes_BK7,
+                fourier_features(boxes_BK7[..., :6], self.NUM_BANDS),
+                class_probs_BKC,
+            ],
+            dim=-1,
+        )
+        places = self.place_embedding.weight[: features_BKE.shape[1]]
+        return self.output_norm(self.object_mlp(described) + places)
+
+    def layout(self, token_xyz_BT3: torch.Tensor, tokens_BTE: torch.Tensor) -> torch.Tensor:
+        """Layout tokens [B, M, D]."""
+        if self.num_layout_tokens == 0:
+            return tokens_BTE.new_zeros(len(tokens_BTE), 0, self.output_norm.normalized_shape[0])
+        centres_BM3, pooled_BME = pool_layout(token_xyz_BT3, tokens_BTE, self.num_layout_tokens)
+        described = torch.cat(
+            [self.layout_norm(pooled_BME), centres_BM3, fourier_features(centres_BM3, self.NUM_BANDS)], dim=-1
+        )
+        return self.output_norm(self.layout_linear(described))

@@ -1,0 +1,220 @@
+"""The one input assembler: rows of text, views and scene tokens -> inputs_embeds, labels, [4, B, L] positions.
+
+SFT, rollouts, log-probabilities and evaluation all go through here, so they cannot disagree about what the model sees.
+
+Shapes: B rows, L tokens of the longest row, D width of the language model, I images, K proposals, M layout tokens.
+M-RoPE rule: text and scene tokens advance all three axes by one; an image spans a (1, h, w) grid of merged patches
+that starts at the next free position, and the text after it continues behind the grid's largest coordinate, exactly as
+Qwen2.5-VL's own get_rope_index.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ..utils.text import format_name
+
+IGNORE = -100
+TEXT, IMAGE, SCENE = 0, 1, 2
+# An existing token that Qwen2.5-VL never uses, so no row is added to the frozen vocabulary.
+SCENE_PLACEHOLDER = "<|vision_pad|>"
+
+
+@dataclass
+class Row:
+    """One sample as tokens. `kinds` says of each token whether text, an image patch or a scene token stands there."""
+
+    token_ids: list[int]
+    kinds: list[int]
+    labels: list[int]
+    grids: list[tuple[int, int, int]]  # (1, h, w) patches of each image, before merging
+
+    @property
+    def num_scene_tokens(self) -> int:
+        return sum(kind == SCENE for kind in self.kinds)
+
+
+@dataclass
+class ModelInputs:
+    """A padded batch, ready for the text decoder."""
+
+    inputs_embeds_BLD: torch.Tensor
+    attention_mask_BL: torch.Tensor
+    position_ids_4BL: torch.Tensor
+    labels_BL: torch.Tensor  # IGNORE where nothing is taught
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.labels_BL[:, 1:] != IGNORE).sum())
+
+
+class RowWriter:
+    """Writes rows in Qwen's chat format.
+
+    Args:
+        tokenizer: the language model's.
+        merge_size: side of the square of patches that the vision tower merges into one token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, merge_size: int = 2):
+        self.tokenizer = tokenizer
+        self.merge_size = merge_size
+        names = (
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+            "<|image_pad|>",
+            SCENE_PLACEHOLDER,
+        )
+        ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
+        missing = [name for name, index in zip(names, ids, strict=True) if index in (None, tokenizer.unk_token_id)]
+        if missing:
+            raise ValueError(f"The tokenizer lacks {missing[0]}; 3D-R1 needs a Qwen2.5-VL tokenizer.")
+        self.im_start, self.im_end, self.vision_start, self.vision_end, self.image_pad, self.scene_pad = ids
+
+    def _text(self, text: str) -> list[int]:
+        # Pasted text must not smuggle in control tokens, hence split_special_tokens.
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def write(
+        self,
+        *,
+        system: str,
+        question: str,
+        num_proposals: int,
+        num_layout_tokens: int,
+        grids: Sequence[tuple[int, int, int]] = (),
+        target: str | None = None,
+    ) -> Row:
+        """One row: system, views, named proposals, layout, question, and the target where one is taught.
+
+        Scene tokens stand in the order proposals 0..K-1, then layout tokens.
+        """
+        ids: list[int] = []
+        kinds: list[int] = []
+
+        def put(tokens: list[int], kind: int = TEXT) -> None:
+            ids.extend(tokens)
+            kinds.extend([kind] * len(tokens))
+
+        put([self.im_start, *self._text(f"system\n{system}"), self.im_end, *self._text("\n")])
+        put([self.im_start, *self._text("user\n")])
+        if grids:
+            put(self._text("Views: "))
+            for _, height, width in grids:
+                put([self.vision_start])
+                put([self.image_pad] * (height * width // self.merge_size**2), IMAGE)
+                put([self.vision_end])
+            put(self._text("\n"))
+        if num_proposals:
+            put(self._text("Objects: "))
+            for index in range(num_proposals):
+                put(self._text(format_name(index)))
+                put([self.scene_pad], SCENE)
+            put(self._text("\n"))
+        if num_layout_tokens:
+            put(self._text("Layout: "))
+            put([self.scene_pad] * num_layout_tokens, SCENE)
+            put(self._text("\n"))
+        put([*self._text(question), self.im_end, *self._text("\n")])
+        put([self.im_start, *self._text("assistant\n")])
+        labels = [IGNORE] * len(ids)
+        if target is not None:
+            answer = [*self._text(target), self.im_end]
+            put(answer)
+            labels += answer
+        return Row(ids, kinds, labels, list(grids))
+
+
+def mrope_positions(kinds: Sequence[int], grids: Sequence[tuple[int, int, int]], merge_size: int = 2) -> torch.Tensor:
+    """M-RoPE positions [3, L] (temporal, height, width) of one row.
+
+    Raises:
+        ValueError: two images touch, or tokens and grids disagree.
+    """
+    chunks: list[torch.Tensor] = []
+    position, start, images = 0, 0, iter(grids)
+    while start < len(kinds):
+        end = start
+        is_image = kinds[start] == IMAGE
+        while end < len(kinds) and (kinds[end] == IMAGE) == is_image:
+            end += 1
+        length = end - start
+        if is_image:
+            _, height, width = next(images, (0, 0, 0))
+            height, width = height // merge_size, width // merge_size
+            if height * width != length:
+                raise ValueError(f"{length} image tokens in a run, but the view's grid has {height} x {width}.")
+            rows = torch.arange(height).repeat_interleave(width)
+            columns = torch.arange(width).repeat(height)
+            chunks.append(torch.stack([torch.zeros_like(rows), rows, columns]) + position)
+            position += max(height, width)
+        else:
+            chunks.append(torch.arange(position, position + length).expand(3, length))
+            position += length
+        start = end
+    return torch.cat(chunks, dim=1) if chunks else torch.zeros(3, 0, dtype=torch.long)
+
+
+def pad_rows(rows: Sequence[Row], pad_id: int, *, left: bool, merge_size: int = 2) -> dict[str, torch.Tensor]:
+    """Rows as tensors: token_ids, kinds, labels, attention_mask [B, L] and position_ids [4, B, L] (text row first)."""
+    longest = max(len(row.token_ids) for row in rows)
+    shape = (len(rows), longest)
+    token_ids = torch.full(shape, pad_id)
+    kinds = torch.full(shape, TEXT)
+    labels = torch.full(shape, IGNORE)
+    mask = torch.zeros(shape, dtype=torch.long)
+    positions = torch.zeros(4, *shape, dtype=torch.long)
+    for index, row in enumerate(rows):
+        length = len(row.token_ids)
+        where = slice(longest - length, longest) if left else slice(0, length)
+        token_ids[index, where] = torch.tensor(row.token_ids)
+        kinds[index, where] = torch.tensor(row.kinds)
+        labels[index, where] = torch.tensor(row.labels)
+        mask[index, where] = 1
+        positions[0, index, where] = torch.arange(length)
+        positions[1:, index, where] = mrope_positions(row.kinds, row.grids, merge_size)
+    return {
+        "token_ids": token_ids,
+        "kinds": kinds,
+        "labels": labels,
+        "attention_mask": mask,
+        "position_ids": positions,
+    }
+
+
+def assemble(
+    rows: Sequence[Row],
+    *,
+    embed_tokens: torch.nn.Module,
+    scene_tokens: Sequence[torch.Tensor],
+    image_tokens: torch.Tensor | None,
+    pad_id: int,
+    left: bool = False,
+    merge_size: int = 2,
+) -> ModelInputs:
+    """Embed rows and put scene and image features at their placeholders.
+
+    Args:
+        embed_tokens: token embedding of the language model.
+        scene_tokens: for each row its scene tokens [K + M, D], in the order of the row's placeholders.
+        image_tokens: vision-tower tokens of all rows' images one after the other [n, D]; None without images.
+        left: pad on the left, for generation.
+    """
+    device = next(embed_tokens.parameters()).device
+    batch = {
+        name: value.to(device) for name, value in pad_rows(rows, pad_id, left=left, merge_size=merge_size).items()
+    }
+    embeds = embed_tokens(batch["token_ids"])
+    for kind, features in ((SCENE, torch.cat(list(scene_tokens)) if scene_tokens else None), (IMAGE, image_tokens)):
+        here_BL = batch["kinds"] == kind
+        count = int(here_BL.sum())
+        given = 0 if features is None else len(features)
+        if count != given:
+            raise ValueError(f"{count} placeholders of kind {kind}, but {given} features were given.")
+        if features is not None and count:
+            embeds = embeds.masked_scatter(here_BL[..., None], features.to(embeds.dtype))
+    return ModelInputs(embeds, batch["attention_mask"], batch["position_ids"], batch["labels"])

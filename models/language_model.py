@@ -1,0 +1,184 @@
+"""Qwen2.5-VL: loading, LoRA adapters by name, the vision tower as an image encoder.
+
+Everything loads by transformers' own from_pretrained path, be it `Qwen/Qwen2.5-VL-7B-Instruct` or a small random model
+written by models/tiny.py.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+# The suffixes alone would also match the vision tower's MLPs.
+_LORA_TARGETS = r".*\.language_model\.layers\.(?:{blocks})\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
+
+
+class LanguageModel(nn.Module):
+    """A Qwen2.5-VL with its tokenizer and image processor. `model` is wrapped by peft once it has an adapter."""
+
+    model: Qwen2_5_VLForConditionalGeneration | PeftModel
+
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: BaseImageProcessor,
+    ):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+
+    @property
+    def base(self) -> Qwen2_5_VLForConditionalGeneration:
+        """The transformers model; adapters are injected into its layers."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The text decoder: inputs_embeds, position_ids [4, B, L] -> hidden states."""
+        return self.base.model.language_model
+
+    @property
+    def width(self) -> int:
+        """D, the width of the decoder."""
+        return self.base.config.text_config.hidden_size
+
+    @property
+    def merge_size(self) -> int:
+        """Side of the square of patches that become one image token."""
+        return self.base.config.vision_config.spatial_merge_size
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens that end a turn."""
+        return [self.tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>")]
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether LoRA layers were injected."""
+        return isinstance(self.model, PeftModel)
+
+    @property
+    def head_weight_VD(self) -> torch.Tensor:
+        """Weight of the LM head [V, D]."""
+        return self.base.lm_head.weight
+
+    def embed_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings [..., D]."""
+        return self.base.get_input_embeddings()(token_ids)
+
+    def embed_images(self, pixel_values: torch.Tensor, grids_I3: torch.Tensor) -> torch.Tensor:
+        """Merged vision-tower tokens of all images, concatenated [sum of tokens, D]."""
+        features = self.base.model.get_image_features(pixel_values, grids_I3).pooler_output
+        return torch.cat(list(features))
+
+
+def load_language_model(
+    name: str | Path, *, dtype: str = "bfloat16", attention: str = "sdpa", gradient_checkpointing: bool = False
+) -> LanguageModel:
+    """Load a Qwen2.5-VL checkpoint from the hub or a local folder.
+
+    Raises:
+        ValueError: no such checkpoint, or not a Qwen2.5-VL.
+    """
+    try:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            str(name), dtype=getattr(torch, dtype), attn_implementation=attention
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        # The whole processor needs torchvision for its video half; images alone do not.
+        image_processor = AutoImageProcessor.from_pretrained(str(name))
+    except OSError as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"Cannot load the language model {name!r}: {first_line}") from None
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.generation_config.temperature = None
+    return LanguageModel(model, tokenizer, image_processor)
+
+
+def save_language_model(language: LanguageModel, folder: str | Path) -> None:
+    """Write the whole model without its adapters, with tokenizer and image processor, as transformers does."""
+    weights = {
+        name.replace(".base_layer.", "."): value
+        for name, value in language.base.state_dict().items()
+        if ".lora_" not in name
+    }
+    language.base.save_pretrained(folder, state_dict=weights)
+    language.tokenizer.save_pretrained(folder)
+    language.image_processor.save_pretrained(folder)
+
+
+def lora_targets(num_layers: int, last_blocks: int = 0) -> str:
+    """Regex of the adapted linear layers: attention and MLP of the language model's last blocks (0: of all)."""
+    if not 0 <= last_blocks <= num_layers:
+        raise ValueError(f"lora_last_blocks is {last_blocks}, but the model has {num_layers} blocks.")
+    blocks = range(num_layers - last_blocks if last_blocks else 0, num_layers)
+    return _LORA_TARGETS.format(blocks="|".join(str(block) for block in blocks))
+
+
+def add_lora(language: LanguageModel, name: str, *, rank: int, alpha: int, last_blocks: int = 0) -> None:
+    """Add a LoRA adapter (paper 1.2: no dropout) and make it the active, trainable one."""
+    num_layers = language.base.config.text_config.num_hidden_layers
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=lora_targets(num_layers, last_blocks),
+        bias="none",
+    )
+    if isinstance(language.model, PeftModel):
+        language.model.add_adapter(name, config)
+        language.model.set_adapter(name)
+    else:
+        language.model = get_peft_model(language.model, config, adapter_name=name)
+
+
+def load_lora(language: LanguageModel, name: str, folder: str | Path, *, trainable: bool) -> None:
+    """Load a saved adapter under a name."""
+    if isinstance(language.model, PeftModel):
+        language.model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)
+        language.model.set_adapter(name)
+    else:
+        language.model = PeftModel.from_pretrained(  # type: ignore[assignment]
+            language.model, str(folder), adapter_name=name, is_trainable=trainable
+        )
+
+
+def copy_lora(language: LanguageModel, source: str, target: str) -> None:
+    """Add a frozen adapter `target` with the weights of `source`: the KL reference of GRPO.
+
+    Disabling the adapter would give the base model instead of the SFT model.
+    """
+    assert isinstance(language.model, PeftModel)
+    language.model.add_adapter(target, language.model.peft_config[source])
+    parameters = dict(language.model.named_parameters())
+    pattern = re.compile(rf"\.{re.escape(source)}(?=\.|$)")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if "lora_" in name and pattern.search(name):
+                parameters[pattern.sub(f".{target}", name)].copy_(parameter)
+    language.model.set_adapter(source)
+
+
+@contextmanager
+def active_adapter(language: LanguageModel, name: str) -> Iterator[None]:
+    """Run with another adapter, then return to the one before, trainable as it was."""
+    assert isinstance(language.model, PeftModel)
+    before = language.model.active_adapter
+    trainable = {key for key, parameter in language.model.named_parameters() if parameter.requires_grad}
+    language.model.set_adapter(name)
+    try:
+        yield
+    finally:
+        language.model.set_adapter(before)
+        for key, parameter in language.model.named_parameters():
+            parameter.requires_grad_(key in trainable)

@@ -1,0 +1,64 @@
+"""The one place that knows the encoder's configuration object."""
+
+from typing import Protocol
+
+from .encoder import SceneEncoder
+from .inputs import feature_dim
+
+
+class EncoderSettings(Protocol):
+    """What engine.config.EncoderConfig offers."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def radius(self) -> float: ...
+    @property
+    def num_neighbors(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def encoder_layers(self) -> int: ...
+    @property
+    def decoder_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_queries(self) -> int: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def use_color(self) -> bool: ...
+    @property
+    def use_height(self) -> bool: ...
+    @property
+    def pretrained(self) -> str: ...
+
+
+def build_scene_encoder(config: EncoderSettings) -> SceneEncoder:
+    """A new encoder of the configured size, with the weights of `config.pretrained` where it names a folder.
+
+    ValueError: the pretrained encoder is of another size than the configuration says.
+    """
+    encoder = SceneEncoder(
+        feature_dim(use_color=config.use_color, use_height=config.use_height),
+        num_tokens=config.num_tokens,
+        radius=config.radius,
+        num_neighbors=config.num_neighbors,
+        width=config.width,
+        encoder_layers=config.encoder_layers,
+        decoder_layers=config.decoder_layers,
+        num_heads=config.num_heads,
+        num_queries=config.num_queries,
+        dropout=config.dropout,
+    )
+    if config.pretrained:
+        saved = SceneEncoder.from_pretrained(config.pretrained)
+        for name, value in encoder.config.items():
+            if saved.config[name] != value:
+                raise ValueError(
+                    f"The scene encoder in {config.pretrained} has {name} {saved.config[name]}, but the "
+                    f"configuration says {value}; give the encoder the same settings as in its training."
+                )
+        encoder = saved
+    return encoder

@@ -1,0 +1,279 @@
+"""The scene encoder: PointNet++ set abstraction, masked transformer, vote queries, decoder, box and class heads.
+
+After 3DETR (masked encoder) and Vote2Cap-DETR (queries that vote for object centres). A query starts from its seed
+token, the tokens around its vote and, for box edges finer than tokens lie, the raw points around its vote. Everything
+is in the frame of the points it is given, the MODEL frame, in metres.
+
+Shapes: B scenes, N points, F extra channels, M tokens, P seed candidates, Q queries, D width, C classes (C1: and no
+object).
+"""
+
+import inspect
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ...third_party.pointnet2 import furthest_point_sample
+from ...utils.labels import NUM_CLASSES
+from .layers import BallFeatures, DecoderLayer, EncoderLayer, FourierPosition, SetAbstraction, mlp
+
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+_TYPICAL_SIZE = 0.7  # metres; where the size head starts
+_LOG_SIZE_RANGE = (math.log(0.01), math.log(20.0))
+
+
+@dataclass
+class LayerPrediction:
+    """What the heads say after one decoder layer."""
+
+    class_logits_BQC1: Tensor
+    boxes_BQ7: Tensor
+    double_heading_BQ2: Tensor | None = None  # (cos 2h, sin 2h), not normalised, where headings are predicted
+
+
+@dataclass
+class SceneEncoding:
+    """A batch of encoded scenes, in the frame of the points, metres."""
+
+    token_xyz_BM3: Tensor
+    tokens_BMD: Tensor
+    query_features_BQD: Tensor
+    final: LayerPrediction
+    intermediate: list[LayerPrediction] = field(default_factory=list)  # earlier decoder layers, for the criterion
+    seed_xyz_BQ3: Tensor | None = None  # where the queries voted from
+    vote_xyz_BQ3: Tensor | None = None  # where they voted to
+    foreground_BM: Tensor | None = None  # logit that a token lies on an object
+
+    @property
+    def boxes_BQ7(self) -> Tensor:
+        return self.final.boxes_BQ7
+
+    @property
+    def class_logits_BQC1(self) -> Tensor:
+        """The last class is `no object`."""
+        return self.final.class_logits_BQC1
+
+    @property
+    def objectness_BQ(self) -> Tensor:
+        """1 - p(no object)."""
+        return 1 - self.class_logits_BQC1.float().softmax(-1)[..., -1]
+
+
+class SceneEncoder(nn.Module):
+    """Points to tokens, object queries, boxes and classes.
+
+    Args:
+        feature_dim: channels F of a point besides its position (see inputs.py).
+        num_tokens: tokens M out of the set abstraction.
+        radius: ball radius, metres. Encoder layer i attends within 2 (i + 1) radius, which is 3DETR-m's 0.4, 0.8 and
+            1.2 m at the default.
+        num_neighbors: points in a ball.
+        width: channels D.
+        num_queries: object queries Q, at most num_tokens.
+        seed_share: share of the tokens, the most object-like ones, that queries may start from; 1 lets them start
+            anywhere, as Vote2Cap-DETR does.
+        predict_heading: predict a heading about z, modulo pi; otherwise headings are 0, as ScanNet's are.
+    """
+
+    def __init__(  # noqa: PLR0913 - the architecture, spelled out
+        self,
+        feature_dim: int,
+        num_tokens: int = 2048,
+        radius: float = 0.2,
+        num_neighbors: int = 64,
+        width: int = 256,
+        encoder_layers: int = 3,
+        decoder_layers: int = 8,
+        num_heads: int = 4,
+        num_queries: int = 256,
+        num_classes: int = NUM_CLASSES,
+        dropout: float = 0.1,
+        seed_share: float = 0.5,
+        predict_heading: bool = False,
+    ):
+        super().__init__()
+        arguments = inspect.signature(SceneEncoder.__init__).parameters
+        self.config: dict[str, Any] = {name: value for name, value in locals().items() if name in arguments}
+        del self.config["self"]
+        self._check_sizes()
+        self.num_queries, self.num_classes, self.predict_heading = num_queries, num_classes, predict_heading
+        self.num_candidates = max(num_queries, round(seed_share * num_tokens))
+        self.set_abstraction = SetAbstraction(feature_dim, num_tokens, radius, num_neighbors, width)
+        self.token_position, self.query_position = FourierPosition(width), FourierPosition(width)
+        self.encoder = nn.ModuleList(
+            EncoderLayer(width, num_heads, dropout, radius=2 * radius * (layer + 1)) for layer in range(encoder_layers)
+        )
+        self.token_norm = nn.LayerNorm(width)
+        self.foreground_head = mlp(width, width, 1)
+        self.vote_head = mlp(width, width, 3)
+        self.vote_tokens = BallFeatures(width, 3 * radius, 16, width)
+        self.vote_points = BallFeatures(feature_dim, 3 * radius, num_neighbors, width)
+        self.decoder = nn.ModuleList(DecoderLayer(width, num_heads, dropout) for _ in range(decoder_layers))
+        self.query_norm = nn.LayerNorm(width)
+        self.class_head = mlp(width, width, num_classes + 1)
+        self.box_head = mlp(width, width, 8 if predict_heading else 6)
+        self._start_heads()
+
+    def _check_sizes(self) -> None:
+        config = self.config
+        if config["num_queries"] > config["num_tokens"]:
+            raise ValueError(
+                f"num_queries {config['num_queries']} is more than num_tokens {config['num_tokens']}; "
+                "every query starts from a token of its own, so lower one or raise the other."
+            )
+        if config["decoder_layers"] < 1:
+            raise ValueError("decoder_layers must be at least 1.")
+        if not 0 < config["seed_share"] <= 1:
+            raise ValueError(f"seed_share must be in (0, 1], not {config['seed_share']}.")
+
+    def _start_heads(self) -> None:
+        """Votes and centres start at their origin, sizes at a typical one."""
+        for head, bias in ((self.vote_head, torch.zeros(3)), (self.box_head, torch.zeros(8))):
+            last = head[-1]
+            assert isinstance(last, nn.Linear)
+            bias[3:6] = math.log(_TYPICAL_SIZE)
+            nn.init.normal_(last.weight, std=0.01)
+            with torch.no_grad():
+                last.bias.copy_(bias[: last.out_features])
+
+    def forward(self, points_BN3: Tensor, features_BNF: Tensor) -> SceneEncoding:
+        """Encode scenes.
+
+        Args:
+            points_BN3: metres, model frame, z up.
+            features_BNF: extra channels as inputs.point_features makes them.
+
+        Raises:
+            ValueError: no points, or another number of channels than the encoder was built for.
+        """
+        if features_BNF.shape[-1] != self.config["feature_dim"]:
+            raise ValueError(
+                f"This scene encoder takes {self.config['feature_dim']} channels a point besides xyz, but got "
+                f"{features_BNF.shape[-1]}; set use_color and use_height as in its training."
+            )
+        points_BN3, features_BNF = points_BN3.float(), features_BNF.float()
+        token_xyz_BM3, tokens_BMD = self.set_abstraction(points_BN3, features_BNF)
+        token_position_BMD = self.token_position(token_xyz_BM3)
+        distance_BMM = _distances(token_xyz_BM3, token_xyz_BM3)
+        for layer in self.encoder:
+            tokens_BMD = layer(tokens_BMD, token_position_BMD, distance_BMM)
+        tokens_BMD = self.token_norm(tokens_BMD)
+        foreground_BM = self.foreground_head(tokens_BMD)[..., 0]
+        seed_xyz_BQ3, seed_BQD = self._seeds(token_xyz_BM3, tokens_BMD, foreground_BM)
+        vote_xyz_BQ3 = seed_xyz_BQ3 + self.vote_head(seed_BQD).float()
+        queries_BQD = seed_BQD + self.vote_tokens(vote_xyz_BQ3, token_xyz_BM3, tokens_BMD)
+        queries_BQD = queries_BQD + self.vote_points(vote_xyz_BQ3, points_BN3, features_BNF)
+
+        # attention only reads the places of the queries: the vote and box losses move them
+        query_position_BQD = self.query_position(vote_xyz_BQ3.detach())
+        distance_BQM = _distances(vote_xyz_BQ3.detach(), token_xyz_BM3)
+        predictions, normed_BQD = [], queries_BQD
+        for layer in self.decoder:
+            queries_BQD = layer(queries_BQD, query_position_BQD, tokens_BMD, token_position_BMD, distance_BQM)
+            normed_BQD = self.query_norm(queries_BQD)
+            predictions.append(self._predict(normed_BQD, vote_xyz_BQ3))
+        return SceneEncoding(
+            token_xyz_BM3=token_xyz_BM3,
+            tokens_BMD=tokens_BMD,
+            query_features_BQD=normed_BQD,
+            final=predictions[-1],
+            intermediate=predictions[:-1],
+            seed_xyz_BQ3=seed_xyz_BQ3,
+            vote_xyz_BQ3=vote_xyz_BQ3,
+            foreground_BM=foreground_BM,
+        )
+
+    def _seeds(self, token_xyz_BM3: Tensor, tokens_BMD: Tensor, foreground_BM: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [B, Q, 3] and features [B, Q, D] of tokens spread over the most object-like ones."""
+        candidate_BP = foreground_BM.detach().topk(self.num_candidates, dim=1).indices.sort(dim=1).values
+        candidate_BP3 = candidate_BP[..., None].expand(-1, -1, 3)
+        spread_BQ = furthest_point_sample(token_xyz_BM3.gather(1, candidate_BP3), self.num_queries)
+        seed_BQ1 = candidate_BP.gather(1, spread_BQ.long())[..., None]
+        seed_xyz_BQ3 = token_xyz_BM3.gather(1, seed_BQ1.expand(-1, -1, 3))
+        return seed_xyz_BQ3, tokens_BMD.gather(1, seed_BQ1.expand(-1, -1, tokens_BMD.shape[2]))
+
+    def _predict(self, queries_BQD: Tensor, vote_xyz_BQ3: Tensor) -> LayerPrediction:
+        raw_BQX = self.box_head(queries_BQD).float()
+        centre_BQ3 = vote_xyz_BQ3 + raw_BQX[..., :3]
+        size_BQ3 = raw_BQX[..., 3:6].clamp(*_LOG_SIZE_RANGE).exp()
+        heading_BQ1 = torch.zeros_like(size_BQ3[..., :1])
+        double_BQ2 = None
+        if self.predict_heading:
+            double_BQ2 = raw_BQX[..., 6:8]
+            heading_BQ1 = torch.atan2(double_BQ2[..., 1:], double_BQ2[..., :1]) / 2
+        boxes_BQ7 = torch.cat([centre_BQ3, size_BQ3, heading_BQ1], -1)
+        return LayerPrediction(self.class_head(queries_BQD), boxes_BQ7, double_BQ2)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, each atomically."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / (WEIGHTS_NAME + ".partial")
+        save_file({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, partial)
+        os.replace(partial, folder / WEIGHTS_NAME)
+        partial = folder / (CONFIG_NAME + ".partial")
+        partial.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, folder / CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "SceneEncoder":
+        """The encoder that `save_pretrained` wrote: its folder, or one that holds it as `model/`, as a run's does.
+
+        ValueError: missing, broken, or of another size than config.json says.
+        """
+        folder = Path(folder)
+        if not (folder / CONFIG_NAME).exists() and (folder / "model" / CONFIG_NAME).exists():
+            folder = folder / "model"
+        try:
+            config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"There is no scene encoder at {folder}; run `python main.py detect` first.") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{folder / CONFIG_NAME} is not JSON ({error.msg}); write the model again.") from None
+        unknown = set(config) - set(inspect.signature(cls).parameters)
+        if unknown:
+            raise ValueError(f"{folder / CONFIG_NAME} has the unknown key {min(unknown)!r}; it is no scene encoder.")
+        encoder = cls(**config)
+        encoder.load_weights(folder)
+        return encoder
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Load a folder's model.safetensors into this encoder; ValueError names the first tensor that does not fit."""
+        path = Path(folder) / WEIGHTS_NAME
+        try:
+            state = load_file(path)
+        except FileNotFoundError:
+            raise ValueError(f"There are no scene encoder weights at {path}; run `python main.py detect`.") from None
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or no safetensors file ({error}); copy it again.") from None
+        check_fit(self, state, path)
+        self.load_state_dict(state)
+
+
+def _distances(from_BQ3: Tensor, to_BM3: Tensor) -> Tensor:
+    """Metres [B, Q, M], by differences: the shortcut through matrix products loses centimetres."""
+    return torch.cdist(from_BQ3, to_BM3, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def check_fit(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """ValueError, in one sentence, where weights are not those of this model's size."""
+    own = model.state_dict()
+    for name in own:
+        if name not in state:
+            raise ValueError(f"{source} lacks {name}, which the configured model has; use that model's own size.")
+        if own[name].shape != state[name].shape:
+            raise ValueError(
+                f"{source} is a checkpoint of another model size: {name} is {list(state[name].shape)} there and "
+                f"{list(own[name].shape)} in the configured model; configure the model as the checkpoint was."
+            )
+    surplus = sorted(set(state) - set(own))
+    if surplus:
+        raise ValueError(f"{source} holds {surplus[0]}, which the configured model lacks; use that model's own size.")

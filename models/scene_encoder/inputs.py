@@ -1,0 +1,90 @@
+"""What the scene encoder reads of a scene: sampled points in the model frame and their extra channels.
+
+Shapes: N points kept, A points of the scene, F extra channels.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.spatial import KDTree
+
+from ...datasets.scene import Scene
+
+
+class PointInput(NamedTuple):
+    """One scene for the encoder, float32."""
+
+    points_N3: np.ndarray  # metres, model frame (z = 0 is the floor)
+    features_NF: np.ndarray  # see point_features
+
+
+def feature_dim(*, use_color: bool = True, use_height: bool = True, use_normal: bool = False) -> int:
+    """Number of extra channels F."""
+    return 3 * use_color + use_height + 3 * use_normal
+
+
+def sample_indices(num_available: int, num_points: int, rng: np.random.Generator) -> np.ndarray:
+    """`num_points` indices: without repetition where there are enough points, else all of them and repetitions."""
+    if num_available == 0:
+        raise ValueError("The scene has no points; check the scan file.")
+    if num_available >= num_points:
+        return rng.choice(num_available, num_points, replace=False)
+    return np.concatenate([np.arange(num_available), rng.integers(num_available, size=num_points - num_available)])
+
+
+def point_features(
+    scene: Scene,
+    num_points: int,
+    rng: np.random.Generator,
+    *,
+    use_color: bool = True,
+    use_height: bool = True,
+    use_normal: bool = False,
+) -> PointInput:
+    """Sample a scene for the encoder.
+
+    Channels, in this order and as asked for: colour (3, in 0..1), height above the floor (1, metres), normal (3, unit,
+    towards the scene's middle). The sample depends on the generator alone. Augment first (datasets/transforms.py): the
+    height is read off the points given.
+    """
+    kept_N = sample_indices(len(scene.points_N3), num_points, rng)
+    points_N3 = scene.to_model(scene.points_N3[kept_N])
+    return features_of(
+        points_N3, scene.colors_N3[kept_N], use_color=use_color, use_height=use_height, use_normal=use_normal
+    )
+
+
+def features_of(
+    points_N3: np.ndarray,
+    colors_N3: np.ndarray,
+    *,
+    use_color: bool = True,
+    use_height: bool = True,
+    use_normal: bool = False,
+) -> PointInput:
+    """The same for points already sampled and in the model frame (colours uint8). ValueError: NaN coordinates."""
+    if not np.isfinite(points_N3).all():
+        raise ValueError("The scene has points with NaN or infinite coordinates; clean the scan first.")
+    channels = []
+    if use_color:
+        channels.append(colors_N3.astype(np.float32) / 255)
+    if use_height:
+        channels.append(points_N3[:, 2:3].astype(np.float32))
+    if use_normal:
+        channels.append(estimate_normals(points_N3))
+    features_NF = np.concatenate(channels, 1) if channels else np.zeros((len(points_N3), 0), np.float32)
+    return PointInput(points_N3.astype(np.float32), features_NF)
+
+
+def estimate_normals(points_N3: np.ndarray, num_neighbors: int = 16) -> np.ndarray:
+    """Unit normals [N, 3] of the planes through each point's neighbours, turned towards the cloud's mean position."""
+    if len(points_N3) < 3:
+        raise ValueError(f"Normals need at least 3 points, the cloud has {len(points_N3)}; set use_normal=False.")
+    _, neighbor_NK = KDTree(points_N3).query(points_N3, k=min(num_neighbors, len(points_N3)))
+    around_NK3 = points_N3[neighbor_NK].astype(np.float64)
+    around_NK3 -= around_NK3.mean(1, keepdims=True)
+    _, axes_N33 = np.linalg.eigh(np.einsum("nki,nkj->nij", around_NK3, around_NK3))
+    normal_N3 = axes_N33[:, :, 0]  # the direction of least spread
+    towards_N3 = points_N3.mean(0) - points_N3
+    turned_N1 = np.where((normal_N3 * towards_N3).sum(1, keepdims=True) < 0, -1.0, 1.0)
+    return (normal_N3 * turned_N1).astype(np.float32)

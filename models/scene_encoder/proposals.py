@@ -1,0 +1,69 @@
+"""Detected objects out of an encoded scene, in a fixed order.
+
+Shapes: B scenes, Q queries, K proposals, D width, C classes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...utils.boxes import nms_3d
+from .encoder import SceneEncoding
+
+
+@dataclass
+class Proposals:
+    """Objects of a batch, by falling objectness (of equals the lower query first), padded with zeros.
+
+    Boxes are in the frame of the encoded points, metres. Class probabilities leave out `no object` and sum to the
+    objectness. Features carry gradients; the rest does not.
+    """
+
+    boxes_BK7: Tensor
+    features_BKD: Tensor
+    class_probs_BKC: Tensor
+    objectness_BK: Tensor
+    valid_BK: Tensor  # bool
+    query_BK: Tensor  # int64, the query behind each proposal; 0 where not valid
+
+    @property
+    def classes_BK(self) -> Tensor:
+        """Likeliest class, int64; 0 where not valid."""
+        return self.class_probs_BKC.argmax(-1)
+
+
+def select_proposals(
+    encoding: SceneEncoding, num_proposals: int, nms_iou: float = 0.25, min_objectness: float = 0.0
+) -> Proposals:
+    """The `num_proposals` most object-like boxes of each scene after suppression within a class.
+
+    A box goes when a better one of the same class overlaps it by more than `nms_iou`, or when its objectness is below
+    `min_objectness`. What stays is ordered by falling objectness, and that order names the objects (`<obj0>` is the
+    first).
+    """
+    if num_proposals < 1:
+        raise ValueError(f"num_proposals must be at least 1, not {num_proposals}.")
+    probability_BQC = encoding.class_logits_BQC1.detach().float().softmax(-1)[..., :-1]
+    objectness_BQ = encoding.objectness_BQ.detach()
+    boxes_BQ7 = encoding.boxes_BQ7.detach()
+    query_BK = torch.zeros(len(boxes_BQ7), num_proposals, dtype=torch.int64, device=boxes_BQ7.device)
+    valid_BK = torch.zeros_like(query_BK, dtype=torch.bool)
+    for scene in range(len(boxes_BQ7)):
+        kept = nms_3d(boxes_BQ7[scene], objectness_BQ[scene], nms_iou, probability_BQC[scene].argmax(-1))
+        kept = kept[objectness_BQ[scene, kept] >= min_objectness][:num_proposals]
+        query_BK[scene, : len(kept)] = kept
+        valid_BK[scene, : len(kept)] = True
+
+    def pick(values_BQX: Tensor) -> Tensor:
+        index_BKX = query_BK[..., None].expand(-1, -1, values_BQX.shape[-1])
+        return torch.where(valid_BK[..., None], values_BQX.gather(1, index_BKX), 0)
+
+    return Proposals(
+        boxes_BK7=pick(boxes_BQ7),
+        features_BKD=pick(encoding.query_features_BQD),
+        class_probs_BKC=pick(probability_BQC),
+        objectness_BK=pick(objectness_BQ[..., None])[..., 0],
+        valid_BK=valid_BK,
+        query_BK=query_BK,
+    )

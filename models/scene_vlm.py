@@ -1,0 +1,432 @@
+"""The assembled model: scene encoder, view selection, connector and Qwen2.5-VL behind one input assembler.
+
+A scene is observed once (points sampled, candidate views made), encoded to proposals and layout tokens, and asked many
+questions. While the encoder is frozen its output is computed once for each scene.
+
+Shapes: B rows, L tokens, K proposals, T encoder tokens, E encoder width, D language-model width, N points, V views.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..datasets.prompts import SYSTEM_PROMPT, build_question, prompt_fingerprint
+from ..datasets.scene import Sample, Scene
+from ..utils.boxes import box3d_iou
+from ..utils.text import format_box, format_name, replace_boxes
+from .connector import Connector
+from .inputs import ModelInputs, Row, RowWriter, assemble
+from .language_model import (
+    LanguageModel,
+    load_language_model,
+    load_lora,
+    save_language_model,
+)
+from .scene_encoder import SceneEncoder, select_proposals
+from .scene_encoder.inputs import point_features
+from .view_pool import ViewPool, build_view_pool
+from .view_selector import ViewSelector
+
+POLICY = "policy"
+_FORMAT = 1
+# A box is spoken of by a proposal's name where the proposal covers it at least this much.
+NAME_IOU = 0.25
+
+
+@dataclass(frozen=True)
+class SceneSettings:
+    """What the model takes of a scene; saved with the weights, since they were trained on it."""
+
+    num_points: int = 40_000
+    use_color: bool = True
+    use_height: bool = True
+    num_proposals: int = 64
+    view_source: str = "mixed"  # posed, rendered, mixed, none
+    num_candidates: int = 16
+    view_size: int = 336
+
+
+@dataclass
+class EncodedScene:
+    """Output of the scene encoder for one scene; boxes in the model frame, proposals in their fixed order."""
+
+    features_KE: torch.Tensor
+    boxes_K7: torch.Tensor
+    class_probs_KC: torch.Tensor
+    objectness_K: torch.Tensor
+    valid_K: torch.Tensor
+    token_xyz_T3: torch.Tensor
+    tokens_TE: torch.Tensor
+
+    @property
+    def proposals(self) -> np.ndarray:
+        """Boxes of the valid proposals [n, 7], float32, model frame."""
+        return self.boxes_K7[self.valid_K].detach().cpu().numpy()
+
+
+@dataclass
+class Observation:
+    """One scene as the model sees it, with what was computed of it so far."""
+
+    scene: Scene
+    points_N3: torch.Tensor
+    features_NF: torch.Tensor
+    seed: int
+    encoded: EncodedScene | None = None
+    pool: ViewPool | None = None
+    pool_class_probs_KC: torch.Tensor | None = None  # of the boxes that the pool was built with
+    pixels: dict[int, tuple[torch.Tensor, tuple[int, int, int]]] = field(default_factory=dict)
+    choices: dict[str, list[int]] = field(default_factory=dict)
+
+
+def best_proposal(box_7: np.ndarray, proposals_K7: np.ndarray) -> int | None:
+    """Index of the proposal that covers a box best, where any covers it enough to be its name."""
+    if len(proposals_K7) == 0:
+        return None
+    overlaps = box3d_iou(torch.as_tensor(box_7, dtype=torch.float32)[None], torch.as_tensor(proposals_K7))[0]
+    index = int(overlaps.argmax())
+    return index if float(overlaps[index]) >= NAME_IOU else None
+
+
+def point_at(box_7: Sequence[float], proposals_K7: np.ndarray) -> str:
+    """The pointer to a box (model frame): the name of the proposal that covers it, else its numbers."""
+    index = best_proposal(np.asarray(box_7, dtype=np.float32), proposals_K7)
+    return format_box(box_7) if index is None else format_name(index)
+
+
+class SceneVLM(nn.Module):
+    """A reasoning vision-language model for indoor scenes.
+
+    Args:
+        language: Qwen2.5-VL.
+        language_source: where `language` comes from, for save_pretrained: a hub name or a local folder.
+        scene_encoder: boxes, classes, features of a point cloud.
+        connector: encoder output to language-model tokens.
+        view_selector: chooses views by question; None where the model takes no views.
+        settings: what is taken of a scene.
+    """
+
+    def __init__(
+        self,
+        language: LanguageModel,
+        language_source: str,
+        scene_encoder: SceneEncoder,
+        connector: Connector,
+        view_selector: ViewSelector | None,
+        settings: SceneSettings,
+    ):
+        super().__init__()
+        if (view_selector is None) != (settings.view_source == "none"):
+            raise ValueError("A view selector is needed exactly where view_source is not 'none'.")
+        self.language = language
+        self.language_source = language_source
+        self.scene_encoder = scene_encoder
+        self.connector = connector
+        self.view_selector = view_selector
+        self.settings = settings
+        self.writer = RowWriter(language.tokenizer, merge_size=language.merge_size)
+        self.train_scene_encoder = False
+        self.full_language_model = False  # whether save_pretrained writes the language model's own weights too
+
+    @property
+    def device(self) -> torch.device:
+        return self.language.head_weight_VD.device
+
+    # -- what is trained -------------------------------------------------------------------------------------------
+
+    def set_trainable(self, *, language: str, connector: bool, scene_encoder: bool) -> None:
+        """Choose what learns.
+
+        Args:
+            language: "lora" (the active adapter), "full", or "none".
+        """
+        if language == "lora" and not self.language.has_adapter:
+            raise ValueError("There is no LoRA adapter to train; add one first.")
+        for name, parameter in self.language.named_parameters():
+            trains = language == "full" or (language == "lora" and "lora_" in name and f".{POLICY}." in name)
+            parameter.requires_grad_(trains)
+        self.connector.requires_grad_(connector)
+        self.scene_encoder.requires_grad_(scene_encoder)
+        self.train_scene_encoder = scene_encoder
+        self.full_language_model = self.full_language_model or language == "full"
+        if self.view_selector is not None:
+            self.view_selector.requires_grad_(False)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that learn, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    # -- scenes ----------------------------------------------------------------------------------------------------
+
+    def observe(self, scene: Scene, seed: int = 0) -> Observation:
+        """Sample a scene's points; the same seed gives the same sample."""
+        settings = self.settings
+        sampled = point_features(
+            scene,
+            settings.num_points,
+            np.random.default_rng(seed),
+            use_color=settings.use_color,
+            use_height=settings.use_height,
+        )
+        return Observation(
+            scene, torch.from_numpy(sampled.points_N3), torch.from_numpy(sampled.features_NF), seed=seed
+        )
+
+    def observe_again(self, observation: Observation, seed: int) -> Observation:
+        """The same scene with freshly sampled points, not encoded yet; views and their pixels are shared."""
+        fresh = self.observe(observation.scene, seed)
+        fresh.pool, fresh.pool_class_probs_KC = observation.pool, observation.pool_class_probs_KC
+        fresh.pixels, fresh.choices = observation.pixels, observation.choices
+        return fresh
+
+    def encode(self, observations: Sequence[Observation]) -> list[EncodedScene]:
+        """Encode the scenes that are not encoded yet, in one batch."""
+        todo = list({id(entry): entry for entry in observations if entry.encoded is None}.values())
+        if todo:
+            self.scene_encoder.train(self.train_scene_encoder and self.training)
+            with torch.set_grad_enabled(self.train_scene_encoder and torch.is_grad_enabled()):
+                points_BN3 = torch.stack([observation.points_N3 for observation in todo]).to(self.device)
+                features_BNF = torch.stack([observation.features_NF for observation in todo]).to(self.device)
+                encoding = self.scene_encoder(points_BN3, features_BNF)
+                chosen = select_proposals(encoding, self.settings.num_proposals)
+            for row, observation in enumerate(todo):
+                observation.encoded = EncodedScene(
+                    features_KE=chosen.features_BKD[row],
+                    boxes_K7=chosen.boxes_BK7[row],
+                    class_probs_KC=chosen.class_probs_BKC[row],
+                    objectness_K=chosen.objectness_BK[row],
+                    valid_K=chosen.valid_BK[row],
+                    token_xyz_T3=encoding.token_xyz_BM3[row],
+                    tokens_TE=encoding.tokens_BMD[row],
+                )
+        return [observation.encoded for observation in observations if observation.encoded is not None]
+
+    def scene_tokens(self, encoded: Sequence[EncodedScene]) -> list[torch.Tensor]:
+        """Language-model tokens of each scene [n + M, D]: its n valid proposals, then layout."""
+        unique = list({id(scene): scene for scene in encoded}.values())
+        objects_BKD = self.connector.objects(
+            torch.stack([scene.features_KE for scene in unique]),
+            torch.stack([scene.boxes_K7 for scene in unique]),
+            torch.stack([scene.class_probs_KC for scene in unique]),
+        )
+        layout_BMD = self.connector.layout(
+            torch.stack([scene.token_xyz_T3 for scene in unique]), torch.stack([scene.tokens_TE for scene in unique])
+        )
+        tokens = {
+            id(scene): torch.cat([objects_BKD[row, scene.valid_K], layout_BMD[row]])
+            for row, scene in enumerate(unique)
+        }
+        return [tokens[id(scene)] for scene in encoded]
+
+    # -- views -----------------------------------------------------------------------------------------------------
+
+    def choose_views(self, question: str, observation: Observation) -> list[int]:
+        """Indices of the selected views in the scene's pool, best first."""
+        if self.view_selector is None:
+            return []
+        if question not in observation.choices:
+            (encoded,) = self.encode([observation])
+            if observation.pool is None:
+                observation.pool = build_view_pool(
+                    observation.scene,
+                    source=self.settings.view_source,
+                    num_candidates=self.settings.num_candidates,
+                    image_size=(self.settings.view_size, self.settings.view_size),
+                    seed=observation.seed,
+                    boxes_K7=observation.scene.to_world(encoded.proposals),
+                )
+                observation.pool_class_probs_KC = encoded.class_probs_KC[encoded.valid_K].detach()
+            assert observation.pool_class_probs_KC is not None
+            selection = self.view_selector.select(question, observation.pool, observation.pool_class_probs_KC)
+            observation.choices[question] = [int(index) for index in selection.indices]
+        return observation.choices[question]
+
+    def view_pixels(self, observation: Observation, index: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """Patches and grid of one view, as Qwen's image processor makes them."""
+        if index not in observation.pixels:
+            assert observation.pool is not None
+            made = self.language.image_processor(images=[observation.pool.images_VHW3[index]], return_tensors="pt")
+            grid = made["image_grid_thw"][0].tolist()
+            observation.pixels[index] = (made["pixel_values"], (grid[0], grid[1], grid[2]))
+        return observation.pixels[index]
+
+    # -- inputs ----------------------------------------------------------------------------------------------------
+
+    def write_row(
+        self, sample: Sample, observation: Observation, mode: str, target: str | None
+    ) -> tuple[Row, list[int]]:
+        """Tokens of one sample and the views that go with it."""
+        (encoded,) = self.encode([observation])
+        proposals_K7 = encoded.proposals
+        views = self.choose_views(sample.question, observation)
+        question = build_question(sample, mode)
+        if sample.query_box_7 is not None:
+            pointer = point_at(observation.scene.to_model(sample.query_box_7), proposals_K7)
+            question = question.replace("{object}", pointer)
+        row = self.writer.write(
+            system=SYSTEM_PROMPT,
+            question=question,
+            num_proposals=len(proposals_K7),
+            num_layout_tokens=self.connector.num_layout_tokens,
+            grids=[self.view_pixels(observation, view)[1] for view in views],
+            target=target,
+        )
+        return row, views
+
+    def with_names(self, text: str, observation: Observation) -> str:
+        """Replace each `<box>` (model frame) by the name of the proposal that covers it, where one does."""
+        (encoded,) = self.encode([observation])
+        return replace_boxes(text, lambda box: point_at(box, encoded.proposals))
+
+    def embed_rows(
+        self,
+        rows: Sequence[Row],
+        observations: Sequence[Observation],
+        views: Sequence[Sequence[int]],
+        *,
+        left: bool = False,
+    ) -> ModelInputs:
+        """Embed written rows with their scenes' tokens and views."""
+        scene_tokens = self.scene_tokens(self.encode(observations))
+        pixels = [
+            self.view_pixels(observation, view)
+            for observation, chosen in zip(observations, views, strict=True)
+            for view in chosen
+        ]
+        image_tokens = None
+        if pixels:
+            image_tokens = self.language.embed_images(
+                torch.cat([patches for patches, _ in pixels]).to(self.device),
+                torch.tensor([grid for _, grid in pixels], device=self.device),
+            )
+        return assemble(
+            rows,
+            embed_tokens=self.language.base.get_input_embeddings(),
+            scene_tokens=scene_tokens,
+            image_tokens=image_tokens,
+            pad_id=self.language.tokenizer.pad_token_id,
+            left=left,
+            merge_size=self.language.merge_size,
+        )
+
+    def hidden(self, inputs: ModelInputs) -> torch.Tensor:
+        """Last hidden states [B, L, D] of the text decoder."""
+        return self.language.decoder(
+            inputs_embeds=inputs.inputs_embeds_BLD,
+            attention_mask=inputs.attention_mask_BL,
+            position_ids=inputs.position_ids_4BL,
+            use_cache=False,
+        ).last_hidden_state
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write everything that differs from the base language model, and the base itself where it was trained."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        description = {
+            "format": _FORMAT,
+            "language_model": "language_model" if self.full_language_model else self.language_source,
+            "language_width": self.language.width,
+            "language_layers": self.language.base.config.text_config.num_hidden_layers,
+            "dtype": str(self.language.head_weight_VD.dtype).removeprefix("torch."),
+            "adapter": self.language.has_adapter,
+            "connector": {
+                "num_proposals": self.connector.num_proposals,
+                "num_layout_tokens": self.connector.num_layout_tokens,
+            },
+            "settings": vars(self.settings),
+            "views": self.view_selector.settings() if self.view_selector is not None else None,
+            "prompts": prompt_fingerprint(),
+        }
+        if self.full_language_model:
+            save_language_model(self.language, folder / "language_model")
+        if self.language.has_adapter:
+            self.language.model.save_pretrained(folder / "adapter", selected_adapters=[POLICY])  # type: ignore[call-arg]
+        self.scene_encoder.save_pretrained(folder / "scene_encoder")
+        weights = {name: value.contiguous() for name, value in self.connector.state_dict().items()}
+        save_file(weights, folder / "connector.safetensors")
+        (folder / "scene_vlm.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        language_model: str | None = None,
+        dtype: str | None = None,
+        attention: str = "sdpa",
+        device: str | torch.device = "cpu",
+        trainable_adapter: bool = False,
+    ) -> "SceneVLM":
+        """Load a model that `save_pretrained` wrote.
+
+        Args:
+            language_model: where the base language model lies, if not where it did in training.
+            trainable_adapter: load the adapter for further training.
+
+        Raises:
+            ValueError: no such model, or its parts do not fit together.
+        """
+        folder = Path(folder)
+        description = _read_description(folder)
+        source = language_model or description["language_model"]
+        if source == "language_model":
+            source = str(folder / "language_model")
+        language = load_language_model(source, dtype=dtype or description["dtype"], attention=attention)
+        found = (language.width, language.base.config.text_config.num_hidden_layers)
+        expected = (description["language_width"], description["language_layers"])
+        if found != expected:
+            raise ValueError(
+                f"The model in {folder} was trained on a language model of width {expected[0]} with {expected[1]} "
+                f"blocks, but {source} has width {found[0]} and {found[1]} blocks; name the right base model."
+            )
+        if description["adapter"]:
+            load_lora(language, POLICY, folder / "adapter" / POLICY, trainable=trainable_adapter)
+        settings = SceneSettings(**description["settings"])
+        scene_encoder = SceneEncoder.from_pretrained(folder / "scene_encoder")
+        connector = build_connector(language, scene_encoder, **description["connector"])
+        connector.load_state_dict(load_file(folder / "connector.safetensors"))
+        views = description["views"]
+        model = cls(
+            language,
+            source,
+            scene_encoder,
+            connector,
+            ViewSelector.from_settings(views) if views else None,
+            settings,
+        )
+        model.full_language_model = description["language_model"] == "language_model"
+        return model.to(device).eval()
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    try:
+        description = json.loads((folder / "scene_vlm.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a 3D-R1 model: it has no scene_vlm.json.") from None
+    if description.get("format") != _FORMAT:
+        raise ValueError(f"{folder} has format {description.get('format')}, this version reads {_FORMAT}.")
+    return description
+
+
+def build_connector(
+    language: LanguageModel, scene_encoder: SceneEncoder, *, num_proposals: int, num_layout_tokens: int
+) -> Connector:
+    """A connector between two given parts, its tokens as large as the language model's own embeddings."""
+    embeddings = language.base.get_input_embeddings().weight
+    return Connector(
+        encoder_width=scene_encoder.config["width"],
+        language_width=language.width,
+        num_classes=scene_encoder.num_classes,
+        num_proposals=num_proposals,
+        num_layout_tokens=num_layout_tokens,
+        output_scale=float(embeddings[: min(len(embeddings), 4096)].detach().float().std()),
+    )

@@ -1,0 +1,165 @@
+"""Small random models in the real on-disk format: config, safetensors, tokenizer, image processor.
+
+They load by the same from_pretrained path as `Qwen/Qwen2.5-VL-7B-Instruct` and make the whole pipeline run on a CPU.
+The tokenizer is Qwen2.5's own kind (byte-level BPE, digits one by one) trained on the text at hand.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AddedToken,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2TokenizerFast,
+)
+
+# Qwen2.5's special tokens, in its order.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+PATCH_SIZE = 14
+
+
+@dataclass(frozen=True)
+class TinySize:
+    """Widths and depths of a small Qwen2.5-VL."""
+
+    vocab_size: int = 2000
+    width: int = 192
+    layers: int = 4
+    heads: int = 6
+    kv_heads: int = 2
+    mlp_width: int = 512
+    vision_width: int = 64
+    vision_layers: int = 2
+
+
+def corpus_texts(root: str | Path) -> Iterator[str]:
+    """All strings of the JSON annotation files under `root`, for training a tokenizer."""
+    folder = Path(root) / "annotations"
+    files = sorted(folder.glob("*.json")) + sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"There are no annotation files under {folder}; run `python main.py rooms` first.")
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+        yield from _strings(rows)
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _strings(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _strings(entry)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2TokenizerFast:
+    """Train a tokenizer of Qwen2.5's kind, with its special tokens."""
+    pattern = Qwen2TokenizerFast()  # its normaliser and pre-tokenizer are the ones that the trained one will use
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pattern.backend_tokenizer.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    trained = json.loads(backend.to_str())["model"]
+    tokenizer = Qwen2TokenizerFast(vocab=trained["vocab"], merges=[tuple(pair) for pair in trained["merges"]])
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS], special_tokens=True
+    )
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    return tokenizer
+
+
+def build_tiny(out: str | Path, texts: Iterable[str], *, size: TinySize | None = None, seed: int = 0) -> Path:
+    """Write a random Qwen2.5-VL of the given size to the folder `out`."""
+    size = size or TinySize()
+    out = Path(out)
+    tokenizer = train_tokenizer(texts, size.vocab_size)
+    token_id = tokenizer.convert_tokens_to_ids
+    head_dim = size.width // size.heads
+    temporal = head_dim // 8
+    spatial = (head_dim // 2 - temporal) // 2
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": size.width,
+            "intermediate_size": size.mlp_width,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.heads,
+            "num_key_value_heads": size.kv_heads,
+            "max_position_embeddings": 8192,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [head_dim // 2 - 2 * spatial, spatial, spatial],
+            },
+            "bos_token_id": token_id("<|endoftext|>"),
+            "eos_token_id": token_id("<|im_end|>"),
+            "pad_token_id": token_id("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": size.vision_layers,
+            "hidden_size": size.vision_width,
+            "intermediate_size": 2 * size.vision_width,
+            "num_heads": 4,
+            "out_hidden_size": size.width,
+            "patch_size": PATCH_SIZE,
+            "window_size": 112,
+            "fullatt_block_indexes": [size.vision_layers - 1],
+        },
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = token_id("<|im_end|>")
+    model.generation_config.pad_token_id = token_id("<|endoftext|>")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "Qwen2VLImageProcessor",
+                "processor_class": "Qwen2_5_VLProcessor",
+                "min_pixels": 4 * PATCH_SIZE**2,
+                "max_pixels": 16_384 * PATCH_SIZE**2,
+                "patch_size": PATCH_SIZE,
+                "temporal_patch_size": 2,
+                "merge_size": 2,
+                "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711],
+            },
+            indent=2,
+        )
+    )
+    return out

@@ -1,0 +1,133 @@
+"""Where to look from: camera positions inside a scan, and which of many views to keep.
+
+Shapes: N points, P positions, V views. World frame, metres.
+"""
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from ..utils.render import Camera, look_at, pinhole, splat_batch, visible_points
+
+EYE_HEIGHT = 1.5
+FIELD_OF_VIEW = 75.0  # degrees, horizontal
+_CELL = 0.1  # metres a cell of the floor plan
+_CLEARANCE = 0.35  # metres between a camera and the nearest obstacle, where there is room
+_DIRECTIONS = 8
+_LOOK_AHEAD, _LOOK_HEIGHT = 2.2, 0.8  # the camera looks at this height so far ahead: 18 degrees down
+_PROBE = 40  # pixels a side of the pictures that candidates are judged by
+_PROBE_POINTS = 8192
+
+
+def spread(rows_ND: np.ndarray, count: int) -> np.ndarray:
+    """Indices of `count` rows spread out evenly: farthest point sampling from the row nearest to the mean."""
+    if count >= len(rows_ND):
+        return np.arange(len(rows_ND))
+    chosen = [int(((rows_ND - rows_ND.mean(0)) ** 2).sum(1).argmin())]
+    distance_N = ((rows_ND - rows_ND[chosen[0]]) ** 2).sum(1)
+    while len(chosen) < count:
+        chosen.append(int(distance_N.argmax()))
+        distance_N = np.minimum(distance_N, ((rows_ND - rows_ND[chosen[-1]]) ** 2).sum(1))
+    return np.array(chosen)
+
+
+def walkable_positions(points_N3: np.ndarray, floor: float, eye_height: float) -> np.ndarray:
+    """Floor positions [P, 2] where a camera at `eye_height` above the floor has free space around it.
+
+    On a plan of 10 cm cells, obstacles are cells with points between 0.2 m above the floor and 0.2 m above the eye,
+    and the inside is whatever walls and floor enclose. Kept are inside cells at least 0.35 m from an obstacle, or, in
+    tight scans, at least 0.7 times as far as the freest one. Empty where no inside cell is free.
+    """
+    lower_2 = points_N3[:, :2].min(0) - 2 * _CELL
+    size_2 = np.ceil((points_N3[:, :2].max(0) + 2 * _CELL - lower_2) / _CELL).astype(int) + 1
+    cell_N2 = ((points_N3[:, :2] - lower_2) / _CELL).astype(int)
+    height_N = points_N3[:, 2] - floor
+    anything, obstacle = np.zeros(size_2, dtype=bool), np.zeros(size_2, dtype=bool)
+    anything[cell_N2[:, 0], cell_N2[:, 1]] = True
+    blocks_N = (height_N > 0.2) & (height_N < eye_height + 0.2)
+    obstacle[cell_N2[blocks_N, 0], cell_N2[blocks_N, 1]] = True
+    closed = ndimage.binary_closing(np.pad(anything, 3), iterations=3)[3:-3, 3:-3]
+    inside = ndimage.binary_fill_holes(closed) & ~obstacle
+    if not inside.any():
+        return np.zeros((0, 2))
+    clearance = ndimage.distance_transform_edt(~obstacle) * _CELL if obstacle.any() else np.full(size_2, np.inf)
+    # the border of the scan bounds free space as well: a wall that was not scanned is still there
+    clearance = np.minimum(clearance, ndimage.distance_transform_edt(np.pad(closed, 1))[1:-1, 1:-1] * _CELL)
+    needed = min(_CLEARANCE, 0.7 * clearance[inside].max())
+    return np.argwhere(inside & (clearance >= needed)) * _CELL + lower_2 + _CELL / 2
+
+
+def candidate_poses(points_N3: np.ndarray, floor: float, num_positions: int) -> list[np.ndarray]:
+    """Poses [4, 4] at eye height from positions spread over the free floor, in eight directions each.
+
+    A scan without free floor (one object, a table top) is looked at from a ring around it.
+    """
+    ceiling = float(np.percentile(points_N3[:, 2], 99.5))
+    eye_height = min(EYE_HEIGHT, 0.65 * max(ceiling - floor, 1e-3))
+    free_P2 = walkable_positions(points_N3, floor, eye_height)
+    angles = np.arange(_DIRECTIONS) * 2 * np.pi / _DIRECTIONS
+    if not len(free_P2):
+        lower_3, upper_3 = points_N3.min(0).astype(float), points_N3.max(0).astype(float)
+        middle_3, reach = (lower_3 + upper_3) / 2, max(float(np.linalg.norm(upper_3 - lower_3)), 0.2)
+        ring = np.arange(2 * _DIRECTIONS) * np.pi / _DIRECTIONS
+        return [look_at(middle_3 + reach * np.array([np.cos(a), np.sin(a), 0.5]), middle_3) for a in ring]
+    poses = []
+    for x, y in free_P2[spread(free_P2, num_positions)]:
+        eye_3 = np.array([x, y, floor + eye_height])
+        for angle in angles:
+            ahead_3 = np.array([np.cos(angle), np.sin(angle), 0]) * _LOOK_AHEAD
+            poses.append(look_at(eye_3, eye_3 + ahead_3 + [0, 0, _LOOK_HEIGHT * eye_height / EYE_HEIGHT - eye_height]))
+    return poses
+
+
+def most_telling(seen_VN: np.ndarray, weight_N: np.ndarray, count: int) -> list[int]:
+    """Views chosen one after another by the weight of what they show, each point counting half as much every time.
+
+    Ties go to the lower index; result in the order of choice.
+    """
+    value_N = weight_N.astype(np.float64).copy()
+    chosen: list[int] = []
+    left = np.ones(len(seen_VN), dtype=bool)
+    for _ in range(min(count, len(seen_VN))):
+        gain_V = np.where(left, seen_VN @ value_N, -1.0)
+        best = int(gain_V.argmax())
+        chosen.append(best)
+        left[best] = False
+        value_N[seen_VN[best]] /= 2
+    return chosen
+
+
+def place_cameras(
+    points_N3: np.ndarray,
+    floor: float,
+    count: int,
+    image_size: tuple[int, int],
+    *,
+    weight_N: np.ndarray | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> list[Camera]:
+    """Cameras inside a scan that together show it well, best first.
+
+    Candidates (positions on the free floor times eight directions) are judged by small splats of up to 8,192 points:
+    greedily, by how much they show that earlier ones did not.
+
+    Args:
+        floor: height of the floor.
+        image_size: H, W of the pictures.
+        weight_N: how much showing each point is worth. None takes all alike.
+        seed: of the subsample of points.
+    """
+    height, width = image_size
+    pick = np.arange(len(points_N3))
+    if len(points_N3) > _PROBE_POINTS:
+        pick = np.sort(np.random.default_rng(seed).choice(len(points_N3), _PROBE_POINTS, replace=False))
+    some_S3 = points_N3[pick]
+    poses = candidate_poses(points_N3, floor, num_positions=max(8, count // 2))
+    matrix_33 = pinhole(_PROBE, _PROBE, FIELD_OF_VIEW)
+    probes = [Camera(pose_44, matrix_33, _PROBE, _PROBE) for pose_44 in poses]
+    renders = splat_batch(some_S3, np.zeros_like(some_S3, dtype=np.uint8), probes, smooth=False, device=device)
+    seen_VS = visible_points(some_S3, probes, [render.depth_HW for render in renders], tolerance=0.15, device=device)
+    weight_S = np.ones(len(pick)) if weight_N is None else weight_N[pick]
+    matrix_33 = pinhole(width, height, FIELD_OF_VIEW)
+    return [Camera(poses[row], matrix_33, width, height) for row in most_telling(seen_VS, weight_S, count)]

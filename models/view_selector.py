@@ -1,0 +1,221 @@
+"""Dynamic view selection: which of a scene's candidate views a question needs (the paper's section on DVS).
+
+    U(v) = w_t * S_Text->3D(v, t) + w_c * S_Image->3D(v) + w_clip * S_CLIP(v, t),    w_c + w_clip = 1
+
+The paper's grid search found (0.3, 0.5, 0.5) best. It needs one space for text, pictures and the 3D scene, and trains
+none; here the 3D side of a view is what a detector found in it, in the words of the encoder's own text side.
+
+Shapes: V views, K objects, C classes, D width of the encoder's space, S points of the coverage subsample.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..utils.labels import DETECTION_CLASSES
+from .image_encoder import SentenceEncoder, TextImageEncoder, load_text_encoder
+from .view_pool import ViewPool
+
+Encoder = SentenceEncoder | TextImageEncoder
+_CACHED_TEXTS = 8192
+_WEIGHT_PRIOR = 0.3  # the paper's target of w_t
+
+
+def s_text_to_3d(text_D: Tensor, visible_VK: Tensor, class_probs_KC: Tensor, classes_CD: Tensor) -> Tensor:
+    """S_Text->3D [V]: cosine of the question and of what each view shows of the 3D scene.
+
+    E_3D(v) is the mean of the detected objects' class embeddings, weighted by how much of the object the view sees
+    and by the class probabilities. A view that sees no object scores 0.
+    """
+    view_VD = visible_VK @ (class_probs_KC @ classes_CD)
+    return F.cosine_similarity(view_VD, text_D[None], dim=1)
+
+
+def s_image_to_3d(pool_VF: Tensor) -> Tensor:
+    """S_Image->3D [V]: mean cosine of each view's features with those of all views in the pool.
+
+    High for a view that shows what the pool as a whole shows. Features are picture embeddings, or, for an encoder
+    without a picture side, the 0/1 vectors of the scene points that each view sees: the cosine is then the overlap
+    |a and b| / sqrt(|a| |b|). A view that sees nothing scores 0.
+    """
+    unit_VF = F.normalize(pool_VF.float(), dim=1)
+    return unit_VF @ unit_VF.mean(0)
+
+
+def s_clip(text_D: Tensor, images_VD: Tensor) -> Tensor:
+    """S_CLIP [V]: cosine of the question and of each picture."""
+    return F.cosine_similarity(images_VD, text_D[None], dim=1)
+
+
+def utility(scores: Mapping[str, Tensor], w_text: Tensor, w_image: Tensor) -> Tensor:
+    """U [V] of the three scores; the weight of S_CLIP is 1 - w_image."""
+    return w_text * scores["text_to_3d"] + w_image * scores["image_to_3d"] + (1 - w_image) * scores["clip"]
+
+
+def top_views(utility_V: Tensor, count: int) -> list[int]:
+    """Indices of the `count` views of highest utility, best first; ties go to the lower index.
+
+    Utilities are compared to six decimals, so that the last bits of a sum do not decide.
+    """
+    rounded_V = (utility_V.detach().double() * 1e6).round()
+    return torch.argsort(-rounded_V, stable=True)[:count].tolist()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Chosen views, best first, and every candidate's scores: text_to_3d, image_to_3d, clip, utility, each [V]."""
+
+    indices: list[int]
+    names: list[str]
+    scores: dict[str, Tensor]
+
+
+class ViewSelector(nn.Module):
+    """Chooses the views of a pool that fit a question.
+
+    The weights w_t and w_c are parameters, so that they are saved and can be trained; w_clip is 1 - w_c. The encoder
+    is frozen, and is not part of the state: `settings()` names it.
+
+    Args:
+        encoder: text and pictures in one space, or text only (then w_clip must be 0).
+        encoder_name: what `load_text_encoder` takes to load it again.
+        num_views: views to choose.
+        w_text: w_t.
+        w_image: w_c.
+        w_clip: w_clip.
+        class_names: names of the detector's classes, in its order.
+        learn_weights: whether w_t and w_c take gradients.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        encoder_name: str,
+        num_views: int = 6,
+        w_text: float = 0.3,
+        w_image: float = 0.5,
+        w_clip: float = 0.5,
+        class_names: Sequence[str] = DETECTION_CLASSES,
+        learn_weights: bool = False,
+    ):
+        super().__init__()
+        if abs(w_image + w_clip - 1) > 1e-6 or min(w_text, w_image, w_clip) < 0:
+            raise ValueError(
+                f"View weights must not be negative, and w_image + w_clip must be 1, not {w_image} + {w_clip}."
+            )
+        if num_views < 1:
+            raise ValueError(f"num_views must be at least 1, not {num_views}; turn views off with source none.")
+        if w_clip > 0 and not encoder.has_images:
+            raise ValueError(
+                f"The encoder {encoder_name!r} reads text only, so the question cannot be compared with pictures: "
+                "set w_clip to 0 and w_image to 1, or choose a SigLIP or CLIP checkpoint."
+            )
+        self.num_views = num_views
+        self.encoder_name = encoder_name
+        self.class_names = tuple(class_names)
+        self.w_text = nn.Parameter(torch.tensor(float(w_text)), requires_grad=learn_weights)
+        self.w_image = nn.Parameter(torch.tensor(float(w_image)), requires_grad=learn_weights)
+        self._encoder = (encoder,)  # inside a tuple: no submodule, so its weights stay out of state_dict
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()  # questions and class names, the latest used last
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> "ViewSelector":
+        """Build a selector from `settings()`: encoder (a name), num_views, w_text, w_image, w_clip."""
+        options = dict(settings)
+        name = options.pop("encoder")
+        return cls(load_text_encoder(name), encoder_name=name, **options)
+
+    def settings(self) -> dict[str, Any]:
+        """What `from_settings` needs to build this selector again; the weights as they are now."""
+        w_image = round(float(self.w_image), 6)
+        return {
+            "encoder": self.encoder_name,
+            "num_views": self.num_views,
+            "w_text": round(float(self.w_text), 6),
+            "w_image": w_image,
+            "w_clip": round(1 - w_image, 6),
+        }
+
+    @property
+    def encoder(self) -> Encoder:
+        """The frozen encoder, on the device of the weights."""
+        return self._encoder[0].to(self.w_text.device)
+
+    def regularizer(self) -> Tensor:
+        """L2 pull of w_t to the paper's 0.3: a scalar to add to a loss."""
+        return (self.w_text - _WEIGHT_PRIOR) ** 2
+
+    def scores(self, question: str, pool: ViewPool, class_probs_KC: Tensor | np.ndarray) -> dict[str, Tensor]:
+        """The three scores and their utility [V] of every view of a pool, float32, on the device of the weights.
+
+        Args:
+            class_probs_KC: class probabilities of the boxes that the pool was built with, in the same order; a last
+                column beyond the class names (no object) is left out.
+        """
+        device = self.w_text.device
+        probs_KC = torch.as_tensor(class_probs_KC, dtype=torch.float32, device=device)
+        visible_VK = torch.from_numpy(np.asarray(pool.visible_VK, dtype=np.float32)).to(device)
+        num_classes = len(self.class_names)
+        if probs_KC.ndim != 2 or probs_KC.shape[1] not in (num_classes, num_classes + 1):
+            raise ValueError(f"Class probabilities must be [K, {num_classes}], not {tuple(probs_KC.shape)}.")
+        if visible_VK.shape != (len(pool), len(probs_KC)):
+            raise ValueError(
+                f"The pool knows the visibility of {visible_VK.shape[-1]} boxes, but there are class probabilities of "
+                f"{len(probs_KC)}; build the pool with the boxes that the question is asked about."
+            )
+        question_D = self._embed([question])[0]
+        classes_CD = self._embed(self._class_texts())
+        found = {"text_to_3d": s_text_to_3d(question_D, visible_VK, probs_KC[:, :num_classes], classes_CD)}
+        if self._encoder[0].has_images:
+            images_VD = self._embed_pool(pool).to(device)
+            found["image_to_3d"] = s_image_to_3d(images_VD)
+            found["clip"] = s_clip(question_D, images_VD)
+        else:
+            found["image_to_3d"] = s_image_to_3d(torch.from_numpy(pool.coverage_VS).to(device))
+            found["clip"] = torch.zeros(len(pool), device=device)
+        found["utility"] = utility(found, self.w_text, self.w_image)
+        return found
+
+    def select(self, question: str, pool: ViewPool, class_probs_KC: Tensor | np.ndarray) -> Selection:
+        """Choose `num_views` views (all of a smaller pool) for a question; see `scores`."""
+        if not len(pool):
+            return Selection(
+                [], [], {name: torch.zeros(0) for name in ("text_to_3d", "image_to_3d", "clip", "utility")}
+            )
+        scores = self.scores(question, pool, class_probs_KC)
+        indices = top_views(scores["utility"], self.num_views)
+        return Selection(indices, [pool.names[index] for index in indices], scores)
+
+    def forward(self, question: str, pool: ViewPool, class_probs_KC: Tensor | np.ndarray) -> Selection:
+        """See `select`."""
+        return self.select(question, pool, class_probs_KC)
+
+    def _class_texts(self) -> list[str]:
+        template = self._encoder[0].class_template
+        return [template.format("furniture" if name == "otherfurniture" else name) for name in self.class_names]
+
+    def _embed(self, texts: list[str]) -> Tensor:
+        """Embeddings [n, D] of texts, from the cache where they were asked for before."""
+        device = self.w_text.device
+        missing = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if missing:
+            self._texts.update(zip(missing, self.encoder.embed_texts(missing).cpu(), strict=True))
+        for text in texts:
+            self._texts.move_to_end(text)
+        rows_ND = torch.stack([self._texts[text] for text in texts]).to(device)
+        while len(self._texts) > _CACHED_TEXTS:
+            self._texts.popitem(last=False)
+        return rows_ND
+
+    def _embed_pool(self, pool: ViewPool) -> Tensor:
+        """Embeddings [V, D] of a pool's pictures, computed once a pool and encoder."""
+        if self.encoder_name not in pool.embeddings:
+            pool.embeddings[self.encoder_name] = self.encoder.embed_images(list(pool.images_VHW3)).cpu()
+        return pool.embeddings[self.encoder_name]

@@ -1,0 +1,255 @@
+"""Readers: every format, what they assume, and what broken input is told."""
+
+import numpy as np
+import orjson
+import pytest
+import trimesh
+from PIL import Image
+from scipy.spatial.transform import Rotation
+from threedr1.datasets.readers import read_scene, unproject, voxel_mean
+from threedr1.datasets.scene import Frame, Scene, save_scene
+
+from .. import data_factory as factory
+
+
+def room() -> np.ndarray:
+    return factory.room_vertices(0.05)[0]
+
+
+def heading(matrix_44: np.ndarray) -> float:
+    return float(np.degrees(np.arctan2(matrix_44[1, 0], matrix_44[0, 0])))
+
+
+def apart(a: float, b: float) -> float:
+    """Degrees between two headings modulo 90."""
+    return abs((a - b + 45) % 90 - 45)
+
+
+@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize("colors", [True, False])
+def test_ply_clouds(tmp_path, text, colors):
+    points_N3 = room()
+    factory.write_ply(tmp_path / "room.ply", points_N3, colors=colors, text=text)
+    scene = read_scene(tmp_path / "room.ply", align="none")
+    np.testing.assert_allclose(scene.points_N3, points_N3, atol=1e-5)
+    np.testing.assert_array_equal(scene.axis_align_44, np.eye(4))
+    assert scene.scene_id == "room" and scene.boxes_K7.shape == (0, 7)
+    assert ("no colours: grey" in scene.notes) is not colors
+    assert set(scene.colors_N3[:, 1]) == {128} if not colors else scene.colors_N3[7].tolist() == [7, 14, 21]
+
+
+@pytest.mark.parametrize("suffix", ["ply", "obj", "glb", "stl", "off"])
+def test_meshes_are_sampled_on_their_faces(tmp_path, suffix):
+    box = trimesh.creation.box(extents=(4.0, 2.5, 3.0) if suffix == "glb" else (4.0, 3.0, 2.5))
+    box.visual = trimesh.visual.ColorVisuals(box, vertex_colors=np.tile([10, 200, 30, 255], (8, 1)))
+    box.export(tmp_path / f"room.{suffix}")
+    scene = read_scene(tmp_path / f"room.{suffix}")
+    assert any("faces sampled" in note for note in scene.notes)
+    np.testing.assert_allclose(np.ptp(scene.points_N3, axis=0), [4.0, 3.0, 2.5], atol=1e-2)
+    if suffix in ("ply", "glb", "obj"):
+        assert scene.colors_N3[0].tolist() == [10, 200, 30]
+
+
+def test_quads_of_a_ply_mesh_become_triangles(tmp_path):
+    lines = ["ply", "format ascii 1.0", "element vertex 4", *[f"property float {a}" for a in "xyz"]]
+    lines += ["element face 1", "property list uchar int vertex_indices", "end_header"]
+    lines += ["0 0 0", "2 0 0", "2 1 0", "0 1 0", "4 0 1 2 3"]
+    (tmp_path / "quad.ply").write_text("\n".join(lines) + "\n")
+    scene = read_scene(tmp_path / "quad.ply", align="none")
+    np.testing.assert_allclose(scene.points_N3.max(0), [2, 1, 0], atol=0.01)
+    assert abs(scene.points_N3[:, 0].mean() - 1.0) < 0.01  # evenly over both triangles
+
+
+@pytest.mark.parametrize(("points", "colors"), [("xyz", "rgb"), ("points", "colors"), ("coords", None)])
+@pytest.mark.parametrize("kind", ["uint8", "float", "uint16"])
+def test_npz_clouds(tmp_path, points, colors, kind):
+    shades = np.array([[255, 0, 128], [0, 51, 255]] * 50)
+    value = {"uint8": shades.astype(np.uint8), "float": shades / 255, "uint16": (shades * 257).astype(np.uint16)}[kind]
+    arrays = {points: np.random.default_rng(0).random((100, 3)), **({colors: value} if colors else {})}
+    np.savez(tmp_path / "a.npz", **arrays)
+    scene = read_scene(tmp_path / "a.npz", align="none")
+    assert scene.colors_N3[:2].tolist() == (shades[:2].tolist() if colors else [[128] * 3] * 2)
+
+
+def test_prepared_scene_and_raw_scan_come_with_objects(tmp_path):
+    root = factory.write_root(tmp_path)
+    scene = read_scene(root / "scans" / "scene0000_00")
+    assert scene.object_labels == ["office chair", "table"] and len(scene.frames) == 2
+    assert abs(heading(scene.axis_align_44) - factory.ALIGN_DEGREES) < 1e-4
+    save_scene(scene, root / "prepared" / "scene0000_00.npz")
+    again = read_scene(root / "prepared" / "scene0000_00.npz")
+    assert isinstance(again, Scene) and again.object_labels == scene.object_labels
+    (root / "scannetv2-labels.combined.tsv").unlink()
+    unlabelled = read_scene(root / "scans" / "scene0000_00")
+    assert unlabelled.object_labels == [] and any("unlabelled" in note for note in unlabelled.notes)
+
+
+@pytest.mark.parametrize(
+    ("turn", "scale", "words"),
+    [
+        (Rotation.identity(), 1.0, ["up-axis +z", "plausible"]),
+        (Rotation.from_euler("x", -90, degrees=True), 1.0, ["up-axis +y"]),
+        (Rotation.from_euler("x", 90, degrees=True), 100.0, ["up-axis -y", "centimetres"]),
+        (Rotation.from_euler("x", 180, degrees=True), 1.0, ["up-axis -z"]),
+        (Rotation.from_euler("xy", [12, -7], degrees=True), 1000.0, ["levelled", "millimetres"]),
+        (Rotation.from_euler("z", 25, degrees=True), 1.0, ["walls turned", "-25.0 degrees"]),
+    ],
+)
+def test_up_scale_and_walls_are_found_and_told(tmp_path, turn, scale, words):
+    points_N3 = room() + [3.0, 4.0, 1.0]
+    np.savez(tmp_path / "a.npz", xyz=turn.apply(points_N3) * scale)
+    scene = read_scene(tmp_path / "a.npz")
+    text = "; ".join(scene.notes)
+    assert all(word in text for word in words), text
+    total_33 = scene.axis_align_44[:3, :3] @ turn.as_matrix() * scale
+    np.testing.assert_allclose(total_33 @ total_33.T, np.eye(3), atol=1e-6)  # metres again
+    assert total_33[2, 2] > np.cos(np.radians(1.5))
+    assert apart(heading(total_33), 0.0) < 1.0
+    np.testing.assert_allclose(np.sort(np.ptp(scene.points_N3, axis=0)), [2.4, 3.0, 4.0], atol=0.15)
+
+
+def test_heights_that_fit_no_room_are_told_and_left(tmp_path):
+    np.savez(tmp_path / "a.npz", xyz=room() * 0.3)
+    scene = read_scene(tmp_path / "a.npz")
+    assert any("sizes may be wrong" in note for note in scene.notes)
+    np.testing.assert_allclose(np.ptp(scene.points_N3, axis=0), [1.2, 0.9, 0.72], atol=0.02)
+
+
+def test_none_takes_the_frame_as_it_is(tmp_path):
+    points_N3 = (room() * 1000).astype(np.float32)
+    np.savez(tmp_path / "a.npz", xyz=points_N3)
+    scene = read_scene(tmp_path / "a.npz", align="none")
+    np.testing.assert_array_equal(scene.points_N3, points_N3)
+
+
+def test_some_broken_points_are_left_out_and_all_broken_is_an_error(tmp_path):
+    points_N3 = room().astype(np.float64)
+    points_N3[:3] = [[np.nan, 0, 0], [0, np.inf, 0], [0, 0, -np.inf]]
+    np.savez(tmp_path / "a.npz", xyz=points_N3)
+    scene = read_scene(tmp_path / "a.npz", align="none")
+    assert len(scene.points_N3) == len(points_N3) - 3 and "3 points" in scene.notes[0]
+    np.savez(tmp_path / "b.npz", xyz=np.full((10, 3), np.nan))
+    with pytest.raises(ValueError, match="no point with finite"):
+        read_scene(tmp_path / "b.npz")
+
+
+def test_large_clouds_are_thinned_by_seed(tmp_path):
+    np.savez(tmp_path / "a.npz", xyz=room())
+    one, two = (read_scene(tmp_path / "a.npz", max_points=500, seed=4) for _ in range(2))
+    assert len(one.points_N3) == 500 and f"500 of {len(room())} points kept" in one.notes
+    np.testing.assert_array_equal(one.points_N3, two.points_N3)
+    np.testing.assert_array_equal(one.origin_3, read_scene(tmp_path / "a.npz", seed=4).origin_3)
+
+
+def _write_frames(folder, depth_value=2000):
+    folder.mkdir()
+    np.savetxt(folder / "intrinsics.txt", [[40.0, 0, 31.5], [0, 40.0, 23.5], [0, 0, 1]])
+    for index in range(2):
+        color = np.zeros((48, 64, 3), np.uint8)
+        color[:, :32] = [200, 10, 10]
+        Image.fromarray(color).save(folder / f"{index:06d}.color.png")
+        depth = np.full((24, 32), depth_value, np.uint16)
+        depth[0], depth[1], depth[2] = 0, 65535, 9000  # nothing, nothing, too far
+        Image.fromarray(depth).save(folder / f"{index:06d}.depth.png")
+        pose_44 = factory.camera_pose() if index == 0 else np.full((4, 4), np.nan)
+        np.savetxt(folder / f"{index:06d}.pose.txt", pose_44)
+
+
+def test_posed_frames_are_fused(tmp_path):
+    _write_frames(tmp_path / "kitchen")
+    scene = read_scene(tmp_path / "kitchen", align="none")
+    # the camera stands at (0, -1.4, 1.5), looks along +y: a wall 2 m away
+    np.testing.assert_allclose(scene.points_N3[:, 1], 0.6, atol=1e-5)
+    # depth columns 0 and 31 stand over colour columns 0.5 and 62.5
+    np.testing.assert_allclose(scene.points_N3[:, 0].min(), (0.5 - 31.5) / 40 * 2, atol=1e-5)
+    np.testing.assert_allclose(scene.points_N3[:, 0].max(), (62.5 - 31.5) / 40 * 2, atol=1e-5)
+    # the first row with depth is 3: (6.5 - 23.5) / 40 * 2 below the axis is above the camera
+    np.testing.assert_allclose(scene.points_N3[:, 2].max(), 1.5 + 17 / 40 * 2, atol=1e-5)
+    left = scene.points_N3[:, 0] < -0.05
+    assert (scene.colors_N3[left] == [200, 10, 10]).all() and (
+        scene.colors_N3[~left & (scene.points_N3[:, 0] > 0.05)] == 0
+    ).all()
+    assert len(scene.frames) == 1 and any("1 frames without a finite pose" in note for note in scene.notes)
+    np.testing.assert_allclose(scene.frames[0].pose_44, factory.camera_pose(), atol=1e-9)
+
+
+def test_frames_move_with_the_alignment_and_their_axes_stay_unit(tmp_path):
+    _write_frames(tmp_path / "kitchen")
+    scene = read_scene(tmp_path / "kitchen")
+    pose_44 = scene.frames[0].pose_44
+    np.testing.assert_allclose(pose_44[:3, :3] @ pose_44[:3, :3].T, np.eye(3), atol=1e-9)
+
+
+def test_unproject_in_double_agrees_with_projection(tmp_path):
+    _write_frames(tmp_path / "a", depth_value=3456)
+    intrinsics_33 = np.array([[40.0, 0, 31.5], [0, 40.0, 23.5], [0, 0, 1]])
+    frame = Frame(str(tmp_path / "a/000000.color.png"), str(tmp_path / "a/000000.depth.png"), np.eye(4), intrinsics_33)
+    points_N3, _ = unproject(frame)
+    pixels_N3 = points_N3 @ intrinsics_33.T
+    columns_N = pixels_N3[:, 0] / pixels_N3[:, 2]
+    np.testing.assert_allclose(np.sort(np.unique(columns_N.round(3))), np.arange(32) * 2 + 0.5, atol=1e-3)
+
+
+def test_voxel_mean_by_hand():
+    points_N3 = np.array([[0.001, 0, 0], [0.003, 0, 0], [-0.001, 0, 0], [0.05, 0.05, 0.05]])
+    colors_N3 = np.array([[10, 0, 0], [20, 0, 0], [99, 0, 0], [1, 2, 3]], np.uint8)
+    points_M3, colors_M3 = voxel_mean(points_N3, colors_N3, 0.02)
+    np.testing.assert_allclose(points_M3, [[-0.001, 0, 0], [0.002, 0, 0], [0.05, 0.05, 0.05]], atol=1e-7)
+    assert colors_M3.tolist() == [[99, 0, 0], [15, 0, 0], [1, 2, 3]]
+
+
+def test_unreadable_input_is_one_clear_sentence(tmp_path):
+    (tmp_path / "a.xyz").write_text("1 2 3")
+    (tmp_path / "b.npz").write_bytes(b"PK\x03\x04 broken")
+    np.savez(tmp_path / "c.npz", wrong=np.zeros(3))
+    np.savez(tmp_path / "d.npz", xyz=np.zeros((0, 3)))
+    np.savez(tmp_path / "e.npz", xyz=np.zeros((5, 2)))
+    np.savez(tmp_path / "f.npz", xyz=np.zeros((5, 3)), rgb=np.zeros((4, 3), np.uint8))
+    (tmp_path / "g.glb").write_bytes(b"nothing")
+    (tmp_path / "h.ply").write_bytes(b"ply\nformat ascii 1.0\nelement vertex 5\nproperty float x\n")
+    (tmp_path / "folder").mkdir()
+    np.savez(tmp_path / "i.npz", header=np.frombuffer(orjson.dumps({}), np.uint8), boxes_K7=np.zeros((0, 7)))
+    _write_frames(tmp_path / "no_intrinsics")
+    (tmp_path / "no_intrinsics" / "intrinsics.txt").unlink()
+    _write_frames(tmp_path / "broken_depth")
+    (tmp_path / "broken_depth" / "000000.depth.png").write_bytes(b"\x89PNG")
+    for name, words in {
+        "missing.ply": "no scan",
+        "a.xyz": "no format that we read",
+        "b.npz": "not a whole .npz",
+        "c.npz": "no array xyz or points; it has wrong",
+        "d.npz": "empty cloud",
+        "e.npz": r"not \[N, 3\]",
+        "f.npz": "must agree",
+        "g.glb": "not a readable mesh",
+        "h.ply": "not a whole PLY",
+        "folder": "neither a raw ScanNet scan nor",
+        "i.npz": "not a whole prepared scene",
+        "no_intrinsics": "no intrinsics.txt",
+        "broken_depth": "not a whole picture",
+    }.items():
+        with pytest.raises(ValueError, match=words) as caught:
+            read_scene(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="Unknown alignment"):
+        read_scene(tmp_path / "d.npz", align="yes")
+
+
+@pytest.mark.real
+def test_real_scan_recovers_its_axis_alignment(real_data):
+    scene = read_scene(real_data / "scannet" / "scene0000_00_cloud.npz")
+    known = orjson.loads((real_data / "scannet" / "scene0000_00_boxes.json").read_bytes())["axis_align_matrix"]
+    assert apart(heading(scene.axis_align_44), heading(np.array(known))) < 2.0
+    np.testing.assert_allclose(scene.axis_align_44[2], [0, 0, 1, 0], atol=1e-9)
+    assert "up-axis +z" in scene.notes and any("plausible" in note for note in scene.notes)
+
+
+@pytest.mark.real
+def test_real_frames_are_fused_and_levelled(real_data):
+    scene = read_scene(real_data / "redkitchen")
+    assert len(scene.frames) == 20 and len(scene.points_N3) > 100_000
+    heights_N = scene.points_N3[:, 2] - scene.origin_3[2]
+    assert 1.2 < np.percentile(heights_N, 99.5) < 3.0
+    # cameras are held upright, above the floor
+    for frame in scene.frames:
+        assert frame.pose_44[2, 1] < -0.5 and frame.pose_44[2, 3] > scene.origin_3[2]

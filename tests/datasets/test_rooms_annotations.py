@@ -1,0 +1,695 @@
+"""Annotations of generated rooms: true, unambiguous, hidden, balanced, in the official schemas, deterministic."""
+
+import ast
+import csv
+import json
+import math
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from threedr1.datasets.rooms.annotate import write_annotations
+from threedr1.datasets.rooms.balance import MAX_SHARE, trim
+from threedr1.datasets.rooms.descriptions import describe
+from threedr1.datasets.rooms.generate import generate_room
+from threedr1.datasets.rooms.questions import Question
+from threedr1.datasets.rooms.relations import RoomFacts
+from threedr1.datasets.rooms.room import Room, RoomObject
+from threedr1.datasets.rooms.words import counted, plural, tokenize, with_article
+from threedr1.datasets.tasks.sqa3d import facing, to_world_pose
+from threedr1.utils.labels import NYU40_TO_CLASS, OTHERS
+from threedr1.utils.text import format_box, parse_response, strip_pointers
+
+from .room_reader import (
+    MIDDLE,
+    NUMBERS,
+    ground_distance,
+    meant,
+    middle,
+    named,
+    one,
+    phrase_of,
+    raw_middle,
+    surface_distance,
+)
+
+ALL = ("train", "val")
+FEW = {"train": 14, "val": 6, "seed": 7000}
+MANY = {"train": 70, "val": 20, "seed": 9000}
+
+
+@pytest.fixture(scope="module", params=[FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
+def splits(request):
+    """Split -> rooms."""
+    size = request.param
+    numbers = {"train": range(size["train"]), "val": range(size["train"], size["train"] + size["val"])}
+    return {
+        split: [generate_room(f"scene{k:04d}_00", size["seed"] + k, points_only=True) for k in numbers[split]]
+        for split in ALL
+    }
+
+
+@pytest.fixture(scope="module")
+def rooms(splits):
+    """scene_id -> room, of both splits."""
+    return {room.scene_id: room for members in splits.values() for room in members}
+
+
+def scene_ids(splits, split):
+    return {room.scene_id for room in splits[split]}
+
+
+@pytest.fixture(scope="module")
+def written(splits, tmp_path_factory):
+    root = tmp_path_factory.mktemp("rooms")
+    return root / "annotations", write_annotations(root, splits, seed=3)
+
+
+def read(folder, name):
+    text = (folder / name).read_text()
+    return [json.loads(line) for line in text.splitlines()] if name.endswith(".jsonl") else json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def scanrefer(written):
+    return {split: read(written[0], f"ScanRefer_filtered_{split}.json") for split in ALL}
+
+
+@pytest.fixture(scope="module")
+def nr3d(written):
+    with (written[0] / "nr3d.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture(scope="module")
+def scanqa(written):
+    return {split: read(written[0], f"ScanQA_v1.0_{split}.json") for split in ALL}
+
+
+@pytest.fixture(scope="module")
+def sqa3d(written):
+    """Split -> list of (question record, annotation record)."""
+    pairs = {}
+    for split in ALL:
+        asked = read(written[0], f"v1_balanced_questions_{split}_scannetv2.json")["questions"]
+        told = read(written[0], f"v1_balanced_sqa_annotations_{split}_scannetv2.json")["annotations"]
+        by_id = {row["question_id"]: row for row in told}
+        assert len(by_id) == len(told) == len(asked)
+        pairs[split] = [(row, by_id[row["question_id"]]) for row in asked]
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def scene30k(written):
+    return read(written[0], "Scene-30K.jsonl")
+
+
+def usable(room, *ids):
+    """Some view shows each of them, at most 30 % can show all."""
+    shares = [room.visible_share[i] for i in ids]
+    return 0 < min(shares) <= 0.30
+
+
+# ---- a room made by hand
+
+
+def _thing(object_id, label, nyu40, color, box, **more):
+    more = {"material": "wooden", "size_word": ""} | more
+    class_id = NYU40_TO_CLASS.get(nyu40, OTHERS)
+    return RoomObject(object_id, label, class_id, nyu40, color, box_7=np.array([*box, 0.0], np.float32), **more)
+
+
+@pytest.fixture
+def small_room():
+    """A bed straight ahead (+x), three chairs before it from left (+y) to right, a desk with a lamp behind."""
+    things = [
+        _thing(0, "bed", 4, "blue", (3.0, 0.0, 0.3, 2.0, 1.6, 0.6)),
+        _thing(1, "chair", 5, "red", (1.2, 1.0, 0.4, 0.4, 0.4, 0.8)),
+        _thing(2, "chair", 5, "red", (1.2, 0.0, 0.5, 0.4, 0.4, 1.0)),
+        _thing(3, "chair", 5, "dark red", (1.2, -1.0, 0.4, 0.4, 0.4, 0.8), material="metal"),
+        _thing(4, "desk", 14, "brown", (-3.0, 1.5, 0.35, 0.8, 1.2, 0.7)),
+        _thing(5, "lamp", 35, "white", (-3.0, 1.5, 0.9, 0.2, 0.2, 0.4), support_id=4),
+    ]
+    corners = np.array([[x, y, z] for x in (-4.0, 4.0) for y in (-2.0, 2.0) for z in (0.0, 2.5)], np.float32)
+    align = np.array([[0, -1, 0, 1], [1, 0, 0, 2], [0, 0, 1, 0], [0, 0, 0, 1]], np.float64)
+    return Room(
+        scene_id="scene0000_00",
+        seed=0,
+        kind="bedroom",
+        size_3=np.array([8.0, 4.0, 2.5]),
+        objects=things,
+        vertices_V3=corners,
+        colors_V3=np.zeros((8, 3), np.uint8),
+        faces_F3=np.zeros((0, 3), np.int32),
+        instance_V=np.full(8, -1, np.int32),
+        nyu40_V=np.ones(8, np.uint8),
+        axis_align_44=align,
+        visible_share={thing.object_id: 0.2 for thing in things},
+    )
+
+
+def test_descriptions_of_a_room_made_by_hand(small_room):
+    facts = RoomFacts(small_room)
+    said = {i: {wording for option in describe(facts, i) for wording in option.wordings} for i in facts.ids}
+    view = "when facing the bed from the middle of the room"
+    assert f"the leftmost chair {view}" in said[1] and f"the rightmost chair {view}" in said[3]
+    assert f"the second chair from the left {view}" in said[2]
+    assert "the tallest chair" in said[2] and "the metal chair" in said[3]
+    # someone may call the red chairs dark red, and the dark red one red: no description leans on that colour alone
+    assert not {"the red chair", "the dark red chair"} & (said[1] | said[2] | said[3])
+    assert f"the chair left of the bed {MIDDLE}" in said[1] and f"the chair right of the bed {MIDDLE}" in said[3]
+    assert "the chair closest to the desk" not in said[1] | said[2]  # 4.2 and 4.5 m: too close to call
+    assert "the chair farthest from the lamp" in said[3]
+    assert said[4] == {"the desk", "the only desk in the room", "the brown desk"}
+
+
+def test_an_object_that_many_views_show_is_not_asked_about(small_room):
+    facts = RoomFacts(small_room)
+    assert facts.hidden(1) and facts.hidden(1, 2)
+    small_room.visible_share |= {1: 0.31, 2: 0.0}
+    assert not facts.hidden(1) and not facts.hidden(2) and facts.hidden(1, 3)
+
+
+# ---- grounding
+
+
+def test_every_scanrefer_description_means_exactly_its_object(rooms, scanrefer):
+    for row in scanrefer["train"] + scanrefer["val"]:
+        room = rooms[row["scene_id"]]
+        assert meant(room, phrase_of(row["description"])) == {int(row["object_id"])}, row["description"]
+
+
+def test_every_nr3d_utterance_means_exactly_its_object(rooms, nr3d):
+    for row in nr3d:
+        room = rooms[row["scan_id"]]
+        assert meant(room, phrase_of(row["utterance"])) == {int(row["target_id"])}, row["utterance"]
+
+
+def test_further_sentences_of_a_description_are_true(rooms, scanrefer):
+    checked = 0
+    for row in scanrefer["train"] + scanrefer["val"]:
+        room, thing = rooms[row["scene_id"]], rooms[row["scene_id"]].by_id(int(row["object_id"]))
+        for part in row["description"].rstrip(".").split(". "):
+            if match := re.fullmatch(r"it is made of (\w+)", part):
+                assert {"wood": "wooden"}.get(match[1], match[1]) == thing.material
+            elif match := re.fullmatch(r"there is an? (.+) on it", part):
+                assert any(room.by_id(i).support_id == thing.object_id for i in named(room, match[1]))
+            elif match := re.fullmatch(r"there is an? (.+)", part):
+                assert match[1] == " ".join(filter(None, (thing.color, thing.material, thing.label)))
+            elif (match := re.fullmatch(r"it is ([a-z ]+)", part)) and not match[1].startswith("the "):
+                assert match[1] == thing.color
+            else:
+                continue
+            checked += 1
+    assert checked > 50
+
+
+def test_half_of_the_grounding_questions_have_two_distractors_of_the_same_label(rooms, scanrefer, nr3d):
+    def distractors(room, object_id):
+        return sum(thing.label == room.by_id(object_id).label for thing in room.objects) - 1
+
+    for rows in (*scanrefer.values(), nr3d):
+        counts = [
+            distractors(rooms[row.get("scene_id") or row["scan_id"]], int(row.get("object_id") or row["target_id"]))
+            for row in rows
+        ]
+        assert len(counts) > 30
+        assert np.mean(np.array(counts) >= 2) >= 0.5
+
+
+def test_grounding_targets_are_seen_by_few_views(rooms, scanrefer, nr3d):
+    for row in scanrefer["train"] + scanrefer["val"]:
+        assert usable(rooms[row["scene_id"]], int(row["object_id"]))
+    for row in nr3d:
+        assert usable(rooms[row["scan_id"]], int(row["target_id"]))
+
+
+def test_no_label_is_the_target_of_more_than_a_third_of_the_descriptions(scanrefer):
+    for rows in scanrefer.values():
+        counts = Counter(row["object_name"] for row in rows)
+        assert max(counts.values()) <= len(rows) / 3
+
+
+def test_scanrefer_schema(rooms, scanrefer):
+    for row in scanrefer["train"]:
+        assert list(row) == ["scene_id", "object_id", "object_name", "ann_id", "description", "token"]
+        assert isinstance(row["object_id"], str) and isinstance(row["ann_id"], str)
+        assert row["object_name"] == rooms[row["scene_id"]].by_id(int(row["object_id"])).label.replace(" ", "_")
+        assert row["token"] == tokenize(row["description"])
+        assert all(token == token.lower() and " " not in token for token in row["token"])
+    keys = Counter((row["scene_id"], row["object_id"], row["ann_id"]) for row in scanrefer["train"])
+    assert max(keys.values()) == 1
+    assert max(int(row["ann_id"]) for row in scanrefer["train"]) < 5
+
+
+def test_nr3d_schema(rooms, nr3d):
+    for row in nr3d:
+        scene_id, label, count, target, *distractors = row["stimulus_id"].split("-")
+        room = rooms[scene_id]
+        same = {str(thing.object_id) for thing in room.objects if thing.label == label}
+        assert scene_id == row["scan_id"] and target == row["target_id"] and label == row["instance_type"]
+        assert {target, *distractors} == same and int(count) == len(same) >= 2
+        assert ast.literal_eval(row["tokens"]) == tokenize(row["utterance"])
+        assert len(ast.literal_eval(row["tokens"])) <= 24
+        assert row["mentions_target_class"] == "True" and label in row["utterance"]
+        assert row["dataset"] == "nr3d"
+    assert len({row["assignmentid"] for row in nr3d}) == len(nr3d)
+
+
+# ---- ScanQA
+
+
+def _answer_scanqa(room, question):
+    """The answers that follow from the room, read from the question alone; None for a question read elsewhere."""
+    if match := re.fullmatch(r"What color is (the .+)\?", question):
+        (target,) = meant(room, match[1])
+        return {room.by_id(target).color}
+    if match := re.fullmatch(r"What is (the .+) made of\?", question):
+        (target,) = meant(room, match[1])
+        return {room.by_id(target).material}
+    if match := re.fullmatch(r"What is (the .+) standing on\?", question):
+        (target,) = meant(room, match[1])
+        return {room.by_id(room.by_id(target).support_id).label}
+    if match := re.fullmatch(r"What is on (the .+)\?", question):
+        base = one(room, match[1]).object_id
+        return {thing.label for thing in room.objects if thing.support_id == base and not thing.on_wall}
+    if match := re.fullmatch(r"How many (.+) (?:are in the room|are there)\?", question):
+        return {str(len(_counted(room, match[1])))}
+    if match := re.fullmatch(r"Which is closer to (the .+), (the .+) or (the .+)\?", question):
+        anchor, *two = (one(room, phrase) for phrase in match.groups())
+        return {
+            min(two, key=lambda thing: distance(thing.box_7, anchor.box_7)).label
+            for distance in (ground_distance, surface_distance)
+        }
+    if match := re.fullmatch(r"Which is the tallest, (the .+), (the .+) or (the .+)\?", question):
+        return {max((one(room, phrase) for phrase in match.groups()), key=lambda thing: thing.box_7[5]).label}
+    if match := re.fullmatch(r"Are there more (.+) than (.+), fewer, or the same number\?", question):
+        first, second = (len(_counted(room, word)) for word in match.groups())
+        return {"more" if first > second else "fewer" if first < second else "the same"}
+    return _answer_on_floor(room, question)
+
+
+def _answer_on_floor(room, question):
+    floor = [thing for thing in room.objects if thing.support_id is None and not thing.on_wall]
+    if match := re.fullmatch(r"What on the floor is closest to (the .+)\?", question):
+        anchor = one(room, match[1])
+        rest = [thing for thing in floor if thing is not anchor]
+        return {min(rest, key=lambda thing: ground_distance(thing.box_7, anchor.box_7)).label}
+    if match := re.fullmatch(r"What on the floor is between (the .+) and (the .+)\?", question):
+        a, b = (one(room, phrase).box_7[:2] for phrase in match.groups())
+        found = set()
+        for thing in floor:
+            share = (thing.box_7[:2] - a) @ (b - a) / ((b - a) @ (b - a))
+            if 0.1 < share < 0.9 and np.linalg.norm(thing.box_7[:2] - a - share * (b - a)) < 0.6:
+                found.add(thing.label)
+        return found
+    return None
+
+
+def _counted(room, words):
+    """Ids of "chairs" or "red chairs"."""
+    nouns = {thing.label for thing in room.objects} | {"chair", "table", "cabinet", "sofa", "sink", "counter"}
+    for noun in sorted(nouns, key=len, reverse=True):
+        if words == plural(noun):
+            return named(room, noun)
+        if words.endswith(" " + plural(noun)):
+            color = words[: -len(plural(noun)) - 1]
+            return {i for i in named(room, noun) if (" " + room.by_id(i).color).endswith(" " + color)}
+    raise AssertionError(f"cannot count {words!r}")
+
+
+def test_scanqa_answers_are_true(rooms, scanqa):
+    kinds = Counter()
+    for row in scanqa["train"] + scanqa["val"]:
+        room = rooms[row["scene_id"]]
+        truth = _answer_scanqa(room, row["question"])
+        if truth is None:
+            assert row["question"].startswith("Where is ")
+            continue
+        kinds[row["question"].split()[0]] += 1
+        assert len(truth) == 1, row
+        accepted = row["answers"]
+        expected = truth.pop()
+        number = {word: str(value) for word, value in NUMBERS.items()}
+        assert expected in accepted or expected in [number.get(answer) for answer in accepted], (row, expected)
+    assert set(kinds) == {"What", "Which", "How", "Are"}
+
+
+def test_where_answers_are_true(rooms, scanqa):
+    checked = 0
+    for row in scanqa["train"] + scanqa["val"]:
+        match = re.fullmatch(r"Where is (the .+)\?", row["question"])
+        if not match:
+            continue
+        room = rooms[row["scene_id"]]
+        (target,) = meant(room, match[1])
+        thing = room.by_id(target)
+        for answer in row["answers"]:
+            if answer.startswith("next to "):
+                assert surface_distance(thing.box_7, one(room, answer[8:]).box_7) <= 0.4
+            elif answer.startswith("above "):
+                base = one(room, answer[6:]).box_7
+                assert thing.box_7[2] - thing.box_7[5] / 2 >= base[2] + base[5] / 2 - 0.05
+            elif answer == "on the wall":
+                assert thing.on_wall
+            elif answer == "in the corner":
+                to_wall = room.size_3[:2] / 2 - np.abs(thing.box_7[:2] - middle(room)) - thing.box_7[3:5] / 2
+                assert to_wall.max() < 0.35
+            else:
+                assert answer == f"on the {room.by_id(thing.support_id).label}"
+            checked += 1
+    assert checked > 10
+
+
+def test_scanqa_schema_and_targets(rooms, scanqa):
+    for split in ALL:
+        ids = [row["question_id"] for row in scanqa[split]]
+        assert len(set(ids)) == len(ids)
+        for row in scanqa[split]:
+            assert list(row) == ["scene_id", "object_ids", "object_names", "question_id", "question", "answers"]
+            room = rooms[row["scene_id"]]
+            assert [room.by_id(i).label for i in row["object_ids"]] == row["object_names"]
+            assert row["question_id"].startswith(f"{split}-{row['scene_id'][:9]}-")
+            assert usable(room, *row["object_ids"])
+
+
+# ---- SQA3D
+
+
+def _pose(room, told):
+    """World position and forward direction, from the raw frame of SQA3D's files."""
+    to_world, corner_3 = room.axis_align_44, raw_middle(room)
+    position = told["position"]
+    raw_4 = np.array([position["x"] + corner_3[0], position["y"] + corner_3[1], position["z"], 1.0])
+    angle = 2 * math.atan2(told["rotation"]["_z"], told["rotation"]["_w"]) + math.pi
+    return (to_world @ raw_4)[:3], to_world[:2, :2] @ np.array([math.cos(angle), math.sin(angle)])
+
+
+def _angle(pose, thing):
+    """Degrees from straight ahead, left positive."""
+    position, ahead = pose
+    offset = thing.box_7[:2] - position[:2]
+    return math.degrees(math.atan2(ahead[0] * offset[1] - ahead[1] * offset[0], ahead @ offset))
+
+
+def _place(angle):
+    if abs(angle) <= 45:
+        return "in front of me"
+    if abs(angle) >= 135:
+        return "behind me"
+    return "on my left" if angle > 0 else "on my right"
+
+
+def test_situations_are_true_of_their_pose(rooms, sqa3d):
+    for asked, told in sqa3d["train"] + sqa3d["val"]:
+        room = rooms[asked["scene_id"]]
+        pose = _pose(room, told)
+        assert np.all(np.abs(pose[0][:2] - middle(room)) < room.size_3[:2] / 2)
+        pattern = r"I am facing (the .+) and there is (an? .+) (on my left|on my right|behind me)\."
+        faced, other, place = re.fullmatch(pattern, asked["situation"]).groups()
+        assert abs(_angle(pose, one(room, faced))) < 2
+        assert _place(_angle(pose, one(room, re.sub("^an? ", "the ", other)))) == place
+        assert len(asked["alternative_situation"]) == 2
+
+
+def _answer_sqa3d(room, pose, question):
+    words = {"forward": "in front of me", "front": "in front of me", "backward": "behind me", "behind": "behind me"}
+    floor = [thing for thing in room.objects if thing.support_id is None and not thing.on_wall]
+
+    def distance(thing):
+        return np.linalg.norm(thing.box_7[:2] - pose[0][:2])
+
+    where = (
+        r"Is (the .+) in front of me, on my left, on my right or behind me\?",
+        r"Which direction should I go to reach (the .+)\?",
+        r"Where is (the .+) from here\?",
+        r"Can I get to (the .+) by going forward, left, right or backward\?",
+    )
+    for pattern in where:
+        if match := re.fullmatch(pattern, question):
+            place = _place(_angle(pose, one(room, match[1])))
+            return {place, *(word for word, meaning in words.items() if meaning == place), place.split()[-1]}
+    if match := re.fullmatch(r"What (color )?is the nearest thing standing on the floor (.+)\?", question):
+        there = [thing for thing in floor if _place(_angle(pose, thing)) == match[2]]
+        nearest = min(there, key=distance)
+        return {nearest.color if match[1] else nearest.label}
+    if match := re.fullmatch(r"How many (.+) are (in front of me|on my left|on my right|behind me)\?", question):
+        there = [i for i in _counted(room, match[1]) if _place(_angle(pose, room.by_id(i))) == match[2]]
+        return {str(len(there))}
+    if match := re.fullmatch(r"Are there more (.+) on my left, on my right, or the same number .*", question):
+        places = [_place(_angle(pose, room.by_id(i))) for i in _counted(room, match[1])]
+        left, right = places.count("on my left"), places.count("on my right")
+        return {"left" if left > right else "right" if right > left else "same"}
+    match = re.fullmatch(r"Which is closest to me, (the .+), (the .+) or (the .+)\?", question)
+    return {min((one(room, phrase) for phrase in match.groups()), key=distance).label}
+
+
+def test_sqa3d_answers_follow_from_the_pose(rooms, sqa3d):
+    firsts = Counter()
+    for asked, told in sqa3d["train"] + sqa3d["val"]:
+        room = rooms[asked["scene_id"]]
+        truth = _answer_sqa3d(room, _pose(room, told), asked["question"])
+        accepted = {entry["answer"] for entry in told["answers"]}
+        assert truth & accepted, (asked, accepted, truth)
+        firsts[asked["question"].split()[0]] += 1
+    assert {"What", "Is", "How", "Can", "Which"} <= set(firsts)
+
+
+def test_the_reader_of_sqa3d_finds_the_pose_that_was_written(rooms, sqa3d):
+    for asked, told in sqa3d["val"]:
+        room = rooms[asked["scene_id"]]
+        pose_7 = to_world_pose(told["position"], told["rotation"], room.axis_align_44, raw_middle(room))
+        position, ahead = _pose(room, told)
+        assert np.allclose(pose_7[:3], position)
+        assert np.isclose(facing(pose_7), math.atan2(ahead[1], ahead[0]))
+        assert np.isclose(position[2], room.floor_centre_3[2], atol=1e-5)
+
+
+def test_sqa3d_schema(sqa3d):
+    asked, told = sqa3d["val"][0]
+    assert list(asked) == ["scene_id", "situation", "alternative_situation", "question", "question_id"]
+    assert isinstance(asked["question_id"], int)
+    assert told["question_type"] == "N/A" and told["answer_type"] == "other"
+    assert told["answers"][0].keys() == {"answer", "answer_confidence", "answer_id"}
+    assert told["rotation"].keys() == {"_x", "_y", "_z", "_w"} and told["position"].keys() == {"x", "y", "z"}
+
+
+# ---- balance
+
+
+def _worst_share(rows):
+    """Rows are (type, accepted answers); the share of the most frequent answer in each type."""
+    groups = defaultdict(list)
+    for kind, answers in rows:
+        groups[kind].append({answer.lower() for answer in answers})
+    return {
+        kind: max(Counter(answer for accepted in many for answer in accepted).values()) / len(many)
+        for kind, many in groups.items()
+    }
+
+
+def test_no_answer_is_right_for_more_than_a_third_of_a_type(scanqa, sqa3d, written):
+    for split in ALL:
+        qa = [(row["question"], row["answers"]) for row in scanqa[split]]
+        situated = [(asked["question"], [a["answer"] for a in told["answers"]]) for asked, told in sqa3d[split]]
+        for rows in (qa, situated):
+            for words in (1, 2):
+                shares = _worst_share((" ".join(question.split()[:words]), answers) for question, answers in rows)
+                assert max(shares.values()) <= MAX_SHARE + 1e-9, shares
+        for task in ("dialogue", "planning"):
+            rows = read(written[0], f"3d_llm_embodied_{task}_filtered_{split}.json")
+            shares = _worst_share((task, row["answers"]) for row in rows)
+            assert shares[task] <= MAX_SHARE + 1e-9
+
+
+def test_scene30k_is_balanced(scene30k):
+    rows = [
+        ((row["task"], row["question_type"]), [row["gold_answer"]]) for row in scene30k if row["task"] != "grounding"
+    ]
+    shares = _worst_share(rows)
+    assert max(shares.values()) <= MAX_SHARE + 1e-9, shares
+
+
+def _question(kind, answers):
+    return Question("scene0000_00", "qa", kind, "?", tuple(answers), (0,), ("a", "b", "c"))
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("xy"), st.sets(st.sampled_from("abcdef"), min_size=1, max_size=2)), max_size=40)
+)
+def test_trim_keeps_every_share(entries):
+    questions = [_question(kind, sorted(answers)) for kind, answers in entries]
+    kept = trim(questions, np.random.default_rng(0))
+    shares = _worst_share((question.question_type, question.answers) for question in kept)
+    assert all(share <= MAX_SHARE + 1e-9 for share in shares.values())
+    assert [question for question in questions if question in kept] == kept or len(kept) < len(questions)
+
+
+def test_trim_drops_a_type_with_two_answers_and_keeps_a_balanced_one():
+    rng = np.random.default_rng(0)
+    assert trim([_question("x", [answer]) for answer in ("yes", "no") * 5], rng) == []
+    balanced = [_question("x", [answer]) for answer in "abc" * 4]
+    assert trim(balanced, rng) == balanced
+
+
+# ---- dialogue, planning, scene description
+
+
+def test_3d_llm_files(rooms, splits, written):
+    for split in ALL:
+        for row in read(written[0], f"3d_llm_embodied_dialogue_filtered_{split}.json"):
+            assert row["question"].startswith("### human: ") and row["question"].endswith("### assistant:")
+            assert row["question"].count("### human:") in (2, 3) and len(row["answers"]) == 1
+        for row in read(written[0], f"3d_llm_embodied_planning_filtered_{split}.json"):
+            pattern = r"### human: i want to .+\. i have done these things: 1\. .+\. what should i do next\?"
+            assert re.fullmatch(pattern, row["question"])
+            assert row["question"] == row["question"].lower()
+            room = rooms[row["scene_id"]]
+            labels = [thing.label for thing in room.objects if thing.label in row["answers"][0]]
+            assert labels, row
+        described = read(written[0], f"3d_llm_scene_description_{split}.json")
+        assert {row["scene_id"] for row in described} == scene_ids(splits, split)
+
+
+def test_planning_never_repeats_what_is_done(written):
+    for row in read(written[0], "3d_llm_embodied_planning_filtered_train.json"):
+        assert row["answers"][0] not in row["question"]
+
+
+def test_scene_descriptions_count_right(rooms, written):
+    for row in read(written[0], "3d_llm_scene_description_train.json"):
+        room, text = rooms[row["scene_id"]], row["answers"][0]
+        assert room.kind in text
+        for label, count in Counter(thing.label for thing in room.objects).items():
+            assert counted(count, label) in text
+
+
+# ---- Scene-30K
+
+
+def test_scene30k_is_well_formed_and_its_boxes_are_the_targets(rooms, splits, scene30k):
+    for row in scene30k:
+        room = rooms[row["scene_id"]]
+        assert row["scene_id"] in scene_ids(splits, "train")
+        response = parse_response(row["cot"])
+        assert response.well_formed
+        assert strip_pointers(response.answer) == row["gold_answer"]
+        assert usable(room, *row["object_ids"]) or row["task"] == "planning"
+        if len(row["object_ids"]) == 1:
+            box = room.by_id(row["object_ids"][0]).box_7.astype(float).copy()
+            box[:3] -= np.asarray(room.floor_centre_3, dtype=float)
+            assert format_box(box.tolist()) in response.answer
+    assert {row["task"] for row in scene30k} == {"grounding", "qa", "situated_qa", "dialogue", "planning"}
+    assert len({row["question_id"] for row in scene30k}) == len(scene30k)
+    assert 15 <= len(scene30k) / len(splits["train"]) <= 24
+
+
+def test_thoughts_are_short_in_three_steps_and_name_the_target(rooms, scene30k):
+    lengths = []
+    for row in scene30k:
+        think = parse_response(row["cot"]).think
+        match = re.fullmatch(r"First, (.+)\. Next, (.+)\. Last, (.+)\.", think)
+        assert match, think
+        lengths.append(len(think.split()))
+        if len(row["object_ids"]) == 1:
+            assert rooms[row["scene_id"]].by_id(row["object_ids"][0]).label in match[3], think
+    assert 28 <= np.median(lengths) <= 45 and np.mean(np.array(lengths) <= 60) > 0.95
+
+
+def test_counts_and_distances_in_thoughts_are_true(rooms, scene30k):
+    numbers = distances = 0
+    for row in scene30k:
+        room, think = rooms[row["scene_id"]], parse_response(row["cot"]).think
+        match = re.match(r"First, the room has (\w+) ([a-z ]+?), ((?:\w+ )?\w+ [^.]*)\. Next", think)
+        if match and match[1] in NUMBERS and NUMBERS[match[1]] > 1:
+            assert len(_counted(room, match[2])) == NUMBERS[match[1]], think
+            numbers += 1
+        match = re.search(r"their distances to (the [a-z ]+?) are ([0-9., and]+) meters", think)
+        if match:
+            anchor = one(room, match[1]).box_7
+            ids = _candidates(room, think)
+            truth = sorted(ground_distance(room.by_id(i).box_7, anchor) for i in ids)
+            said = [float(value) for value in re.findall(r"\d+\.\d", match[2])]
+            assert np.allclose(said, truth, atol=0.051), think
+            distances += 1
+    assert numbers > 50 and distances > 3
+
+
+def _candidates(room, think):
+    """Ids of those whose distances a thought lists: of the First step's name and, where it narrows, of one colour."""
+    narrowed = re.search(r"of them are ([a-z ]+) and", think)
+    noun = re.match(r"First, the room has \w+ ([a-z ]+?),", think)
+    ids = _counted(room, noun[1])
+    return {i for i in ids if not narrowed or (" " + room.by_id(i).color).endswith(" " + narrowed[1])}
+
+
+def test_scene_captions_belong_to_train_rooms(splits, written):
+    captions = read(written[0], "scene_caption.json")
+    assert set(captions) == scene_ids(splits, "train")
+    assert all(entry["captions"] for entry in captions.values())
+
+
+# ---- the whole
+
+
+def test_summary_counts_the_files(splits, written):
+    num_train = len(splits["train"])
+    folder, summary = written
+    for name, count in summary["counts"].items():
+        if name.endswith(".jsonl"):
+            assert len(read(folder, name)) == count
+    assert {path.name for path in folder.iterdir()} == set(summary["counts"])
+    assert summary["counts"]["ScanQA_v1.0_train.json"] >= 10 * num_train
+    assert summary["counts"]["ScanRefer_filtered_train.json"] >= 8 * num_train
+    assert summary["counts"]["v1_balanced_questions_train_scannetv2.json"] >= 8 * num_train
+
+
+def test_same_seed_same_files_other_seed_other_files(splits, written, tmp_path):
+    few = {"train": splits["train"][:3], "val": splits["val"][:2]}
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        write_annotations(tmp_path / name, few, seed)
+    files = sorted(path.name for path in (tmp_path / "a" / "annotations").iterdir())
+    content = {n: [(tmp_path / n / "annotations" / file).read_bytes() for file in files] for n in "abc"}
+    assert content["a"] == content["b"] != content["c"]
+
+
+def test_vertices_are_not_needed_once_the_floor_centre_is_known(splits, tmp_path):
+    from dataclasses import replace
+
+    few = {"train": splits["train"][:2], "val": []}
+    bare = {"train": [replace(room, vertices_V3=np.zeros((0, 3), np.float32)) for room in few["train"]]}
+    write_annotations(tmp_path / "a", few, 1)
+    write_annotations(tmp_path / "b", bare, 1)
+    for path in (tmp_path / "a" / "annotations").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / "annotations" / path.name).read_bytes()
+
+
+def test_bad_input_is_told_in_a_sentence(splits, tmp_path):
+    from dataclasses import replace
+
+    room = splits["train"][0]
+    with pytest.raises(ValueError, match="must all differ"):
+        write_annotations(tmp_path, {"train": [room], "val": [room]}, 0)
+    with pytest.raises(ValueError, match="Unknown split 'test'"):
+        write_annotations(tmp_path, {"test": [room]}, 0)
+    with pytest.raises(ValueError, match="no visible_share"):
+        write_annotations(tmp_path, {"train": [replace(room, visible_share={})]}, 0)
+    with pytest.raises(ValueError, match="no vertices"):
+        RoomFacts(replace(room, vertices_V3=np.zeros((0, 3), np.float32), floor_centre_3=None))
+    assert not (tmp_path / "annotations").exists()
+
+
+def test_words():
+    assert [plural(word) for word in ("bookshelf", "box", "couch", "toy", "office chair", "vanity")] == [
+        "bookshelves",
+        "boxes",
+        "couches",
+        "toys",
+        "office chairs",
+        "vanities",
+    ]
+    assert with_article("office chair") == "an office chair" and counted(1, "bed") == "one bed"
+    assert tokenize("It is red, next to the bed.") == ["it", "is", "red", ",", "next", "to", "the", "bed", "."]

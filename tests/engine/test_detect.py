@@ -1,0 +1,199 @@
+"""Pre-training of the scene encoder: what it writes, exact resume, equality across ranks, bad input."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from threedr1.datasets.scene import Scene, floor_centre, save_scene
+from threedr1.engine import detect
+from threedr1.engine.config import DetectConfig, from_dict, save_config
+from threedr1.engine.tracking import read_metrics
+from threedr1.models.scene_encoder import SceneEncoder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_scene(scene_id: str, seed: int) -> Scene:
+    """A floor with three coloured boxes of three classes."""
+    rng = np.random.default_rng(seed)
+    points, colors, ids = [np.c_[rng.uniform(-2, 2, (900, 2)), np.zeros(900)]], [np.full((900, 3), 120)], [-1] * 900
+    boxes = []
+    for object_id, centre_2 in enumerate(rng.permutation([[-1.2, -1], [1, -1], [1, 1.1], [-1, 1]])[:3]):
+        size_3 = np.array([0.5, 0.7, 0.4 + 0.4 * object_id]) * rng.uniform(0.9, 1.1, 3)
+        low_3 = np.array([*centre_2, 0.0]) - [size_3[0] / 2, size_3[1] / 2, 0]
+        points.append(low_3 + rng.random((300, 3)) * size_3)
+        colors.append(np.full((300, 3), 60 * object_id))
+        ids += [object_id] * 300
+        boxes.append([*(points[-1].min(0) + points[-1].max(0)) / 2, *np.ptp(points[-1], axis=0), 0])
+    points_N3 = np.concatenate(points).astype(np.float32)
+    return Scene(
+        scene_id=scene_id,
+        points_N3=points_N3,
+        colors_N3=np.concatenate(colors).astype(np.uint8),
+        instance_ids_N=np.array(ids, np.int32),
+        nyu40_N=np.zeros(len(points_N3), np.uint8),
+        object_ids_K=np.arange(3, dtype=np.int32),
+        object_labels=["box"] * 3,
+        class_ids_K=np.array([2, 4, 7], np.int32),
+        boxes_K7=np.array(boxes, np.float32),
+        axis_align_44=np.eye(4),
+        origin_3=floor_centre(points_N3),
+    )
+
+
+@pytest.fixture
+def data_root(tmp_path) -> Path:
+    root = tmp_path / "data"
+    for number in range(5):
+        scene_id = f"scene{number:04d}_00"
+        save_scene(make_scene(scene_id, number), root / "prepared" / f"{scene_id}.npz")
+    (root / "scannetv2_train.txt").write_text("scene0000_00\nscene0001_00\nscene0002_00\n")
+    (root / "scannetv2_val.txt").write_text("scene0003_00\nscene0004_00\n")
+    return root
+
+
+def make_config(data_root: Path, run_dir: Path, **run) -> DetectConfig:
+    encoder = {
+        "num_tokens": 32,
+        "radius": 0.4,
+        "num_neighbors": 8,
+        "width": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "num_heads": 2,
+        "num_queries": 12,
+        "dropout": 0.1,
+    }
+    run = {"dir": str(run_dir), "steps": 6, "batch_size": 2, "log_every": 1, "save_every": 3, "device": "cpu"} | run
+    data = {"root": str(data_root), "num_points": 512}
+    return from_dict(
+        DetectConfig, {"run": run, "data": data, "encoder": encoder, "optim": {"lr": 2e-3, "warmup_steps": 2}}
+    )
+
+
+def without_time(run_dir: Path) -> list[dict]:
+    return [
+        {name: value for name, value in row.items() if name != "seconds"}
+        for row in read_metrics(run_dir / "metrics.jsonl")
+    ]
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    weights, others = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, others[name]), name
+
+
+def test_a_killed_and_resumed_run_equals_one_that_was_not(data_root, tmp_path, monkeypatch):
+    whole = make_config(data_root, tmp_path / "whole", eval_every=3)
+    folder = detect.train(whole)
+    assert folder == tmp_path / "whole" / "model"
+    assert SceneEncoder.from_pretrained(tmp_path / "whole").config["width"] == 32
+    scores = json.loads((tmp_path / "whole" / "detection.json").read_text())
+    assert scores["scenes"] == 2 and 0 <= scores["0.25"]["mAP"] <= 1
+    rows = without_time(tmp_path / "whole")
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 5, 5]
+    assert sum("map25" in row for row in rows) == 2
+
+    broken = dataclasses.replace(whole, run=dataclasses.replace(whole.run, dir=str(tmp_path / "broken")))
+    real_step = detect.train_step
+
+    def killed_at_step_4(encoder, criterion, scenes, step, runtime):
+        if step == 4:
+            raise KeyboardInterrupt
+        return real_step(encoder, criterion, scenes, step, runtime)
+
+    monkeypatch.setattr(detect, "train_step", killed_at_step_4)
+    with pytest.raises(KeyboardInterrupt):
+        detect.train(broken)
+    monkeypatch.setattr(detect, "train_step", real_step)
+    with pytest.raises(ValueError, match="--resume"):
+        detect.train(broken)
+    detect.train(broken, resume=True)
+    assert without_time(tmp_path / "broken") == rows
+    last = Path("checkpoints") / "step-000006" / "model"
+    assert_same_weights(tmp_path / "whole" / last, tmp_path / "broken" / last)
+    assert_same_weights(tmp_path / "whole" / "model", tmp_path / "broken" / "model")
+
+
+def test_the_best_encoder_is_kept_and_not_the_last(data_root, tmp_path, monkeypatch):
+    values = iter([0.4, 0.1])
+
+    def scores(encoder, scenes, device):
+        entry = {"mAP": next(values), "AR": 0.0}
+        return {"0.25": entry, "0.5": entry}
+
+    monkeypatch.setattr(detect, "evaluate_encoder", scores)
+    folder = detect.train(make_config(data_root, tmp_path / "run", eval_every=3))
+    assert_same_weights(folder, tmp_path / "run" / "checkpoints" / "step-000003" / "model")
+    assert json.loads((tmp_path / "run" / "detection.json").read_text())["step"] == 3
+
+
+def test_no_steps_write_the_untrained_encoder(data_root, tmp_path):
+    folder = detect.train(make_config(data_root, tmp_path / "run", steps=0))
+    assert SceneEncoder.from_pretrained(folder).config["num_queries"] == 12
+
+
+def test_samples_follow_their_stream_and_not_their_neighbours(data_root, tmp_path):
+    scenes = detect.SceneSamples(make_config(data_root, tmp_path / "run"), "train")
+    streams = [np.random.default_rng(seed) for seed in (1, 2)]
+    points_BN3, features_BNF, targets = scenes.batch([0, 2], streams, augment=True)
+    alone_BN3, alone_BNF, alone = scenes.batch([2], [np.random.default_rng(2)], augment=True)
+    assert points_BN3.shape == (2, 512, 3) and features_BNF.shape == (2, 512, 4)
+    assert torch.equal(points_BN3[1:], alone_BN3) and torch.equal(features_BNF[1:], alone_BNF)
+    assert torch.equal(targets.boxes[1], alone.boxes[0])
+    assert targets.classes[0].tolist() == [2, 4, 7]
+    plain_BN3, _, plain = scenes.batch([2], [np.random.default_rng(2)], augment=False)
+    assert not torch.equal(plain_BN3, alone_BN3)
+    assert plain.boxes[0][:, 2].min() > 0, "boxes stand on the floor of the model frame"
+
+
+def test_missing_data_and_settings_that_do_not_fit_are_explained(data_root, tmp_path):
+    config = make_config(data_root, tmp_path / "run")
+    (data_root / "scannetv2_val.txt").write_text("scene0707_00\n")
+    with pytest.raises(ValueError, match="No scene of split val is prepared"):
+        detect.train(config)
+    with pytest.raises(ValueError, match="micro_batch_size"):
+        detect.train(dataclasses.replace(config, run=dataclasses.replace(config.run, micro_batch_size=1)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_with_the_same_global_batch(data_root, tmp_path):
+    """Two processes of one scene against one process of two: the same gradients up to rounding."""
+    quiet = {"steps": 3, "save_every": 3}
+    alone = make_config(data_root, tmp_path / "alone", batch_size=2, **quiet)
+    pair = make_config(data_root, tmp_path / "pair", batch_size=1, **quiet)
+    alone, pair = (
+        dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, dropout=0.0))
+        for config in (alone, pair)
+    )
+    detect.train(alone)
+    save_config(pair, tmp_path / "pair.yaml")
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport conftest\n"
+        "from threedr1.engine.config import load_config\nfrom threedr1.engine.detect import train\n"
+        "train(load_config('detect', sys.argv[1]))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    subprocess.run(
+        [*command, str(worker), str(tmp_path / "pair.yaml")],
+        check=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    last = Path("checkpoints") / "step-000003" / "model" / "model.safetensors"
+    weights, others = load_file(tmp_path / "alone" / last), load_file(tmp_path / "pair" / last)
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=2e-4, msg=name)
+    losses = [[row["loss"] for row in without_time(tmp_path / name) if "loss" in row] for name in ("alone", "pair")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)

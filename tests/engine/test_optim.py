@@ -1,0 +1,72 @@
+"""Schedule, guarded step, independence of micro-batches."""
+
+import math
+
+import pytest
+import torch
+from threedr1.engine.config import OptimConfig
+from threedr1.engine.optim import Optimizer, learning_rate
+from threedr1.engine.runtime import Runtime
+from torch import nn
+
+CPU = Runtime(torch.device("cpu"))
+
+
+def test_schedule_by_hand():
+    config = OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=4)
+    assert [learning_rate(step, 12, config) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert learning_rate(4, 12, config) == pytest.approx(1.0)
+    assert learning_rate(8, 12, config) == pytest.approx(0.6)
+    assert learning_rate(12, 12, config) == pytest.approx(0.2)
+    constant = OptimConfig(lr=1.0, warmup_steps=0, schedule="constant")
+    assert learning_rate(999, 1000, constant) == 1.0
+    with pytest.raises(ValueError, match="Unknown optim.schedule 'linear'"):
+        learning_rate(1, 2, OptimConfig(schedule="linear", warmup_steps=0))
+
+
+def make(dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3).to(dtype)
+    config = OptimConfig(**{"lr": 0.1, "warmup_steps": 0, "weight_decay": 0.0, **changes})
+    return layer, Optimizer(dict(layer.named_parameters()), config, 10, CPU)
+
+
+def test_summed_micro_batches_equal_one_batch():
+    inputs, results = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)), []
+    for size in (6, 2, 5):
+        layer, optimizer = make()
+        for part in inputs.split(size):
+            layer(part).square().sum().backward()
+        optimizer.step(0, divisor=6)
+        results.append(layer.weight.detach().clone())
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
+
+
+def test_a_non_finite_gradient_changes_nothing_and_is_counted_then_aborts():
+    layer, optimizer = make(max_skipped_steps=2)
+    before = layer.weight.detach().clone()
+    for step in range(3):
+        (layer.weight.sum() * math.inf).backward()
+        if step < 2:
+            assert optimizer.step(step)["skipped_steps"] == step + 1
+        else:
+            with pytest.raises(RuntimeError, match="3 steps in a row"):
+                optimizer.step(step)
+    assert torch.equal(layer.weight, before)
+
+
+def test_low_precision_parameters_keep_small_updates_in_their_masters():
+    layer, optimizer = make(torch.bfloat16, lr=1e-5)
+    before = layer.weight.detach().clone()
+    for step in range(100):
+        layer.weight.sum().backward()
+        optimizer.step(step)
+    # each step is below bfloat16's resolution, their sum is not
+    assert not torch.equal(layer.weight, before)
+    torch.testing.assert_close(optimizer.masters[0].bfloat16(), layer.weight.detach())
+
+
+def test_nothing_to_train_is_an_error():
+    with pytest.raises(ValueError, match="Nothing to train"):
+        Optimizer({}, OptimConfig(), 1, CPU)

@@ -1,0 +1,225 @@
+"""SFT, GRPO and evaluation on generated rooms with tiny models: the loops run, learn, resume exactly, and refuse."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from threedr1.engine import evaluate, grpo, sft
+from threedr1.engine.checkpoint import latest_checkpoint, list_checkpoints
+from threedr1.engine.config import load_config
+from threedr1.engine.tracking import read_metrics
+from threedr1.models.scene_vlm import SceneVLM
+from threedr1.utils.predictions import read_predictions
+
+ENCODER = (
+    "num_tokens=32 num_neighbors=8 radius=0.4 width=16 encoder_layers=1 decoder_layers=1 num_heads=2 num_queries=12"
+)
+
+
+def sft_config(root, run_dir, *more):
+    return load_config(
+        "sft",
+        None,
+        [
+            f"run.dir={run_dir}",
+            "run.steps=4",
+            "run.batch_size=4",
+            "run.save_every=2",
+            "run.log_every=1",
+            f"data.root={root}",
+            "data.num_points=512",
+            "data.datasets=scene30k,scan2cap,scanqa",
+            f"model.language.model={root}/tiny",
+            "model.language.dtype=float32",
+            "model.language.train=full",
+            "model.language.num_proposals=8",
+            "model.language.num_layout_tokens=2",
+            *[f"model.encoder.{setting}" for setting in ENCODER.split()],
+            "model.views.source=rendered",
+            "model.views.num_candidates=3",
+            "model.views.num_views=1",
+            "model.views.image_size=56",
+            "model.views.encoder=all-MiniLM-L6-v2",
+            "model.views.w_image=1.0",
+            "model.views.w_clip=0.0",
+            "optim.lr=3e-3",
+            "optim.warmup_steps=0",
+            *more,
+        ],
+    )
+
+
+def grpo_config(root, init, run_dir, *more):
+    return load_config(
+        "grpo",
+        None,
+        [
+            f"init={init}",
+            f"run.dir={run_dir}",
+            "run.steps=2",
+            "run.batch_size=2",
+            "run.save_every=1",
+            "run.log_every=1",
+            f"data.root={root}",
+            "data.num_points=512",
+            "optim.lr=1e-2",
+            "reward.semantic_encoder=all-MiniLM-L6-v2",
+            "rollout.group_size=3",
+            "rollout.max_new_tokens=12",
+            "lora_rank=4",
+            "lora_alpha=8",
+            *more,
+        ],
+    )
+
+
+def weights(checkpoint):
+    return {
+        str(path.relative_to(checkpoint)): load_file(path)
+        for path in sorted((checkpoint / "model").rglob("*.safetensors"))
+    }
+
+
+def assert_same_weights(first, second):
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys() and ours
+    for name, tensors in ours.items():
+        for key, value in tensors.items():
+            assert torch.equal(value, theirs[name][key]), f"{name}: {key}"
+
+
+@pytest.fixture(scope="module")
+def sft_run(rooms_root, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "sft"
+    sft.train(sft_config(rooms_root, run_dir))
+    return run_dir
+
+
+def test_sft_writes_checkpoints_metrics_and_a_falling_loss(sft_run):
+    rows = read_metrics(sft_run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert [path.name for path in list_checkpoints(sft_run)] == ["step-000002", "step-000004"]
+
+
+def test_sft_killed_and_resumed_equals_uninterrupted(sft_run, rooms_root, tmp_path):
+    shutil.copytree(sft_run / "checkpoints" / "step-000002", tmp_path / "checkpoints" / "step-000002")
+    (tmp_path / "checkpoints" / "partial-000003").mkdir()  # what a kill leaves in the middle of writing
+    sft.train(sft_config(rooms_root, tmp_path), resume=True)
+    assert_same_weights(tmp_path / "checkpoints" / "step-000004", sft_run / "checkpoints" / "step-000004")
+
+
+def test_micro_batches_do_not_change_sft(sft_run, rooms_root, tmp_path):
+    sft.train(sft_config(rooms_root, tmp_path, "run.micro_batch_size=1", "run.steps=1"))
+    first, other = read_metrics(sft_run / "metrics.jsonl")[0], read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert other["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert other["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3)
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_under_another_configuration(sft_run, rooms_root):
+    with pytest.raises(ValueError, match="already holds checkpoints"):
+        sft.train(sft_config(rooms_root, sft_run))
+    with pytest.raises(ValueError, match=r"another configuration \(optim.lr: 0.003 -> 0.5"):
+        sft.train(sft_config(rooms_root, sft_run, "optim.lr=0.5"), resume=True)
+
+
+def test_training_the_scene_encoder_moves_it(rooms_root, tmp_path):
+    frozen = sft.train(sft_config(rooms_root, tmp_path / "a", "run.steps=0"))
+    trained = sft.train(sft_config(rooms_root, tmp_path / "b", "run.steps=1", "model.train_scene_encoder=true"))
+    name = "model/scene_encoder/model.safetensors"
+    before, after = load_file(frozen / name), load_file(trained / name)
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_saved_model_answers_as_the_one_in_memory(sft_run, rooms_root):
+    folder = latest_checkpoint(sft_run) / "model"
+    first, second = SceneVLM.from_pretrained(folder), SceneVLM.from_pretrained(folder)
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key])
+    assert not first.language.has_adapter and first.full_language_model
+
+
+def test_a_base_model_of_another_size_is_refused(sft_run, tiny_qwen, tmp_path):
+    from threedr1.models.tiny import TinySize, build_tiny
+
+    other = build_tiny(tmp_path, ["two words"], size=TinySize(vocab_size=300, width=32, layers=1, heads=2, kv_heads=1))
+    with pytest.raises(ValueError, match="was trained on a language model of width 64 with 2 blocks"):
+        SceneVLM.from_pretrained(latest_checkpoint(sft_run) / "model", language_model=str(other))
+
+
+@pytest.fixture(scope="module")
+def grpo_run(sft_run, rooms_root, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "grpo"
+    grpo.train(grpo_config(rooms_root, sft_run, run_dir))
+    return run_dir
+
+
+def test_grpo_moves_only_the_policy_adapter(grpo_run, sft_run):
+    after, before = weights(latest_checkpoint(grpo_run)), weights(latest_checkpoint(sft_run))
+    for name, tensors in before.items():
+        assert all(torch.equal(value, after[name][key]) for key, value in tensors.items()), name
+    adapter = after["model/adapter/policy/adapter_model.safetensors"]
+    assert not any("ref" in key for key in adapter)
+
+
+def test_grpo_logs_rewards_kl_and_an_agreeing_rollout(grpo_run):
+    rows = read_metrics(grpo_run / "metrics.jsonl")
+    assert len(rows) == 2
+    for row in rows:
+        assert {"reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "length/mean"} <= row.keys()
+        assert row["sampling_gap"] < 1e-4
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    completions = (grpo_run / "completions.jsonl").read_text().splitlines()
+    assert (
+        len(completions) == 2 * 2 * 3 and {"step", "sample_id", "text", "rewards"} == json.loads(completions[0]).keys()
+    )
+
+
+def test_grpo_killed_and_resumed_equals_uninterrupted(grpo_run, sft_run, rooms_root, tmp_path):
+    shutil.copytree(grpo_run / "checkpoints" / "step-000001", tmp_path / "checkpoints" / "step-000001")
+    grpo.train(grpo_config(rooms_root, sft_run, tmp_path), resume=True)
+    assert_same_weights(latest_checkpoint(tmp_path), latest_checkpoint(grpo_run))
+
+
+def constant_reward(completions, **columns):
+    return [1.0] * len(completions)
+
+
+def test_a_constant_reward_moves_nothing(sft_run, rooms_root, tmp_path):
+    more = [f"reward.names=[{__file__}:constant_reward]", "reward.weights=[1.0]", "loss.beta=0.0", "run.steps=1"]
+    grpo.train(grpo_config(rooms_root, sft_run, tmp_path, *more))
+    adapter = weights(latest_checkpoint(tmp_path))["model/adapter/policy/adapter_model.safetensors"]
+    assert all(not value.any() for key, value in adapter.items() if "lora_B" in key)
+
+
+def test_evaluation_of_a_model_and_of_the_most_frequent_answers(grpo_run, rooms_root, tmp_path):
+    for answers in ("model", "most-frequent"):
+        config = load_config(
+            "eval",
+            None,
+            [
+                f"model={grpo_run}",
+                f"answers={answers}",
+                f"run.dir={tmp_path / answers}",
+                f"data.root={rooms_root}",
+                "data.num_points=512",
+                "data.max_samples=3",
+                "data.datasets=scan2cap,scanrefer,planning",
+                "dense_caption_proposals=2",
+                "max_new_tokens=8",
+            ],
+        )
+        evaluate.evaluate(config)
+        results = json.loads((tmp_path / answers / "results.json").read_text())["results"]
+        assert set(results) == {"scan2cap", "scanrefer", "planning"}
+        assert results["scanrefer"]["questions"] == 3 and "Acc@0.25" in results["scanrefer"]["metrics"]
+        predictions = read_predictions(tmp_path / answers / "predictions.jsonl")
+        asked = [entry for entry in predictions if entry.task == "grounding"]
+        assert all(entry.target_boxes for entry in asked)
+        if answers == "model":
+            assert all((tmp_path / answers / view).exists() for entry in asked for view in entry.views)
+            assert all(len(entry.views) == 1 for entry in asked)
+        else:
+            assert all(entry.boxes for entry in asked)

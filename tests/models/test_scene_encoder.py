@@ -1,0 +1,315 @@
+"""The scene encoder, its matcher, criterion, proposals, inputs and files, against hand-computed values."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from threedr1.datasets.scene import Scene
+from threedr1.models.scene_encoder import (
+    DetectionTargets,
+    LayerPrediction,
+    LossWeights,
+    SceneEncoder,
+    SceneEncoding,
+    SetCriterion,
+    feature_dim,
+    point_features,
+    select_proposals,
+)
+from threedr1.models.scene_encoder.criterion import box_losses, owner_centres
+from threedr1.models.scene_encoder.inputs import estimate_normals
+from threedr1.models.scene_encoder.layers import Attention, EncoderLayer
+from threedr1.models.scene_encoder.matcher import assign, match_cost
+
+TINY = {
+    "num_tokens": 32,
+    "radius": 0.4,
+    "num_neighbors": 8,
+    "width": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "num_heads": 2,
+    "num_queries": 12,
+    "dropout": 0.0,
+}
+
+
+def tiny_encoder(**changes) -> SceneEncoder:
+    torch.manual_seed(0)
+    return SceneEncoder(**({"feature_dim": 4} | TINY | changes))
+
+
+def random_batch(num_scenes: int = 2, num_points: int = 256) -> tuple[torch.Tensor, torch.Tensor, DetectionTargets]:
+    generator = torch.Generator().manual_seed(1)
+    points_BN3 = torch.rand(num_scenes, num_points, 3, generator=generator) * torch.tensor([4.0, 3.0, 2.0])
+    boxes = torch.tensor([[1.0, 1.0, 0.5, 1.0, 0.8, 1.0, 0.0], [3.0, 2.0, 1.0, 0.5, 1.5, 2.0, 0.0]])
+    targets = DetectionTargets([boxes] * num_scenes, [torch.tensor([2, 7])] * num_scenes)
+    return points_BN3, torch.rand(num_scenes, num_points, 4, generator=generator), targets
+
+
+def encoding_of(boxes_Q7: torch.Tensor, logits_QC1: torch.Tensor) -> SceneEncoding:
+    num_queries = len(boxes_Q7)
+    return SceneEncoding(
+        token_xyz_BM3=torch.zeros(1, 4, 3),
+        tokens_BMD=torch.zeros(1, 4, 5),
+        query_features_BQD=torch.arange(1, num_queries * 5 + 1.0).view(1, num_queries, 5).requires_grad_(),
+        final=LayerPrediction(logits_QC1[None], boxes_Q7[None]),
+    )
+
+
+@pytest.mark.parametrize("predict_heading", [False, True])
+def test_every_parameter_gets_a_gradient(predict_heading):
+    encoder = tiny_encoder(predict_heading=predict_heading)
+    points_BN3, features_BNF, targets = random_batch()
+    encoding = encoder(points_BN3, features_BNF)
+    assert encoding.token_xyz_BM3.shape == (2, 32, 3)
+    assert encoding.tokens_BMD.shape == (2, 32, 32)
+    assert encoding.query_features_BQD.shape == (2, 12, 32)
+    assert encoding.boxes_BQ7.shape == (2, 12, 7)
+    assert encoding.class_logits_BQC1.shape == (2, 12, 19)
+    assert len(encoding.intermediate) == 1
+    assert (encoding.boxes_BQ7[..., 3:6] > 0).all()
+    assert bool((encoding.boxes_BQ7[..., 6] != 0).any()) == predict_heading
+    loss, parts = SetCriterion(18)(encoding, targets)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert ("heading" in parts) == predict_heading
+    silent = [
+        name
+        for name, parameter in encoder.named_parameters()
+        if parameter.grad is None or (not name.endswith("key.bias") and not parameter.grad.any())
+    ]  # a key's bias shifts all scores of a row alike, so its gradient is zero by nature
+    assert not silent
+
+
+def test_objectness_is_one_minus_no_object():
+    logits_QC1 = torch.zeros(1, 19)
+    logits_QC1[0, 18] = math.log(18.0)  # no object weighs as much as the 18 classes together
+    encoding = encoding_of(torch.ones(1, 7), logits_QC1)
+    assert encoding.objectness_BQ.item() == pytest.approx(0.5)
+
+
+def test_encoding_does_not_depend_on_the_other_scenes_of_a_batch():
+    encoder = tiny_encoder().eval()
+    points_BN3, features_BNF, _ = random_batch(3)
+    together = encoder(points_BN3, features_BNF)
+    alone = encoder(points_BN3[1:2], features_BNF[1:2])
+    torch.testing.assert_close(together.boxes_BQ7[1:2], alone.boxes_BQ7, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.tokens_BMD[1:2], alone.tokens_BMD, rtol=1e-4, atol=1e-5)
+
+
+def test_encoder_attention_stops_at_the_radius():
+    torch.manual_seed(0)
+    layer = EncoderLayer(8, 2, 0.0, radius=1.0)
+    tokens_BMD, position_BMD = torch.rand(1, 3, 8), torch.zeros(1, 3, 8)
+    xyz_BM3 = torch.tensor([[[0.0, 0, 0], [0.9, 0, 0], [5.0, 0, 0]]])
+    before = layer(tokens_BMD, position_BMD, torch.cdist(xyz_BM3, xyz_BM3))
+    tokens_BMD = tokens_BMD.clone()
+    tokens_BMD[0, 2] += 1.0
+    after = layer(tokens_BMD, position_BMD, torch.cdist(xyz_BM3, xyz_BM3))
+    assert torch.equal(before[0, :2], after[0, :2])
+    assert not torch.equal(before[0, 2], after[0, 2])
+
+
+def test_wrong_sizes_are_explained():
+    encoder = tiny_encoder()
+    with pytest.raises(ValueError, match="takes 4 channels.*got 3"):
+        encoder(torch.rand(1, 64, 3), torch.rand(1, 64, 3))
+    with pytest.raises(ValueError, match="empty"):
+        encoder(torch.rand(1, 0, 3), torch.rand(1, 0, 4))
+    with pytest.raises(ValueError, match="num_queries 40 is more than num_tokens 32"):
+        tiny_encoder(num_queries=40)
+    with pytest.raises(ValueError, match="not a multiple"):
+        Attention(10, 3, 0.0)
+
+
+def test_match_cost_and_assignment_by_hand():
+    boxes_Q7 = torch.tensor([[0.0, 0, 0, 1, 1, 1, 0], [2.0, 0, 0, 1, 1, 1, 0], [9.0, 0, 0, 1, 1, 1, 0]])
+    target_K7 = torch.tensor([[2.0, 0, 0, 1, 1, 1, 0], [0.5, 0, 0, 1, 1, 1, 0]])
+    logits_QC1 = torch.zeros(3, 4)  # every probability is 1/4
+    cost_QK = match_cost(logits_QC1, boxes_Q7, target_K7, torch.tensor([0, 2]))
+    # query 0, object 1: centre 0.5 m, IoU 0.5 / 1.5, no gap in the enclosing box
+    assert cost_QK[0, 1].item() == pytest.approx(0.5 - 0.25 - 2 / 3)
+    # query 1, object 0: the same box
+    assert cost_QK[1, 0].item() == pytest.approx(0.0 - 0.25 - 2.0)
+    # query 0, object 0: 2 m apart, IoU 0, the enclosing box of 3 m is a third empty
+    assert cost_QK[0, 0].item() == pytest.approx(2.0 - 0.25 + 2 / 3)
+    query_R, object_R = assign(cost_QK)
+    assert list(zip(query_R.tolist(), object_R.tolist(), strict=True)) == [(0, 1), (1, 0)]
+    with pytest.raises(FloatingPointError, match="diverged"):
+        assign(torch.full((1, 1), float("nan")))
+    assert assign(torch.zeros(3, 0))[0].numel() == 0
+
+
+def test_box_losses_by_hand():
+    predicted_R7 = torch.tensor([[0.0, 0, 0, 2, 1, 1, 0], [5.0, 5, 5, 1, 1, 1, 0]])
+    truth_R7 = torch.tensor([[0.5, 0, 0, 1, 1, 1, 0], [5.0, 5, 5, 1, 1, 1, math.pi / 4]])
+    losses = box_losses(predicted_R7, truth_R7, torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    assert losses["centre"].item() == pytest.approx(0.25)
+    assert losses["size"].item() == pytest.approx(math.log(2) / 2)
+    assert losses["giou"].item() == pytest.approx((0.5 + 0.0) / 2)  # IoU 1 / 2 inside its own enclosing box
+    assert losses["heading"].item() == pytest.approx(2.0 / 2)  # (cos, sin) of 90 degrees against (1, 0)
+
+
+def test_classification_loss_by_hand_and_without_objects():
+    boxes_Q7 = torch.tensor([[0.0, 0, 0, 1, 1, 1, 0], [9.0, 0, 0, 1, 1, 1, 0]])
+    logits_QC1 = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    criterion = SetCriterion(2, LossWeights(no_object=0.1))
+    prediction = LayerPrediction(logits_QC1[None], boxes_Q7[None])
+    losses = criterion.layer_losses(prediction, DetectionTargets([boxes_Q7[:1]], [torch.tensor([0])]))
+    first, second = math.log(math.e**2 + 2) - 2, math.log(2 + math.e) - 1
+    assert losses["classification"].item() == pytest.approx((first + 0.1 * second) / 1.1, rel=1e-5)
+    empty = DetectionTargets([torch.zeros(0, 7)], [torch.zeros(0, dtype=torch.int64)])
+    losses = criterion.layer_losses(prediction, empty)
+    assert losses["centre"].item() == 0.0 and losses["giou"].item() == 0.0
+    background = math.log(math.e**2 + 2)
+    assert losses["classification"].item() == pytest.approx(0.1 * (background + second) / 1.0, rel=1e-5)
+
+
+def test_points_belong_to_the_smallest_box_around_them():
+    boxes_K7 = torch.tensor([[0.0, 0, 0, 4, 4, 4, 0], [1.0, 0, 0, 1, 1, 1, 0], [10.0, 0, 0, 4, 1, 1, math.pi / 2]])
+    points_P3 = torch.tensor([[1.2, 0.0, 0.0], [-1.0, 0, 0], [7.0, 0, 0], [10.0, 1.8, 0.0], [11.8, 0.0, 0.0]])
+    centres_P3, inside_P = owner_centres(points_P3, boxes_K7)
+    assert inside_P.tolist() == [True, True, False, True, False]
+    assert centres_P3[:2, 0].tolist() == [1.0, 0.0]
+    assert centres_P3[3, 0].item() == 10.0
+    assert not owner_centres(points_P3, torch.zeros(0, 7))[1].any()
+
+
+def test_proposals_are_suppressed_ordered_and_padded():
+    boxes_Q7 = torch.tensor(
+        [
+            [0.0, 0, 0, 1, 1, 1, 0],  # chair, second best
+            [0.1, 0, 0, 1, 1, 1, 0],  # chair, suppressed by query 0
+            [0.1, 0, 0, 1, 1, 1, 0],  # table at the same place: another class stays
+            [5.0, 0, 0, 1, 1, 1, 0],  # best
+            [8.0, 0, 0, 1, 1, 1, 0],  # background
+        ]
+    )
+    logits_QC1 = torch.tensor([[4.0, 0, 1], [3.0, 0, 1], [0, 3.0, 1], [6.0, 0, 1], [0, 0, 6.0]])
+    encoding = encoding_of(boxes_Q7, logits_QC1)
+    chosen = select_proposals(encoding, 6, min_objectness=0.1)
+    assert chosen.query_BK[0].tolist() == [3, 0, 2, 0, 0, 0]
+    assert chosen.valid_BK[0].tolist() == [True, True, True, False, False, False]
+    assert chosen.classes_BK[0].tolist() == [0, 0, 1, 0, 0, 0]
+    assert torch.equal(chosen.boxes_BK7[0, :3], boxes_Q7[[3, 0, 2]])
+    assert not chosen.boxes_BK7[0, 3:].any() and not chosen.features_BKD[0, 3:].any()
+    torch.testing.assert_close(chosen.class_probs_BKC.sum(-1), chosen.objectness_BK)
+    chosen.features_BKD.sum().backward()
+    assert encoding.query_features_BQD.grad is not None
+    assert encoding.query_features_BQD.grad[0].any(-1).tolist() == [True, False, True, True, False]
+    assert select_proposals(encoding, 2).query_BK[0].tolist() == [3, 0], "the best come first"
+    assert select_proposals(encoding, 6).query_BK[0, :4].tolist() == [3, 0, 2, 4]
+    with pytest.raises(ValueError, match="at least 1"):
+        select_proposals(encoding, 0)
+
+
+def test_saved_encoder_is_the_same(tmp_path):
+    encoder = tiny_encoder().eval()
+    encoder.save_pretrained(tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    points_BN3, features_BNF, _ = random_batch()
+    for folder in (tmp_path / "model", tmp_path):  # also by the folder of a run
+        loaded = SceneEncoder.from_pretrained(folder).eval()
+        assert torch.equal(loaded(points_BN3, features_BNF).boxes_BQ7, encoder(points_BN3, features_BNF).boxes_BQ7)
+
+
+def test_checkpoints_that_do_not_fit_are_explained(tmp_path):
+    tiny_encoder().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another model size.*16.*32"):
+        tiny_encoder(width=64).load_weights(tmp_path)
+    with pytest.raises(ValueError, match="lacks decoder.2"):
+        tiny_encoder(decoder_layers=3).load_weights(tmp_path)
+    with pytest.raises(ValueError, match="holds decoder.1"):
+        tiny_encoder(decoder_layers=1).load_weights(tmp_path)
+    with pytest.raises(ValueError, match="no scene encoder at"):
+        SceneEncoder.from_pretrained(tmp_path / "elsewhere")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="truncated"):
+        SceneEncoder.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 3}))
+    with pytest.raises(ValueError, match="hidden_size"):
+        SceneEncoder.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def scene() -> Scene:
+    rng = np.random.default_rng(0)
+    points_N3 = rng.uniform([10, 20, 1], [14, 23, 3], (500, 3)).astype(np.float32)
+    return Scene(
+        scene_id="scene0000_00",
+        points_N3=points_N3,
+        colors_N3=rng.integers(0, 256, (500, 3)).astype(np.uint8),
+        instance_ids_N=np.full(500, -1, np.int32),
+        nyu40_N=np.zeros(500, np.uint8),
+        object_ids_K=np.zeros(0, np.int32),
+        object_labels=[],
+        class_ids_K=np.zeros(0, np.int32),
+        boxes_K7=np.zeros((0, 7), np.float32),
+        axis_align_44=np.eye(4),
+        origin_3=np.array([12, 21.5, 1], np.float32),
+    )
+
+
+def test_point_features_are_seeded_and_in_the_model_frame(scene):
+    first = point_features(scene, 100, np.random.default_rng(3))
+    again = point_features(scene, 100, np.random.default_rng(3))
+    other = point_features(scene, 100, np.random.default_rng(4))
+    assert np.array_equal(first.points_N3, again.points_N3) and not np.array_equal(first.points_N3, other.points_N3)
+    assert first.points_N3.dtype == first.features_NF.dtype == np.float32
+    assert first.features_NF.shape == (100, feature_dim()) == (100, 4)
+    assert np.abs(first.points_N3).max() <= 2.0 and len(np.unique(first.points_N3, axis=0)) == 100
+    assert first.features_NF[:, :3].min() >= 0 and first.features_NF[:, :3].max() <= 1
+    assert np.array_equal(first.features_NF[:, 3], first.points_N3[:, 2])
+    bare = point_features(scene, 10, np.random.default_rng(3), use_color=False, use_height=False)
+    assert bare.features_NF.shape == (10, 0)
+
+
+def test_small_clouds_repeat_points_and_bad_ones_are_refused(scene):
+    sampled = point_features(scene, 800, np.random.default_rng(3))
+    assert len(np.unique(sampled.points_N3, axis=0)) == 500, "every point is there"
+    scene.points_N3[7, 1] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        point_features(scene, 800, np.random.default_rng(3))
+    scene.points_N3 = scene.points_N3[:0]
+    with pytest.raises(ValueError, match="no points"):
+        point_features(scene, 10, np.random.default_rng(3))
+
+
+def test_normals_face_the_middle_of_the_cloud():
+    rng = np.random.default_rng(0)
+    floor_N3 = np.c_[rng.uniform(-1, 1, (300, 2)), np.zeros(300)]
+    wall_N3 = np.c_[np.full(300, 3.0), rng.uniform(-1, 1, 300), rng.uniform(1, 2, 300)]
+    normals_N3 = estimate_normals(np.concatenate([floor_N3, wall_N3]).astype(np.float32))
+    np.testing.assert_allclose(normals_N3[:300], np.tile([0, 0, 1], (300, 1)), atol=1e-3)
+    np.testing.assert_allclose(normals_N3[300:], np.tile([-1, 0, 0], (300, 1)), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_tiny_encoder_learns_three_boxes():
+    """300 steps on one scene: every object is found with IoU > 0.5 and the right class."""
+    rng = np.random.default_rng(0)
+    boxes_K7 = np.array(
+        [[-1.0, -0.8, 0.4, 0.8, 0.8, 0.8, 0], [1.0, 0.6, 0.6, 1.0, 0.6, 1.2, 0], [0.2, -1.0, 0.3, 0.6, 0.5, 0.6, 0]]
+    )
+    objects = [rng.uniform(-0.5, 0.5, (300, 3)) * box_7[3:6] + box_7[:3] for box_7 in boxes_K7]
+    floor_N3 = np.c_[rng.uniform(-2, 2, (600, 2)), np.zeros(600)]
+    points_BN3 = torch.from_numpy(np.concatenate([*objects, floor_N3]).astype(np.float32))[None]
+    features_BNF = points_BN3[..., 2:]
+    targets = DetectionTargets([torch.from_numpy(boxes_K7.astype(np.float32))], [torch.tensor([4, 1, 9])])
+    encoder = tiny_encoder(feature_dim=1, num_tokens=64)
+    criterion, adam = SetCriterion(18), torch.optim.Adam(encoder.parameters(), 3e-3)
+    for _ in range(300):
+        adam.zero_grad()
+        criterion(encoder(points_BN3, features_BNF), targets)[0].backward()
+        adam.step()
+    from threedr1.utils.boxes import box3d_iou
+
+    found = select_proposals(encoder.eval()(points_BN3, features_BNF), 3)
+    iou_KK = box3d_iou(found.boxes_BK7[0].detach(), targets.boxes[0])
+    best_K = iou_KK.argmax(0)
+    assert (iou_KK.amax(0) > 0.5).all()
+    assert found.classes_BK[0, best_K].tolist() == [4, 1, 9]

@@ -1,0 +1,396 @@
+"""The shell entry points: what they run really parses, and set-up and quickstart skip, resume and redo as they say."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import threedr1
+from threedr1 import main as cli
+from threedr1.engine.config import CONFIGS, load_config
+
+ROOT = Path(threedr1.__file__).resolve().parent
+SCRIPTS = sorted((ROOT / "script").glob("*.sh"))
+RECIPES = sorted((ROOT / "script" / "recipes").glob("*.yaml"))
+ENTRY_POINTS = (
+    "pretrain.detector.sh",
+    "train.generalist.sh",
+    "train.rl.sh",
+    "infer.sh",
+    "synthesize_scene30K.sh",
+    "visualize.sh",
+)
+OVERRIDES = ["PYTHON", "CONFIG", "NGPU", "MODEL", "ENCODER", "DATA", "RUN", "OUT"]
+
+# Stands in for the interpreter: notes what main.py is asked to do and leaves the results that a stage would.
+RECORDER = f"""#!{sys.executable}
+import json, os, pathlib, sys
+arguments = sys.argv[1:]
+if "main.py" not in arguments:
+    os.execv({sys.executable!r}, [{sys.executable!r}, *arguments])
+with open(os.environ["RECORD"], "a") as record:
+    record.write(json.dumps(arguments) + "\\n")
+command = arguments[arguments.index("main.py") + 1 :]
+for name, value in zip(command, command[1:]):
+    if name == "--out":
+        pathlib.Path(value).mkdir(parents=True, exist_ok=True)
+        pathlib.Path(value, "rooms.json").touch()
+    if name == "--html":
+        pathlib.Path(value).touch()
+    if name == "--root":
+        pathlib.Path(value, "prepared").mkdir(parents=True, exist_ok=True)
+for value in command:
+    if value.startswith("run.dir="):
+        folder = pathlib.Path(value.partition("=")[2])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "begun").touch()
+sys.exit(3 if command[0] == os.environ.get("FAIL_AT") else 0)
+"""
+
+
+class Shell:
+    """Runs the scripts of one checkout with an interpreter that only records."""
+
+    def __init__(self, root: Path, folder: Path):
+        self.root = root
+        self.record = folder / "record.jsonl"
+        self.python = folder / "recorder"
+        self.python.write_text(RECORDER)
+        self.python.chmod(0o755)
+
+    def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in OVERRIDES and not name.startswith("THREEDR1_")
+        }
+        environment |= {"THREEDR1_PYTHON": str(self.python), "RECORD": str(self.record)} | variables
+        self.record.unlink(missing_ok=True)
+        return subprocess.run(
+            ["bash", str(self.root / "script" / script), *arguments],
+            env=environment,
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def commands(self) -> list[list[str]]:
+        """What main.py was asked to do in the last run, without the launcher."""
+        if not self.record.exists():
+            return []
+        rows = [json.loads(line) for line in self.record.read_text().splitlines()]
+        return [row[row.index("main.py") + 1 :] for row in rows]
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    """A checkout that holds only the scripts."""
+    shutil.copytree(ROOT / "script", tmp_path / "checkout" / "script")
+    return Shell(tmp_path / "checkout", tmp_path)
+
+
+def check_command(command: list[str]) -> None:
+    """The command line parses, and its recipe and overrides make a configuration."""
+    args = cli.build_parser().parse_args(command)
+    if args.command in CONFIGS:
+        load_config(args.command, ROOT / args.config, args.set)
+
+
+# Recipes and flags ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_parses(script: Path):
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_recipes_exist_for_every_loop():
+    names = {path.name for path in RECIPES}
+    assert {f"{size}{kind}.yaml" for size in ("", "tiny.") for kind in CONFIGS} <= names
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipe_loads(recipe: Path):
+    # A name without a command, as model.7b.yaml, is a part that SFT recipes build on.
+    kinds = [part for part in recipe.name.split(".") if part in CONFIGS] or ["sft"]
+    load_config(kinds[0], recipe)
+
+
+@pytest.mark.parametrize("script", ENTRY_POINTS)
+def test_entry_point_runs_what_exists(script: str, shell: Shell):
+    done = shell.run(script)
+    assert done.returncode == 0, done.stderr
+    assert len(shell.commands()) == 1
+    check_command(shell.commands()[0])
+
+
+@pytest.mark.parametrize("script", ENTRY_POINTS)
+def test_entry_point_takes_its_overrides(script: str, shell: Shell):
+    kind = {"pretrain.detector.sh": "detect", "train.generalist.sh": "sft", "train.rl.sh": "grpo", "infer.sh": "eval"}
+    variables = {"MODEL": "some/model", "ENCODER": "some/encoder", "DATA": "some/data", "RUN": "some/run"}
+    if script in kind:
+        variables["CONFIG"] = f"script/recipes/tiny.{kind[script]}.yaml"
+    done = shell.run(script, **variables)
+    assert done.returncode == 0, done.stderr
+    (command,) = shell.commands()
+    check_command(command)
+    usage = shell.run(script, "--help").stdout
+    for name, value in variables.items():
+        if f"\n  {name}=" in usage:
+            assert any(value in word for word in command), f"{script} ignores {name}"
+
+
+@pytest.mark.parametrize("script", ["pretrain.detector.sh", "train.generalist.sh", "train.rl.sh", "infer.sh"])
+def test_unknown_arguments_reach_main(script: str, shell: Shell):
+    assert shell.run(script, "--dry-run", "--set", "run.seed=5").returncode == 0
+    (command,) = shell.commands()
+    args = cli.build_parser().parse_args(command)
+    assert args.dry_run and "run.seed=5" in args.set
+
+
+def test_several_gpus_start_torchrun(shell: Shell):
+    assert shell.run("train.rl.sh", NGPU="4").returncode == 0
+    (row,) = [json.loads(line) for line in shell.record.read_text().splitlines()]
+    assert row[:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    check_command(shell.commands()[0])
+
+
+@pytest.mark.parametrize("script", [*ENTRY_POINTS, "quickstart.sh", "test.sh", "typecheck.sh"])
+def test_help_prints_the_usage_and_runs_nothing(script: str, shell: Shell):
+    done = shell.run(script, "--help", THREEDR1_PYTHON="/nonexistent")
+    assert done.returncode == 0 and f"bash script/{script}" in done.stdout
+    assert "#" not in done.stdout and "source " not in done.stdout
+    assert not shell.commands()
+
+
+def test_infer_help_names_recipes_that_exist():
+    for script in SCRIPTS:
+        for word in script.read_text(encoding="utf-8").replace("*", "").replace('"', " ").split():
+            name = word.partition("=")[2] or word
+            if name.startswith("script/recipes/") and name.endswith(".yaml"):
+                assert (ROOT / name).is_file() or "tiny.." in name, f"{script.name} names {name}"
+
+
+# quickstart -----------------------------------------------------------------------------------------------------
+
+
+def names(commands: list[list[str]]) -> list[str]:
+    return [command[0] for command in commands]
+
+
+STAGES = ["rooms", "prepare", "tiny", "detect", "sft", "sft", "grpo", "eval", "eval", "eval", "eval", "view"]
+
+
+def test_quickstart_runs_every_stage_once(shell: Shell):
+    done = shell.run("quickstart.sh")
+    assert done.returncode == 0, done.stderr
+    assert names(shell.commands()) == STAGES
+    for command in shell.commands():
+        check_command(command)
+    assert f"== {len(STAGES)}/{len(STAGES)} report" in done.stdout
+    assert shell.run("quickstart.sh").returncode == 0
+    assert shell.commands() == []
+
+
+def test_quickstart_goes_on_after_a_failure(shell: Shell):
+    done = shell.run("quickstart.sh", FAIL_AT="grpo")
+    assert done.returncode == 1 and "stage grpo failed" in done.stderr
+    assert names(shell.commands()) == STAGES[:7]
+    assert shell.run("quickstart.sh").returncode == 0
+    assert names(shell.commands()) == STAGES[6:]
+    assert "--resume" in shell.commands()[0]
+
+
+def test_quickstart_keeps_what_it_can_resume_and_drops_what_it_cannot(shell: Shell):
+    run = shell.root / "runs" / "quickstart"
+    shell.run("quickstart.sh", FAIL_AT="grpo")
+    (run / "grpo" / "checkpoint").touch()
+    shell.run("quickstart.sh", FAIL_AT="grpo")
+    assert (run / "grpo" / "checkpoint").exists()
+    recipe = shell.root / "script" / "recipes" / "tiny.grpo.yaml"
+    recipe.write_text(recipe.read_text() + "\n# changed\n")
+    shell.run("quickstart.sh", FAIL_AT="grpo")
+    assert not (run / "grpo" / "checkpoint").exists()
+
+
+def test_quickstart_redoes_what_follows_a_lost_result(shell: Shell):
+    shell.run("quickstart.sh")
+    shutil.rmtree(shell.root / "runs" / "quickstart" / "sft")
+    time.sleep(1.1)  # stamps hold seconds
+    assert shell.run("quickstart.sh").returncode == 0
+    assert names(shell.commands()) == STAGES[5:]
+
+
+def test_quickstart_with_other_rooms_is_another_run(shell: Shell):
+    shell.run("quickstart.sh")
+    shell.run("quickstart.sh", SEED="1")
+    assert names(shell.commands()) == STAGES
+    assert shell.commands()[0][-2:] == ["--seed", "1"]
+
+
+def test_quickstart_overrides(shell: Shell):
+    shell.run("quickstart.sh", RUN="runs/other", DATA="data/other")
+    for command in shell.commands():
+        assert "runs/quickstart" not in " ".join(command) and "data/rooms" not in " ".join(command)
+    assert (shell.root / "runs" / "other" / "report.html").exists()
+
+
+# set-up ---------------------------------------------------------------------------------------------------------
+
+# Stands in for a Python that can make virtual environments; pip is only noted.
+FAKE_PYTHON = f"""#!{sys.executable}
+import json, os, pathlib, shutil, sys
+arguments = sys.argv[1:]
+if arguments[:2] == ["-m", "venv"]:
+    target = pathlib.Path(arguments[2], "bin", "python")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(__file__, target)
+elif arguments[:2] == ["-m", "pip"]:
+    if arguments[2] == "install":
+        with open(os.environ["RECORD"], "a") as record:
+            record.write(json.dumps(arguments[3:]) + "\\n")
+        sys.exit(1 if os.environ.get("FAIL_AT") in arguments else 0)
+else:
+    os.execv({sys.executable!r}, [{sys.executable!r}, *arguments])
+"""
+
+
+class Setup(Shell):
+    """A checkout in which set-up makes .venv with a Python whose pip only notes what it is asked for."""
+
+    def __init__(self, folder: Path):
+        root = folder / "checkout"
+        root.mkdir()
+        shutil.copytree(ROOT / "script", root / "script")
+        for name in ("requirements.txt", "setup.py"):
+            shutil.copy(ROOT / name, root)
+        super().__init__(root, folder)
+        self.fake = folder / "python3.11"
+        self.fake.write_text(FAKE_PYTHON)
+        self.fake.chmod(0o755)
+
+    def setup(self, **variables: str) -> subprocess.CompletedProcess[str]:
+        return self.run("setup.sh", **{"THREEDR1_PYTHON": "", "PYTHON": str(self.fake)} | variables)
+
+    def installs(self) -> list[list[str]]:
+        if not self.record.exists():
+            return []
+        return [json.loads(line)[1:] for line in self.record.read_text().splitlines()]
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    return Setup(tmp_path)
+
+
+def test_setup_installs_torch_then_the_pins_then_the_checkout(setup: Setup):
+    done = setup.setup()
+    assert done.returncode == 0, done.stderr
+    torch, pins, checkout = setup.installs()
+    assert torch == ["torch==2.13.0"]
+    assert pins == ["-r", "requirements.txt"]
+    assert checkout[-2:] == ["-e", "."] and "--no-deps" in checkout
+
+
+def test_a_second_setup_does_nothing_within_a_second(setup: Setup):
+    setup.setup()
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        assert setup.setup().returncode == 0
+        times.append(time.perf_counter() - started)
+        assert not setup.installs()
+    assert min(times) < 1
+
+
+def test_setup_follows_changed_pins(setup: Setup):
+    setup.setup()
+    pins = setup.root / "requirements.txt"
+    pins.write_text(pins.read_text() + "# changed\n")
+    (setup.root / ".venv" / "kept").touch()
+    assert setup.setup().returncode == 0
+    assert len(setup.installs()) == 3
+    assert (setup.root / ".venv" / "kept").exists()
+
+
+def test_an_interrupted_setup_starts_again(setup: Setup):
+    assert setup.setup(FAIL_AT="requirements.txt").returncode != 0
+    (setup.root / ".venv" / "half").touch()
+    assert setup.setup().returncode == 0
+    assert len(setup.installs()) == 3
+    assert not (setup.root / ".venv" / "half").exists()
+
+
+def test_setup_leaves_an_environment_alone_that_it_did_not_make(setup: Setup):
+    (setup.root / ".venv").mkdir()
+    (setup.root / ".venv" / "mine").touch()
+    done = setup.setup()
+    assert done.returncode == 1 and "did not make it" in done.stderr
+    assert (setup.root / ".venv" / "mine").exists() and not setup.installs()
+
+
+def test_setup_says_which_python_it_needs(setup: Setup, tmp_path: Path):
+    old = tmp_path / "python3.9"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    done = setup.setup(PYTHON=str(old))
+    assert done.returncode == 1 and "is not a Python 3.10, 3.11 or 3.12" in done.stderr
+    assert not (setup.root / ".venv" / "bin").exists()
+
+
+def test_setup_without_any_python(setup: Setup, tmp_path: Path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "cat", "mkdir", "touch", "rm", "flock", "grep", "mv"):
+        path = shutil.which(name)
+        if path:
+            (tools / name).symlink_to(path)
+    done = setup.setup(PYTHON="", PATH=str(tools))
+    assert done.returncode == 1 and "No Python 3.10, 3.11 or 3.12 found" in done.stderr
+
+
+def test_a_given_python_is_used_as_it_is(setup: Setup):
+    done = setup.setup(THREEDR1_PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert not (setup.root / ".venv").exists() and not setup.installs()
+    done = setup.setup(THREEDR1_NO_VENV="1", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert not (setup.root / ".venv").exists() and not setup.installs()
+
+
+def test_a_given_python_without_the_packages_is_refused(setup: Setup, tmp_path: Path):
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    done = setup.setup(THREEDR1_PYTHON=str(bare))
+    assert done.returncode == 1 and "lacks torch" in done.stderr
+
+
+def test_pins_satisfy_the_ranges_of_setup_py():
+    packaging = pytest.importorskip("packaging.requirements")
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = [packaging.Requirement(line) for line in lines if line and not line.startswith("#")]
+    source = (ROOT / "setup.py").read_text(encoding="utf-8")
+    ranges = [packaging.Requirement(text) for text in _strings(source) if ">=" in text and not text.startswith(">")]
+    for python in ("3.10", "3.11", "3.12"):
+        versions = {
+            pin.name: str(pin.specifier).removeprefix("==")
+            for pin in pins
+            if pin.marker is None or pin.marker.evaluate({"python_version": python})
+        }
+        for wanted in ranges:
+            assert wanted.name in versions, f"requirements.txt lacks {wanted.name} on Python {python}"
+            assert wanted.specifier.contains(versions[wanted.name]), f"{wanted} and {versions[wanted.name]}"
+
+
+def _strings(source: str) -> list[str]:
+    import ast
+
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+    return [node.value for node in nodes if isinstance(node.value, str) and "\n" not in node.value]

@@ -1,0 +1,198 @@
+"""3D object detection: mAP and AR as 3DETR computes them (utils/ap_calculator.py, utils/eval_det.py).
+
+VOC area AP over all points; a detection goes to the ground-truth box of its class with the largest IoU, a hit needs
+IoU > threshold (strict), a second detection of the same box is a false positive. Shapes: K detections, C classes,
+G ground-truth boxes, P points of one scene.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..boxes import ArrayLike, as_boxes, box3d_iou, nms_3d, points_in_boxes
+from ..labels import DETECTION_CLASSES
+
+
+@dataclass
+class SceneDetections:
+    """What a detector says about one scene: boxes, class probabilities (without background) and objectness."""
+
+    boxes_K7: ArrayLike
+    class_probs_KC: np.ndarray
+    objectness_K: np.ndarray
+    points_P3: np.ndarray | None = None  # needed for the removal of empty boxes only
+
+
+@dataclass
+class SceneObjects:
+    """Ground truth of one scene: boxes and class indices."""
+
+    boxes_G7: ArrayLike
+    classes_G: np.ndarray
+
+
+@dataclass
+class _Flat:
+    """Detections of one class over all scenes, as arrays: score, scene, best ground-truth box and its IoU."""
+
+    score: np.ndarray
+    target: np.ndarray  # running number of the ground-truth box over all scenes, -1 where the scene has none
+    iou: np.ndarray
+
+
+def split_logits(logits_KC1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Class probabilities [K, C] and objectness [K] from logits over C classes and background, which comes last."""
+    logits = np.asarray(logits_KC1)
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities = shifted / shifted.sum(-1, keepdims=True)
+    return probabilities[:, :-1], 1 - probabilities[:, -1]
+
+
+def keep_detections(
+    scene: SceneDetections, *, nms_iou: float | None, min_points: int, min_objectness: float
+) -> np.ndarray:
+    """Indices of the detections that survive: not empty, not suppressed, confident enough.
+
+    In 3DETR's order: boxes with fewer than `min_points` points go first, non-maximum suppression within the most
+    probable class runs on all the rest, and the confidence threshold comes last.
+    """
+    objectness = np.asarray(scene.objectness_K)
+    boxes = as_boxes(scene.boxes_K7)
+    kept = np.arange(len(boxes))
+    if min_points > 0 and len(boxes):
+        if scene.points_P3 is None:
+            raise ValueError("Removing empty boxes needs the scene's points; give points_P3 or set min_points=0.")
+        counts = points_in_boxes(scene.points_P3, boxes).sum(0).cpu().numpy()
+        kept = kept[counts >= min_points]
+    if nms_iou is not None and len(kept):
+        classes = np.asarray(scene.class_probs_KC)[kept].argmax(-1)
+        kept = kept[nms_3d(boxes[kept], objectness[kept], nms_iou, classes).cpu().numpy()]
+    return kept[objectness[kept] > min_objectness]
+
+
+def evaluate_detections(
+    predictions: Sequence[SceneDetections],
+    ground_truth: Sequence[SceneObjects],
+    iou_thresholds: Sequence[float] = (0.25, 0.5),
+    *,
+    class_names: Sequence[str] = DETECTION_CLASSES,
+    nms_iou: float | None = 0.25,
+    min_points: int = 5,
+    min_objectness: float = 0.05,
+    per_class_proposals: bool = True,
+    average_over: str = "seen",
+) -> dict:
+    """mAP, AR and per-class values as fractions, for each threshold.
+
+    nms_iou: threshold of the suppression within the most probable class; None switches it off.
+    min_points: boxes with fewer points inside are dropped; 0 switches it off (and points are not needed).
+    min_objectness: only detections above it count.
+    per_class_proposals: every kept box is a detection of every class with score class probability x objectness
+        (3DETR's default); False takes the most probable class alone, with score objectness.
+    average_over: "seen" averages over classes that occur in the ground truth or among the detections, so that a class
+        without ground truth counts as AP 0 (3DETR); "present" over classes of the ground truth only (VoteNet skips
+        the others as NaN).
+
+    Returns {"scorer", "unit", "items", "num_detections", "average_over", "0.25": {"mAP", "AR", "AP": {class: value},
+    "recall": {class: value}}, ...}. The defaults are the settings of 3DETR's published numbers.
+    """
+    if len(predictions) != len(ground_truth) or not predictions:
+        raise ValueError(
+            f"evaluate_detections needs one entry a scene on both sides, got {len(predictions)} and "
+            f"{len(ground_truth)} (at least one)."
+        )
+    if average_over not in ("seen", "present"):
+        raise ValueError(f'average_over must be "seen" or "present", not {average_over!r}.')
+    num_classes = len(class_names)
+    flat, totals = _flatten(
+        predictions, ground_truth, num_classes, per_class_proposals, (nms_iou, min_points, min_objectness)
+    )
+    num_detections = sum(len(entry.score) for entry in flat)
+    result: dict = {
+        "scorer": "3detr",
+        "unit": "fraction",
+        "items": len(predictions),
+        "num_detections": num_detections,
+        "average_over": average_over,
+    }
+    for threshold in iou_thresholds:
+        values = [_average_precision(flat[c], int(totals[c]), threshold) for c in range(num_classes)]
+        chosen = [
+            c for c in range(num_classes) if totals[c] > 0 or (average_over == "seen" and len(flat[c].score) > 0)
+        ]
+        result[str(threshold)] = {
+            "mAP": float(np.mean([values[c][0] for c in chosen])) if chosen else 0.0,
+            "AR": float(np.mean([values[c][1] for c in chosen])) if chosen else 0.0,
+            "AP": {class_names[c]: values[c][0] for c in chosen},
+            "recall": {class_names[c]: values[c][1] for c in chosen},
+        }
+    return result
+
+
+def _flatten(
+    predictions: Sequence[SceneDetections],
+    ground_truth: Sequence[SceneObjects],
+    num_classes: int,
+    per_class_proposals: bool,
+    thresholds: tuple[float | None, int, float],
+) -> tuple[list[_Flat], np.ndarray]:
+    """Every class's detections over all scenes with their best ground-truth box, and how many boxes there are."""
+    nms_iou, min_points, min_objectness = thresholds
+    parts: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in range(num_classes)]
+    totals = np.zeros(num_classes, dtype=np.int64)
+    offset = 0
+    for scene, truth in zip(predictions, ground_truth, strict=True):
+        truth_boxes, classes = as_boxes(truth.boxes_G7), np.asarray(truth.classes_G, dtype=np.int64)
+        _check_scene(scene, truth_boxes, classes, num_classes)
+        totals += np.bincount(classes, minlength=num_classes)
+        kept = keep_detections(scene, nms_iou=nms_iou, min_points=min_points, min_objectness=min_objectness)
+        probabilities = np.asarray(scene.class_probs_KC)[kept]
+        objectness = np.asarray(scene.objectness_K)[kept]
+        iou_KG = box3d_iou(as_boxes(scene.boxes_K7)[torch.as_tensor(kept)], truth_boxes).cpu().numpy()
+        best_class = probabilities.argmax(-1) if len(kept) else np.zeros(0, dtype=np.int64)
+        for c in range(num_classes):
+            rows = np.arange(len(kept)) if per_class_proposals else np.flatnonzero(best_class == c)
+            score = probabilities[rows, c] * objectness[rows] if per_class_proposals else objectness[rows]
+            columns = np.flatnonzero(classes == c)
+            if len(columns) and len(rows):
+                iou_RG = iou_KG[np.ix_(rows, columns)]
+                best = iou_RG.argmax(1)
+                parts[c].append((score, offset + columns[best], iou_RG[np.arange(len(rows)), best]))
+            else:
+                parts[c].append((score, np.full(len(rows), -1), np.full(len(rows), -1.0)))
+        offset += len(truth_boxes)
+    return [_Flat(*(np.concatenate(column) for column in zip(*part, strict=True))) for part in parts], totals
+
+
+def _check_scene(scene: SceneDetections, truth_boxes: torch.Tensor, classes: np.ndarray, num_classes: int) -> None:
+    shape = np.asarray(scene.class_probs_KC).shape
+    num_boxes = len(as_boxes(scene.boxes_K7))
+    if shape != (num_boxes, num_classes) or np.asarray(scene.objectness_K).shape != (num_boxes,):
+        raise ValueError(
+            f"A scene has {num_boxes} boxes but class probabilities of shape {list(shape)} and objectness of shape "
+            f"{list(np.asarray(scene.objectness_K).shape)}; they must be [K, {num_classes}] and [K]."
+        )
+    if len(classes) != len(truth_boxes) or (len(classes) and not 0 <= classes.min() <= classes.max() < num_classes):
+        raise ValueError(
+            f"Ground truth needs one class in 0..{num_classes - 1} for each of its {len(truth_boxes)} boxes."
+        )
+
+
+def _average_precision(flat: _Flat, num_truth: int, threshold: float) -> tuple[float, float]:
+    """AP (area under the precision envelope) and final recall of one class."""
+    if not len(flat.score) or num_truth == 0:
+        return 0.0, 0.0
+    order = np.argsort(-flat.score, kind="stable")
+    target = flat.target[order]
+    above = np.flatnonzero(flat.iou[order] > threshold)
+    # of the detections that reach one box the best scored is the hit
+    _, first = np.unique(target[above], return_index=True)
+    hits = np.zeros(len(order))
+    hits[above[first]] = 1
+    true_positives = np.cumsum(hits)
+    recall = true_positives / num_truth
+    precision = true_positives / np.arange(1, len(order) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.sum(np.diff(recall, prepend=0.0) * envelope)), float(recall[-1])

@@ -1,0 +1,203 @@
+"""Question answering: exact match as ScanQA, SQA3D and their successors define it, and n-gram scores.
+
+- `scanqa`: ATR-DBI/ScanQA scripts/score.py. EM@1 and EM@10 on raw strings, n-grams after the PTB tokenizer; percent.
+- `scanqa_ll3da`: Open3DA/LL3DA eval_utils/evaluate_qa.py. N-grams on the strings as they are, no EM; fractions.
+- `sqa3d`: LaVi-Lab/Video-3D-LLM llava/eval/eval_sqa3d.py for EM, 3D-LLaVA (after LEO) for EM-R; percent.
+- `exact`: EM on raw strings, after `clean_answer`, and EM-R; no n-grams, no Java; percent.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .caption import MeteorChoice, NgramScores, ngram_scores
+from .result import Scores, grouped_percent, mean
+
+
+@dataclass(frozen=True)
+class QaItem:
+    """One answered question. `answers` holds the predictions, best first; more than one only for EM@10."""
+
+    key: str
+    question: str
+    answers: tuple[str, ...]
+    references: tuple[str, ...]
+    question_type: str = ""
+
+
+# LEO's answer cleaning.
+_TYPOS = {
+    "letf": "left",
+    "let": "left",
+    "tehre": "there",
+    "rigth": "right",
+    "rght": "right",
+    "behine": "behind",
+    "tv": "TV",
+    "chai": "chair",
+    "wasing": "washing",
+    "waslked": "walked",
+    "oclock": "o'clock",
+}
+_NUMBER_WORDS = {
+    "0": "zero",
+    "none": "zero",
+    "1": "one",
+    "2": "two",
+    "3": "three",
+    "4": "four",
+    "5": "five",
+    "6": "six",
+    "7": "seven",
+    "8": "eight",
+    "9": "nine",
+    "10": "ten",
+    "11": "eleven",
+    "12": "twelve",
+    "13": "thirteen",
+    "14": "fourteen",
+    "15": "fifteen",
+    "16": "sixteen",
+    "17": "seventeen",
+    "18": "eighteen",
+    "19": "nineteen",
+    "20": "twenty",
+    "23": "twenty-three",
+}
+
+
+# No replacement is itself a word that is replaced, so that one pass over both tables does what LEO's chain does.
+_WORDS = _TYPOS | _NUMBER_WORDS
+_WORD = re.compile(rf"\b(?:{'|'.join(_WORDS)})\b")
+_ENDS = re.compile(r"^ +| +$")
+_DROPPED = re.compile(r"[^a-zA-Z0-9,'\s\-:]+")
+_LAST_RULES: list[tuple[re.Pattern[str], str]] = [
+    (re.compile(r"\bo' +clock\b"), "o'clock"),
+    (re.compile(r"\b([a-zA-Z]+)[0-9]\b"), r"\1"),  # chair2
+    *((re.compile(rf"\b{article}\b ([a-zA-Z]+)"), r"\1") for article in ("a", "an", "the")),
+    (re.compile(r"\bbackwards\b"), "backward"),
+]
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def clean_answer(text: str) -> str:
+    """An answer in the normal form that SQA3D's generative evaluations compare (LEO's rules)."""
+    # blanks at the ends go first and once: those that the later rules leave there stay, as published
+    text = re.sub(" {2,}", " ", _ENDS.sub("", text.lower()))
+    text = _WORD.sub(lambda match: _WORDS[match[0]], _DROPPED.sub("", text))
+    for pattern, replacement in _LAST_RULES:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def qa_exact(prediction: str, references: Sequence[str]) -> float:
+    """1.0 where the cleaned prediction equals a cleaned reference, else 0.0; an empty prediction earns 0.
+
+    The per-sample score of rewards and evaluation: unlike `qa_refined` it cannot be met by a fragment.
+    """
+    cleaned = clean_answer(prediction).strip()
+    return float(bool(cleaned) and any(cleaned == clean_answer(reference).strip() for reference in references))
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """EM on cleaned strings, as eval_sqa3d.py does it."""
+    cleaned = clean_answer(prediction)
+    return float(any(cleaned == clean_answer(reference) for reference in references))
+
+
+def qa_refined(prediction: str, references: Sequence[str]) -> float:
+    """EM-R: cleaned strings are equal, or one holds the other after all white space is removed.
+
+    As published, an empty prediction is part of everything and counts as a hit; do not use it as a reward.
+    """
+    squeezed = "".join(clean_answer(prediction).split())
+    for reference in references:
+        golden = "".join(clean_answer(reference).split())
+        if squeezed in golden or golden in squeezed:
+            return 1.0
+    return 0.0
+
+
+def sqa3d_question_type(question: str) -> str:
+    """what, is, how, can, which or others, by how the question begins (process_sqa3d.py)."""
+    lowered = question.lower()
+    return next((kind for kind in ("what", "is", "how", "can", "which") if lowered.startswith(kind)), "others")
+
+
+def scanqa(items: Sequence[QaItem], *, meteor: MeteorChoice = "auto") -> Scores:
+    """ScanQA's official score.py; percent. EM@10 is given where every item has ten answers."""
+    _check(items)
+    first = [float(_first(item) in item.references) for item in items]
+    per_item = {"EM@1": first}
+    metrics: dict[str, float | None] = {"EM@1": 100 * mean(first)}
+    if all(len(item.answers) >= 10 for item in items):
+        per_item["EM@10"] = [float(any(answer in item.references for answer in item.answers[:10])) for item in items]
+        metrics["EM@10"] = 100 * mean(per_item["EM@10"])
+    references = {item.key: list(item.references) for item in items}
+    candidates = {item.key: [_first(item)] for item in items}
+    ngrams = ngram_scores(references, candidates, tokenizer="ptb", meteor=meteor)
+    metrics |= percent(ngrams)
+    return Scores("percent", len(items), metrics, per_item | ngrams.per_item, notes=ngrams.notes)
+
+
+def scanqa_ll3da(items: Sequence[QaItem], *, meteor: MeteorChoice = "auto") -> Scores:
+    """LL3DA's evaluate_qa.py: n-grams without tokenizer, case and punctuation kept; fractions.
+
+    Its corpus key is question id and question together, which only matters where ids repeat.
+    """
+    _check(items)
+    references = {f"{item.key}-{item.question}": list(item.references) for item in items}
+    candidates = {f"{item.key}-{item.question}": [collapse_spaces(_first(item))] for item in items}
+    ngrams = ngram_scores(references, candidates, tokenizer="none", meteor=meteor)
+    return Scores("fraction", len(references), dict(ngrams.corpus), ngrams.per_item, notes=ngrams.notes)
+
+
+def sqa3d(items: Sequence[QaItem]) -> Scores:
+    """EM and EM-R after `clean_answer` on both sides, overall and by question type; percent."""
+    _check(items)
+    per_item = {
+        "EM": [exact_match(_first(item), item.references) for item in items],
+        "EM-R": [qa_refined(_first(item), item.references) for item in items],
+    }
+    kinds = [sqa3d_question_type(item.question) for item in items]
+    return grouped_percent(per_item, kinds)
+
+
+def exact(items: Sequence[QaItem]) -> Scores:
+    """EM on raw strings, EM after `clean_answer`, and EM-R; by question type where items name one; percent."""
+    _check(items)
+    per_item = {
+        "EM": [exact_match(_first(item), item.references) for item in items],
+        "EM-raw": [float(_first(item) in item.references) for item in items],
+        "EM-R": [qa_refined(_first(item), item.references) for item in items],
+    }
+    return grouped_percent(per_item, [item.question_type for item in items])
+
+
+def percent(ngrams: NgramScores) -> dict[str, float | None]:
+    """Corpus n-gram scores times 100; null stays null."""
+    return {name: None if value is None else 100 * value for name, value in ngrams.corpus.items()}
+
+
+def collapse_spaces(text: str) -> str:
+    """Runs of spaces become one, none is left at the ends; other characters stay."""
+    return " ".join(filter(None, text.split(" ")))
+
+
+def _first(item: QaItem) -> str:
+    return item.answers[0]
+
+
+def _check(items: Sequence[QaItem]) -> None:
+    if not items:
+        raise ValueError("There is nothing to score: the list of answers is empty.")
+    seen: set[str] = set()
+    for item in items:
+        if not item.answers:
+            raise ValueError(f"Question {item.key!r} has no answer; give at least one (it may be an empty string).")
+        if not item.references:
+            raise ValueError(f"Question {item.key!r} has no reference answer; it cannot be scored.")
+        if item.key in seen:
+            raise ValueError(f"Question {item.key!r} is answered twice; keep one answer a question.")
+        seen.add(item.key)
