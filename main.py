@@ -116,8 +116,8 @@ def run_infer(args: argparse.Namespace) -> int:
         else:
             boxes = "".join("\nbox     " + ", ".join(f"{number:.2f}" for number in box) for box in prediction.boxes)
             say(f"asked   {prediction.question}\nthink   {prediction.think}\nanswer  {prediction.answer}{boxes}\n")
-    if args.out:
-        save_answer_pictures(answered, Path(args.out))
+    save_answer_pictures(answered, Path(args.out))
+    sys.stderr.write(f"wrote {args.out}/predictions.jsonl and pictures\n")
     return 0
 
 
@@ -150,9 +150,9 @@ def run_view(args: argparse.Namespace) -> int:
 
 
 def run_synthesize(args: argparse.Namespace) -> int:
-    from .datasets.synthesis import synthesize
+    from .datasets.synthesis import FilterOptions, synthesize
 
-    synthesize(
+    report = synthesize(
         args.root,
         args.out,
         teacher=args.teacher,
@@ -161,8 +161,14 @@ def run_synthesize(args: argparse.Namespace) -> int:
         limit=args.limit,
         workers=args.workers,
         seed=args.seed,
+        thinking_budget=args.thinking_budget,
+        options=FilterOptions(min_think_words=args.min_think_words, min_answer_words=args.min_answer_words),
     )
-    return 0
+    show_table(
+        {name: report[name] for name in ("questions", "kept", "rejected", "failed", "requests", "new_requests")}
+    )
+    say(f"wrote {args.out}")
+    return 0 if report["failed"] == 0 else 1
 
 
 def run_tiny(args: argparse.Namespace) -> int:

@@ -70,13 +70,32 @@ def _add_data_commands(add: AddCommand) -> None:
         "--model", default="", metavar="NAME", help="the teacher's model (default: the teacher's own)"
     )
     synthesize.add_argument(
-        "--split", default="train", metavar="NAME", help="scenes to ask about (default: %(default)s)"
+        "--split", default="train", metavar="NAME", help="list of training scenes (default: %(default)s)"
     )
-    synthesize.add_argument("--limit", type=int, default=0, metavar="N", help="records at most; 0 for all (default)")
+    synthesize.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="questions to ask at most; 0 for all (default)"
+    )
     synthesize.add_argument(
         "--workers", type=int, default=4, metavar="N", help="requests at a time (default: %(default)s)"
     )
     synthesize.add_argument("--seed", type=int, default=0, help="order of the questions (default: %(default)s)")
+    synthesize.add_argument(
+        "--thinking-budget",
+        type=int,
+        default=-1,
+        metavar="TOKENS",
+        help="Gemini's hidden thought; -1 leaves it to the model (default)",
+    )
+    synthesize.add_argument(
+        "--min-think-words", type=int, default=30, metavar="N", help="shorter thoughts are rejected (default: 30)"
+    )
+    synthesize.add_argument(
+        "--min-answer-words",
+        type=int,
+        default=0,
+        metavar="N",
+        help="shorter answers are rejected; the paper says 20 and breaks it (default: 0, off)",
+    )
 
     doctor = add("doctor", "what is installed, and what is missing or wrong in a data root")
     doctor.add_argument("--root", metavar="DIR", help="data root to examine")
@@ -131,7 +150,12 @@ def _add_result_commands(add: AddCommand) -> None:
     infer.add_argument(
         "--align", choices=("auto", "none"), default="auto", help="correct up-axis, scale and walls, or take as is"
     )
-    infer.add_argument("--out", metavar="DIR", help="write predictions.jsonl and a picture of each answer there")
+    infer.add_argument(
+        "--out",
+        default="runs/infer",
+        metavar="DIR",
+        help="where predictions.jsonl and a picture of each answer go (default: %(default)s)",
+    )
     infer.add_argument("--json", action="store_true", help="print one JSON object a question")
 
     view = add("view", "look at predictions: HTML report, Rerun viewer or Rerun file")

@@ -217,6 +217,7 @@ class EvalConfig:
     )
     max_new_tokens: int = 256
     scorers: dict[str, str] = field(default_factory=dict)  # task: scorer; a task left out takes its default
+    meteor: str = "auto"  # auto: where Java is there; yes; no (it takes seconds to start)
     dense_caption_proposals: int = 64  # proposals captioned in one scene, by objectness
 
 

@@ -17,6 +17,7 @@ import torch
 from ..datasets.prompts import prompt_fingerprint
 from ..datasets.scene import TASKS, Sample
 from ..models.scene_vlm import SceneVLM
+from ..utils.metrics.caption import MeteorChoice
 from ..utils.metrics.score import score_predictions
 from ..utils.predictions import Prediction, write_predictions
 from ..utils.text import format_box, parse_response, resolve_boxes
@@ -27,6 +28,7 @@ from .predict import answer, world_boxes
 from .runtime import close_runtime, init_runtime, log, seed_everything
 
 MODEL, MOST_FREQUENT = "model", "most-frequent"
+_METEOR: dict[str, MeteorChoice] = {"auto": "auto", "yes": True, "no": False}
 
 
 def proposal_samples(
@@ -128,6 +130,8 @@ def evaluate(config: EvalConfig) -> Path:
     """Evaluate on every configured data set; writes to `run.dir` and returns the path of results.json."""
     if config.answers not in (MODEL, MOST_FREQUENT):
         raise ValueError(f"answers is {config.answers!r}; choose {MODEL} or {MOST_FREQUENT}.")
+    if config.meteor not in _METEOR:
+        raise ValueError(f"meteor is {config.meteor!r}; choose {', '.join(_METEOR)}.")
     if not config.model:
         raise ValueError("Name the model to evaluate: --set model=runs/… (a run, a checkpoint or a model folder).")
     runtime = init_runtime(config.run.device)
@@ -162,9 +166,7 @@ def evaluate(config: EvalConfig) -> Path:
                 views_to=out,
                 progress=f"{label}: {dataset}",
             )
-        scores = score_predictions(task, made + objects, config.scorers.get(task), per_item=False)
-        if task == "dense_caption":
-            scores["sample_score"] = None  # rows are proposals and objects, not pairs of answer and reference
+        scores = score_predictions(task, made + objects, config.scorers.get(task), meteor=_METEOR[config.meteor])
         responses = [entry for entry in made if not entry.text.startswith("<answer>")]
         scores |= {
             "dataset": dataset,

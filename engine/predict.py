@@ -13,19 +13,16 @@ from ..datasets.readers import read_scene
 from ..datasets.scene import Sample, Scene
 from ..models.scene_vlm import Observation, SceneVLM
 from ..utils.predictions import Prediction, write_predictions
-from ..utils.text import parse_response, resolve_boxes
 from .checkpoint import model_folder
 from .data import ObservationCache
 from .rollout import Rollout, roll_out
 from .runtime import pick_device
 
 
-def to_prediction(rollout: Rollout, label: str) -> Prediction:
+def to_prediction(model: SceneVLM, rollout: Rollout, label: str) -> Prediction:
     """The first completion of a rollout as a prediction."""
     sample, observation = rollout.sample, rollout.observation
-    assert observation.encoded is not None
-    response = parse_response(rollout.texts[0])
-    boxes = resolve_boxes(response.answer, observation.encoded.proposals.tolist())
+    said = model.read_answer(rollout.texts[0], observation)
     meta = dict(sample.meta)
     if sample.query_box_7 is not None:
         meta["query_box"] = sample.query_box_7.tolist()
@@ -36,11 +33,11 @@ def to_prediction(rollout: Rollout, label: str) -> Prediction:
         task=sample.task,
         scene_id=sample.scene_id,
         question=sample.question,
-        text=rollout.texts[0],
-        think=response.think,
-        answer=response.answer,
-        well_formed=response.well_formed,
-        boxes=world_boxes(observation, boxes),
+        text=said.text,
+        think=said.think,
+        answer=said.answer,
+        well_formed=said.well_formed,
+        boxes=said.boxes,
         references=sample.references,
         target_boxes=sample.target_boxes_K7.tolist(),
         views=[view_path(observation, index) for index in rollout.views],
@@ -110,7 +107,7 @@ def answer(
             )
             if views_to is not None:
                 save_views(rollouts, views_to)
-            predictions += [to_prediction(rollout, label) for rollout in rollouts]
+            predictions += [to_prediction(model, rollout, label) for rollout in rollouts]
     return predictions
 
 
@@ -169,7 +166,7 @@ def infer(
         [DEFAULT_MODE[task]] * len(samples),
         max_new_tokens=max_new_tokens,
     )
-    predictions = [to_prediction(rollout, Path(model_path).name) for rollout in rollouts]
+    predictions = [to_prediction(model, rollout, Path(model_path).name) for rollout in rollouts]
     if out:
         save_views(rollouts, Path(out))
         write_predictions(Path(out) / "predictions.jsonl", predictions)

@@ -42,7 +42,7 @@ def roll_out(
     temperature: float = 0.0,
     generators: Sequence[torch.Generator] | None = None,
     batch_size: int = 64,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], object] | None = None,
 ) -> list[Rollout]:
     """Decode `group_size` completions for every sample.
 
@@ -76,7 +76,7 @@ def roll_out(
         decoded = decode(
             language.decoder,
             language.base.lm_head,
-            language.base.get_input_embeddings(),
+            language.embedding,
             prompts,
             eos_ids=language.eos_ids,
             max_new_tokens=max_new_tokens,
@@ -86,7 +86,7 @@ def roll_out(
             if generators
             else None,
         )
-        texts = language.tokenizer.batch_decode(decoded.token_ids, skip_special_tokens=True)
+        texts = [language.decode(token_ids) for token_ids in decoded.token_ids]
         for place, index in enumerate(batch):
             rows = slice(place * group_size, (place + 1) * group_size)
             results[index] = Rollout(

@@ -61,19 +61,18 @@ class RowWriter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, merge_size: int = 2):
         self.tokenizer = tokenizer
         self.merge_size = merge_size
-        names = (
-            "<|im_start|>",
-            "<|im_end|>",
-            "<|vision_start|>",
-            "<|vision_end|>",
-            "<|image_pad|>",
-            SCENE_PLACEHOLDER,
-        )
-        ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
-        missing = [name for name, index in zip(names, ids, strict=True) if index in (None, tokenizer.unk_token_id)]
-        if missing:
-            raise ValueError(f"The tokenizer lacks {missing[0]}; 3D-R1 needs a Qwen2.5-VL tokenizer.")
-        self.im_start, self.im_end, self.vision_start, self.vision_end, self.image_pad, self.scene_pad = ids
+        self.im_start = self._token("<|im_start|>")
+        self.im_end = self._token("<|im_end|>")
+        self.vision_start = self._token("<|vision_start|>")
+        self.vision_end = self._token("<|vision_end|>")
+        self.image_pad = self._token("<|image_pad|>")
+        self.scene_pad = self._token(SCENE_PLACEHOLDER)
+
+    def _token(self, name: str) -> int:
+        index = self.tokenizer.convert_tokens_to_ids(name)
+        if not isinstance(index, int) or index == self.tokenizer.unk_token_id:
+            raise ValueError(f"The tokenizer lacks {name}; 3D-R1 needs a Qwen2.5-VL tokenizer.")
+        return index
 
     def _text(self, text: str) -> list[int]:
         # Pasted text must not smuggle in control tokens, hence split_special_tokens.

@@ -5,9 +5,10 @@ written by models/tiny.py.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -42,6 +43,11 @@ class LanguageModel(nn.Module):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
 
     @property
+    def text_config(self) -> Any:
+        """Configuration of the text decoder; transformers types it too loosely to use."""
+        return self.base.config.text_config
+
+    @property
     def decoder(self) -> nn.Module:
         """The text decoder: inputs_embeds, position_ids [4, B, L] -> hidden states."""
         return self.base.model.language_model
@@ -49,17 +55,32 @@ class LanguageModel(nn.Module):
     @property
     def width(self) -> int:
         """D, the width of the decoder."""
-        return self.base.config.text_config.hidden_size
+        return self.text_config.hidden_size
 
     @property
     def merge_size(self) -> int:
         """Side of the square of patches that become one image token."""
-        return self.base.config.vision_config.spatial_merge_size
+        vision_config: Any = self.base.config.vision_config
+        return vision_config.spatial_merge_size
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks of the decoder."""
+        return self.text_config.num_hidden_layers
 
     @property
     def eos_ids(self) -> list[int]:
         """Tokens that end a turn."""
-        return [self.tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>")]
+        return [int(self.tokenizer.convert_tokens_to_ids(name)) for name in ("<|im_end|>", "<|endoftext|>")]  # type: ignore[arg-type]
+
+    @property
+    def pad_id(self) -> int:
+        """Token that fills rows up."""
+        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a completion, special tokens left out."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     @property
     def has_adapter(self) -> bool:
@@ -71,14 +92,17 @@ class LanguageModel(nn.Module):
         """Weight of the LM head [V, D]."""
         return self.base.lm_head.weight
 
-    def embed_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings [..., D]."""
-        return self.base.get_input_embeddings()(token_ids)
+    @property
+    def embedding(self) -> nn.Embedding:
+        """Token embedding of the decoder."""
+        layer = self.base.get_input_embeddings()
+        assert isinstance(layer, nn.Embedding)
+        return layer
 
     def embed_images(self, pixel_values: torch.Tensor, grids_I3: torch.Tensor) -> torch.Tensor:
         """Merged vision-tower tokens of all images, concatenated [sum of tokens, D]."""
-        features = self.base.model.get_image_features(pixel_values, grids_I3).pooler_output
-        return torch.cat(list(features))
+        outputs: Any = self.base.model.get_image_features(pixel_values, grids_I3)  # type: ignore[arg-type]
+        return torch.cat(list(outputs.pooler_output))
 
 
 def load_language_model(
@@ -127,12 +151,11 @@ def lora_targets(num_layers: int, last_blocks: int = 0) -> str:
 
 def add_lora(language: LanguageModel, name: str, *, rank: int, alpha: int, last_blocks: int = 0) -> None:
     """Add a LoRA adapter (paper 1.2: no dropout) and make it the active, trainable one."""
-    num_layers = language.base.config.text_config.num_hidden_layers
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.0,
-        target_modules=lora_targets(num_layers, last_blocks),
+        target_modules=lora_targets(language.num_layers, last_blocks),
         bias="none",
     )
     if isinstance(language.model, PeftModel):
@@ -173,7 +196,7 @@ def copy_lora(language: LanguageModel, source: str, target: str) -> None:
 def active_adapter(language: LanguageModel, name: str) -> Iterator[None]:
     """Run with another adapter, then return to the one before, trainable as it was."""
     assert isinstance(language.model, PeftModel)
-    before = language.model.active_adapter
+    before = str(language.model.active_adapter)
     trainable = {key for key, parameter in language.model.named_parameters() if parameter.requires_grad}
     language.model.set_adapter(name)
     try:

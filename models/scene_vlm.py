@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..datasets.prompts import SYSTEM_PROMPT, build_question, prompt_fingerprint
+from ..datasets.prompts import DEFAULT_MODE, SYSTEM_PROMPT, build_question, prompt_fingerprint
 from ..datasets.scene import Sample, Scene
 from ..utils.boxes import box3d_iou
-from ..utils.text import format_box, format_name, replace_boxes
+from ..utils.text import format_box, format_name, parse_response, replace_boxes, resolve_boxes
 from .connector import Connector
+from .decoding import decode
 from .inputs import ModelInputs, Row, RowWriter, assemble
 from .language_model import (
     LanguageModel,
@@ -86,6 +87,17 @@ class Observation:
     choices: dict[str, list[int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the model said; boxes are [x, y, z, dx, dy, dz, heading], metres, world frame."""
+
+    text: str
+    think: str
+    answer: str
+    well_formed: bool
+    boxes: list[list[float]]
+
+
 def best_proposal(box_7: np.ndarray, proposals_K7: np.ndarray) -> int | None:
     """Index of the proposal that covers a box best, where any covers it enough to be its name."""
     if len(proposals_K7) == 0:
@@ -95,10 +107,10 @@ def best_proposal(box_7: np.ndarray, proposals_K7: np.ndarray) -> int | None:
     return index if float(overlaps[index]) >= NAME_IOU else None
 
 
-def point_at(box_7: Sequence[float], proposals_K7: np.ndarray) -> str:
+def point_at(box_7: Sequence[float] | np.ndarray, proposals_K7: np.ndarray) -> str:
     """The pointer to a box (model frame): the name of the proposal that covers it, else its numbers."""
     index = best_proposal(np.asarray(box_7, dtype=np.float32), proposals_K7)
-    return format_box(box_7) if index is None else format_name(index)
+    return format_box([float(value) for value in box_7]) if index is None else format_name(index)
 
 
 class SceneVLM(nn.Module):
@@ -308,10 +320,10 @@ class SceneVLM(nn.Module):
             )
         return assemble(
             rows,
-            embed_tokens=self.language.base.get_input_embeddings(),
+            embed_tokens=self.language.embedding,
             scene_tokens=scene_tokens,
             image_tokens=image_tokens,
-            pad_id=self.language.tokenizer.pad_token_id,
+            pad_id=self.language.pad_id,
             left=left,
             merge_size=self.language.merge_size,
         )
@@ -325,6 +337,38 @@ class SceneVLM(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
+    # -- asking ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def ask(self, scene: Scene, question: str, *, task: str = "qa", max_new_tokens: int = 256) -> "Answer":
+        """Answer one question about a scene, greedily.
+
+        Args:
+            task: how the question is put and in which response mode (datasets/prompts.py).
+        """
+        self.eval()
+        observation = self.observe(scene)
+        self.encode([observation])
+        sample = Sample(f"{scene.scene_id}-0", task, "own", scene.scene_id, question, answer="")
+        row, views = self.write_row(sample, observation, DEFAULT_MODE[task], None)
+        decoded = decode(
+            self.language.decoder,
+            self.language.base.lm_head,
+            self.language.embedding,
+            self.embed_rows([row], [observation], [views], left=True),
+            eos_ids=self.language.eos_ids,
+            max_new_tokens=max_new_tokens,
+        )
+        return self.read_answer(self.language.decode(decoded.token_ids[0]), observation)
+
+    def read_answer(self, text: str, observation: Observation) -> "Answer":
+        """A completion taken apart, its boxes resolved and moved to the world frame."""
+        (encoded,) = self.encode([observation])
+        response = parse_response(text)
+        boxes = resolve_boxes(response.answer, encoded.proposals.tolist())
+        world = observation.scene.to_world(np.asarray(boxes, dtype=np.float32)).tolist() if boxes else []
+        return Answer(text, response.think, response.answer, response.well_formed, world)
+
     # -- saving ----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -335,7 +379,7 @@ class SceneVLM(nn.Module):
             "format": _FORMAT,
             "language_model": "language_model" if self.full_language_model else self.language_source,
             "language_width": self.language.width,
-            "language_layers": self.language.base.config.text_config.num_hidden_layers,
+            "language_layers": self.language.num_layers,
             "dtype": str(self.language.head_weight_VD.dtype).removeprefix("torch."),
             "adapter": self.language.has_adapter,
             "connector": {
@@ -381,7 +425,7 @@ class SceneVLM(nn.Module):
         if source == "language_model":
             source = str(folder / "language_model")
         language = load_language_model(source, dtype=dtype or description["dtype"], attention=attention)
-        found = (language.width, language.base.config.text_config.num_hidden_layers)
+        found = (language.width, language.num_layers)
         expected = (description["language_width"], description["language_layers"])
         if found != expected:
             raise ValueError(
@@ -421,7 +465,7 @@ def build_connector(
     language: LanguageModel, scene_encoder: SceneEncoder, *, num_proposals: int, num_layout_tokens: int
 ) -> Connector:
     """A connector between two given parts, its tokens as large as the language model's own embeddings."""
-    embeddings = language.base.get_input_embeddings().weight
+    embeddings = language.embedding.weight
     return Connector(
         encoder_width=scene_encoder.config["width"],
         language_width=language.width,

@@ -15,8 +15,10 @@ from transformers import (
     AddedToken,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2TokenizerFast,
+    Qwen2Tokenizer,
 )
+
+from ..datasets.prompts import MODE_INSTRUCTIONS, SYSTEM_PROMPT, TASK_TEMPLATES
 
 # Qwen2.5's special tokens, in its order.
 SPECIAL_TOKENS = (
@@ -36,6 +38,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 PATCH_SIZE = 14
+_PROMPT_REPEATS = 100
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,27 @@ class TinySize:
     """Widths and depths of a small Qwen2.5-VL."""
 
     vocab_size: int = 2000
-    width: int = 192
+    width: int = 128
     layers: int = 4
-    heads: int = 6
+    heads: int = 4
     kv_heads: int = 2
-    mlp_width: int = 512
-    vision_width: int = 64
+    mlp_width: int = 384
+    vision_width: int = 48
     vision_layers: int = 2
 
 
 def corpus_texts(root: str | Path) -> Iterator[str]:
-    """All strings of the JSON annotation files under `root`, for training a tokenizer."""
+    """All strings of the JSON annotation files under `root`, and the prompts, for training a tokenizer."""
+    prompts = [
+        SYSTEM_PROMPT,
+        *TASK_TEMPLATES.values(),
+        *MODE_INSTRUCTIONS.values(),
+        "Views: ",
+        "Objects: ",
+        "Layout: ",
+    ]
+    # often enough for their words to become tokens: every row of the data will hold them
+    yield from prompts * _PROMPT_REPEATS
     folder = Path(root) / "annotations"
     files = sorted(folder.glob("*.json")) + sorted(folder.glob("*.jsonl"))
     if not files:
@@ -75,9 +88,9 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(entry)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2TokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """Train a tokenizer of Qwen2.5's kind, with its special tokens."""
-    pattern = Qwen2TokenizerFast()  # its normaliser and pre-tokenizer are the ones that the trained one will use
+    pattern = Qwen2Tokenizer()  # its normaliser and pre-tokenizer are the ones that the trained one will use
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pattern.backend_tokenizer.pre_tokenizer
@@ -88,7 +101,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2TokenizerFast
     )
     backend.train_from_iterator(texts, trainer)
     trained = json.loads(backend.to_str())["model"]
-    tokenizer = Qwen2TokenizerFast(vocab=trained["vocab"], merges=[tuple(pair) for pair in trained["merges"]])
+    tokenizer = Qwen2Tokenizer(vocab=trained["vocab"], merges=[tuple(pair) for pair in trained["merges"]])  # type: ignore[arg-type]
     tokenizer.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS], special_tokens=True
     )
@@ -101,7 +114,10 @@ def build_tiny(out: str | Path, texts: Iterable[str], *, size: TinySize | None =
     size = size or TinySize()
     out = Path(out)
     tokenizer = train_tokenizer(texts, size.vocab_size)
-    token_id = tokenizer.convert_tokens_to_ids
+
+    def token_id(name: str) -> int:
+        return int(tokenizer.convert_tokens_to_ids(name))  # type: ignore[arg-type]
+
     head_dim = size.width // size.heads
     temporal = head_dim // 8
     spatial = (head_dim // 2 - temporal) // 2

@@ -46,13 +46,14 @@ def walkable_positions(points_N3: np.ndarray, floor: float, eye_height: float) -
     anything[cell_N2[:, 0], cell_N2[:, 1]] = True
     blocks_N = (height_N > 0.2) & (height_N < eye_height + 0.2)
     obstacle[cell_N2[blocks_N, 0], cell_N2[blocks_N, 1]] = True
-    closed = ndimage.binary_closing(np.pad(anything, 3), iterations=3)[3:-3, 3:-3]
-    inside = ndimage.binary_fill_holes(closed) & ~obstacle
+    closed = np.asarray(ndimage.binary_closing(np.pad(anything, 3), iterations=3))[3:-3, 3:-3]
+    closed = np.asarray(ndimage.binary_fill_holes(closed))
+    inside = closed & ~obstacle
     if not inside.any():
         return np.zeros((0, 2))
-    clearance = ndimage.distance_transform_edt(~obstacle) * _CELL if obstacle.any() else np.full(size_2, np.inf)
     # the border of the scan bounds free space as well: a wall that was not scanned is still there
-    clearance = np.minimum(clearance, ndimage.distance_transform_edt(np.pad(closed, 1))[1:-1, 1:-1] * _CELL)
+    free = np.pad(closed & ~obstacle, 1)
+    clearance = np.asarray(ndimage.distance_transform_edt(free))[1:-1, 1:-1] * _CELL
     needed = min(_CLEARANCE, 0.7 * clearance[inside].max())
     return np.argwhere(inside & (clearance >= needed)) * _CELL + lower_2 + _CELL / 2
 

@@ -5,7 +5,6 @@ Shapes: V views, N points, S points of the coverage subsample, K boxes, H rows, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -17,9 +16,11 @@ from ..utils.boxes import points_in_boxes
 from ..utils.render import Camera, splat_batch, visible_points
 from .view_cameras import place_cameras, spread
 
-Source = Literal["posed", "rendered", "mixed", "none"]
+SOURCES = ("posed", "rendered", "mixed", "none")
 COVERAGE_POINTS = 4096
 _VISIBILITY_POINTS = 65536
+# metres a point may lie behind the depth map and count as seen: sensor noise; discs that overhang their surface
+_MEASURED_TOLERANCE, _SPLATTED_TOLERANCE = 0.08, 0.15
 _OBJECT_WEIGHT = 3.0  # what all boxes together are worth to a camera, where all points together are worth 1
 _TURN_METRES = 1.5  # a turn by 60 degrees separates two frames as much as so many metres
 
@@ -47,7 +48,7 @@ class ViewPool:
 def build_view_pool(
     scene: Scene,
     *,
-    source: Source,
+    source: str,
     num_candidates: int = 16,
     image_size: tuple[int, int] = (224, 224),
     seed: int = 0,
@@ -68,8 +69,8 @@ def build_view_pool(
     Raises:
         ValueError: for "posed" without frames, a frame file that cannot be read, an unknown source.
     """
-    if source not in get_args(Source):
-        raise ValueError(f"Unknown source of views {source!r}; choose one of {', '.join(get_args(Source))}.")
+    if source not in SOURCES:
+        raise ValueError(f"Unknown source of views {source!r}; choose one of {', '.join(SOURCES)}.")
     if source != "none" and num_candidates < 1:
         raise ValueError(f"A pool needs at least one candidate view, not {num_candidates}; use source none for none.")
     if source == "posed" and not scene.frames:
@@ -105,7 +106,8 @@ def build_view_pool(
     for render in renders[len(without_depth) :]:
         images.append(render.color_HW3)
         depths.append(render.depth_HW)
-    seen_VN = visible_points(points_N3[visible], cameras, [depth for depth in depths if depth is not None])
+    measured_V = np.array([row < len(frames) and row not in without_depth for row in range(len(cameras))], dtype=bool)
+    seen_VN = _seen(points_N3[visible], cameras, [depth for depth in depths if depth is not None], measured_V)
     height, width = image_size
     return ViewPool(
         images_VHW3=np.stack(images) if images else np.zeros((0, height, width, 3), dtype=np.uint8),
@@ -114,6 +116,16 @@ def build_view_pool(
         visible_VK=_shares(seen_VN, member_NK),
         coverage_VS=seen_VN[:, _subsample(len(visible), COVERAGE_POINTS)],
     )
+
+
+def visible_shares(scene: Scene, cameras: Sequence[Camera], boxes_K7: np.ndarray) -> np.ndarray:
+    """Share [V, K] of each box's points that each camera sees, float32; occlusion by a splat of the scene's points."""
+    points_N3 = np.asarray(scene.points_N3, dtype=np.float32)
+    renders = splat_batch(points_N3, display_colors(scene), cameras, smooth=False)
+    visible = _subsample(len(points_N3), _VISIBILITY_POINTS)
+    depths = [render.depth_HW for render in renders]
+    seen_VN = visible_points(points_N3[visible], cameras, depths, tolerance=_SPLATTED_TOLERANCE)
+    return _shares(seen_VN, points_in_boxes(points_N3[visible], boxes_K7).numpy())
 
 
 def spread_frames(frames: Sequence[Frame], count: int) -> list[int]:
@@ -159,6 +171,18 @@ def _subsample(size: int, limit: int) -> np.ndarray:
     if size <= limit:
         return np.arange(size)
     return np.linspace(0, size - 1, limit).astype(np.int64)
+
+
+def _seen(
+    points_N3: np.ndarray, cameras: list[Camera], depths: list[np.ndarray], measured_V: np.ndarray
+) -> np.ndarray:
+    """Which points each view sees, bool [V, N]; splatted depth is given more tolerance than measured depth."""
+    seen_VN = np.zeros((len(cameras), len(points_N3)), dtype=bool)
+    for measured, tolerance in ((True, _MEASURED_TOLERANCE), (False, _SPLATTED_TOLERANCE)):
+        rows = np.nonzero(measured_V == measured)[0]
+        some, maps = [cameras[row] for row in rows], [depths[row] for row in rows]
+        seen_VN[rows] = visible_points(points_N3, some, maps, tolerance=tolerance)
+    return seen_VN
 
 
 def _equal_weights(member_NK: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Dynamic view selection: which of a scene's candidate views a question needs (the paper's section on DVS).
 
-    U(v) = w_t * S_Text->3D(v, t) + w_c * S_Image->3D(v) + w_clip * S_CLIP(v, t),    w_c + w_clip = 1
+    U(v) = w_t * S_Text->3D(v, t) + w_c * S_Image->3D(v, t) + w_clip * S_CLIP(v, t),    w_c + w_clip = 1
 
 The paper's grid search found (0.3, 0.5, 0.5) best. It needs one space for text, pictures and the 3D scene, and trains
 none; here the 3D side of a view is what a detector found in it, in the words of the encoder's own text side.
@@ -37,15 +37,27 @@ def s_text_to_3d(text_D: Tensor, visible_VK: Tensor, class_probs_KC: Tensor, cla
     return F.cosine_similarity(view_VD, text_D[None], dim=1)
 
 
-def s_image_to_3d(pool_VF: Tensor) -> Tensor:
-    """S_Image->3D [V]: mean cosine of each view's features with those of all views in the pool.
+def s_image_to_3d(features_VF: Tensor, references: Sequence[int] | None = None) -> Tensor:
+    """S_Image->3D [V]: mean cosine of each view's features with those of the reference views I(t); None is all views.
 
-    High for a view that shows what the pool as a whole shows. Features are picture embeddings, or, for an encoder
-    without a picture side, the 0/1 vectors of the scene points that each view sees: the cosine is then the overlap
-    |a and b| / sqrt(|a| |b|). A view that sees nothing scores 0.
+    With the whole pool as I(t) it is high for a view that shows what the pool shows; with the pictures that fit the
+    question (`relevant_views`), for a view that shows what these show. Features are picture embeddings, or, for an
+    encoder without a picture side, the 0/1 vectors of the scene points that each view sees: the cosine is then the
+    overlap |a and b| / sqrt(|a| |b|). A view that sees nothing scores 0.
     """
-    unit_VF = F.normalize(pool_VF.float(), dim=1)
-    return unit_VF @ unit_VF.mean(0)
+    unit_VF = F.normalize(features_VF.float(), dim=1)
+    chosen_VF = unit_VF if references is None else unit_VF[list(references)]
+    return unit_VF @ chosen_VF.mean(0)
+
+
+def relevant_views(text_to_3d_V: Tensor, count: int) -> list[int]:
+    """I(t): the `count` views of highest S_Text->3D, and those that tie with the last of them.
+
+    Where the question prefers no view (nothing detected), that is the whole pool.
+    """
+    rounded_V = (text_to_3d_V.detach().double() * 1e6).round()
+    last = rounded_V.sort(descending=True).values[min(count, len(rounded_V)) - 1]
+    return torch.nonzero(rounded_V >= last)[:, 0].tolist()
 
 
 def s_clip(text_D: Tensor, images_VD: Tensor) -> Tensor:
@@ -89,6 +101,9 @@ class ViewSelector(nn.Module):
         w_text: w_t.
         w_image: w_c.
         w_clip: w_clip.
+        num_references: size of I(t), the views most relevant to the question by S_Text->3D, that S_Image->3D compares
+            with. The paper leaves I(t) open; with the whole pool the term ignores the question, and a text-only
+            encoder, where w_c is 1, then finds targets less often than chance.
         class_names: names of the detector's classes, in its order.
         learn_weights: whether w_t and w_c take gradients.
     """
@@ -102,6 +117,7 @@ class ViewSelector(nn.Module):
         w_text: float = 0.3,
         w_image: float = 0.5,
         w_clip: float = 0.5,
+        num_references: int = 3,
         class_names: Sequence[str] = DETECTION_CLASSES,
         learn_weights: bool = False,
     ):
@@ -110,14 +126,18 @@ class ViewSelector(nn.Module):
             raise ValueError(
                 f"View weights must not be negative, and w_image + w_clip must be 1, not {w_image} + {w_clip}."
             )
-        if num_views < 1:
-            raise ValueError(f"num_views must be at least 1, not {num_views}; turn views off with source none.")
+        if num_views < 1 or num_references < 1:
+            raise ValueError(
+                f"num_views ({num_views}) and num_references ({num_references}) must be at least 1; turn views off "
+                "with source none."
+            )
         if w_clip > 0 and not encoder.has_images:
             raise ValueError(
                 f"The encoder {encoder_name!r} reads text only, so the question cannot be compared with pictures: "
                 "set w_clip to 0 and w_image to 1, or choose a SigLIP or CLIP checkpoint."
             )
         self.num_views = num_views
+        self.num_references = num_references
         self.encoder_name = encoder_name
         self.class_names = tuple(class_names)
         self.w_text = nn.Parameter(torch.tensor(float(w_text)), requires_grad=learn_weights)
@@ -127,7 +147,7 @@ class ViewSelector(nn.Module):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "ViewSelector":
-        """Build a selector from `settings()`: encoder (a name), num_views, w_text, w_image, w_clip."""
+        """Build a selector from `settings()`: encoder (a name) and any of the other arguments."""
         options = dict(settings)
         name = options.pop("encoder")
         return cls(load_text_encoder(name), encoder_name=name, **options)
@@ -141,6 +161,7 @@ class ViewSelector(nn.Module):
             "w_text": round(float(self.w_text), 6),
             "w_image": w_image,
             "w_clip": round(1 - w_image, 6),
+            "num_references": self.num_references,
         }
 
     @property
@@ -173,12 +194,13 @@ class ViewSelector(nn.Module):
         question_D = self._embed([question])[0]
         classes_CD = self._embed(self._class_texts())
         found = {"text_to_3d": s_text_to_3d(question_D, visible_VK, probs_KC[:, :num_classes], classes_CD)}
+        references = relevant_views(found["text_to_3d"], self.num_references)
         if self._encoder[0].has_images:
             images_VD = self._embed_pool(pool).to(device)
-            found["image_to_3d"] = s_image_to_3d(images_VD)
+            found["image_to_3d"] = s_image_to_3d(images_VD, references)
             found["clip"] = s_clip(question_D, images_VD)
         else:
-            found["image_to_3d"] = s_image_to_3d(torch.from_numpy(pool.coverage_VS).to(device))
+            found["image_to_3d"] = s_image_to_3d(torch.from_numpy(pool.coverage_VS).to(device), references)
             found["clip"] = torch.zeros(len(pool), device=device)
         found["utility"] = utility(found, self.w_text, self.w_image)
         return found

@@ -3,12 +3,17 @@
 #
 #   bash script/synthesize_scene30K.sh [arguments of `main.py synthesize`]
 #
-#   TEACHER=rules                        rules (offline), gemini (GEMINI_API_KEY) or openai (any compatible server)
+#   TEACHER=rules                        who writes:
+#                                          rules   offline, works answers out from the scenes' labelled boxes
+#                                          gemini  GEMINI_API_KEY (or GOOGLE_API_KEY)
+#                                          openai  OPENAI_API_KEY, or OPENAI_BASE_URL=http://localhost:8000/v1
+#                                                  for a server of your own, with MODEL
 #   MODEL=NAME                           the teacher's model; default: the teacher's own
 #   DATA=data/rooms                      data root with prepared scenes
 #   OUT=DATA/annotations/Scene-30K.synthesized.jsonl
 #
-# An interrupted run goes on where it stopped.
+# Questions are those of ScanQA, ScanRefer and Nr3D on training scenes. An interrupted run goes on where it stopped and
+# pays for nothing twice. To train on the result, make it DATA/annotations/Scene-30K.jsonl.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 DATA="${DATA:-data/rooms}"

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 import threedr1
 from threedr1 import main as cli
 from threedr1.engine.config import CONFIGS, load_config

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 import threedr1
 
 ROOT = Path(threedr1.__file__).resolve().parent

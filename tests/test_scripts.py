@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 import threedr1
 from threedr1 import main as cli
 from threedr1.engine.config import CONFIGS, load_config

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+
 import threedr1
 from threedr1 import main as cli
 from threedr1.datasets.scene import TASKS as SCENE_TASKS

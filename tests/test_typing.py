@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import threedr1
 
 ROOT = Path(threedr1.__file__).resolve().parent

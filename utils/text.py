@@ -43,8 +43,10 @@ def parse_response(text: str) -> Response:
     opened = re.search(r"<think>(.*?)(?:</think>|$)", text, re.DOTALL)
     if opened:
         think = opened[1].strip()
-    answer = text.rpartition("<answer>")[2] if "<answer>" in text else re.sub(
-        r"<think>.*?(?:</think>|$)", "", text, flags=re.DOTALL
+    answer = (
+        text.rpartition("<answer>")[2]
+        if "<answer>" in text
+        else re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.DOTALL)
     )
     return Response(think, _TAG.sub("", answer.partition("</answer>")[0]).strip(), False)
 

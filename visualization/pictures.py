@@ -30,7 +30,7 @@ def overview(scene: Scene, width: int = 640, height: int = 480) -> tuple[np.ndar
     size_3 = np.maximum(high_3 - low_3, 0.1)
     target_3 = (low_3 + high_3) / 2
     target_3[2] = low_3[2] + 0.3 * size_3[2]
-    distance = 1.15 * float(np.linalg.norm(size_3[:2])) + 0.5
+    distance = 1.3 * float(np.linalg.norm(size_3[:2])) + 0.5
     direction_3 = np.array([-0.62, -0.62, 0.95])
     eye_3 = target_3 + direction_3 / np.linalg.norm(direction_3) * distance
     kept_N = (

@@ -7,7 +7,7 @@ import numpy as np
 from .descriptions import Description
 from .questions import Describer, Question, choose_description, place_phrases
 from .relations import RoomFacts
-from .words import counted, joined, material_noun, metres, sentence
+from .words import counted, joined, material_noun, metres, number_word, sentence
 
 # Goal -> steps in order; each names what it needs, the first label that the room has is used. "{}" is that thing.
 _SEATS = ("armchair", "couch", "office chair", "chair", "stool", "bench", "bed")
@@ -143,9 +143,9 @@ def planning_questions(facts: RoomFacts, rng: np.random.Generator, known: Descri
             history = " ".join(f"{k + 1}. {text}" for k, (text, _, _) in enumerate(steps[:done]))
             text, target, name = steps[done]
             thought = (
-                f"to {goal} in this room I need {joined([entry[2] for entry in steps[max(0, done - 1) : done + 2]])}",
-                f"the last thing done is to {steps[done - 1][0]}",
-                f"what follows is to {text}, so {name} comes next",
+                f"to {goal} I need {steps[done - 1][2]}, {name} and other things, all of which this room has",
+                f"{number_word(done)} of {number_word(len(steps))} steps are done and {name} has not been used yet",
+                f"the next step is to {text}",
             )
             question = f"### human: i want to {goal}. i have done these things: {history}. what should i do next?"
             scene_id = facts.room.scene_id

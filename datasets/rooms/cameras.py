@@ -2,7 +2,7 @@
 
 Candidate views (fixed, so that shares of views mean the same everywhere): four stations in the room's free space at
 eye height (1.5 m), spread by farthest-point sampling from the free cell nearest to the middle; at each station four
-pictures 90 degrees apart, 64 x 48 pixels, 58 degrees wide (ScanNet's colour camera), pitched 20 degrees down. The
+pictures 90 degrees apart, 64 x 48 pixels, 58 degrees wide (ScanNet's colour camera), pitched 12 degrees down. The
 first picture of station k looks 22.5 k degrees away from the room's middle, so that headings differ between stations.
 
 An object is visible in a view when it covers at least 1 % of the pixels, or when at least 15 % of its scanned points,
@@ -20,7 +20,7 @@ EYE_HEIGHT = 1.5
 NUM_STATIONS, VIEWS_PER_STATION = 4, 4
 SENSOR_STATIONS = 12  # the scan is made from the candidate stations and eight more
 STAND_OFF = 0.3  # metres between an eye and furniture or walls
-VIEW_WIDTH, VIEW_HEIGHT, VIEW_FOV, VIEW_PITCH = 64, 48, 58.0, 20.0
+VIEW_WIDTH, VIEW_HEIGHT, VIEW_FOV, VIEW_PITCH = 64, 48, 58.0, 12.0
 MIN_PIXEL_SHARE, MIN_POINT_SHARE, MIN_PIXELS = 0.01, 0.15, 6
 _BIN = np.radians(2.0)  # size of a direction bin of the spherical depth buffer
 _AZIMUTHS, _ELEVATIONS = 180, 91

@@ -13,7 +13,7 @@ from .generate import Generated
 from .mesh import Surface
 
 HEADINGS = 12  # candidate headings at each station
-PITCHES = (18.0, 30.0)  # degrees down
+PITCHES = (6.0, 24.0)  # degrees down
 MAX_DEPTH = 8.0  # metres; structured-light sensors see no farther
 DEPTH_NOISE, DEPTH_NOISE_SQUARED = 0.001, 0.0015  # metres, and metres per square metre
 COLOR_NOISE = 3.0  # grey levels

@@ -126,9 +126,7 @@ def scanrefer_utterances(
     return [Utterance(option, phrase, write_sentences(facts, rng, option, phrase)) for option, phrase in picked]
 
 
-def nr3d_utterances(
-    chooser: Chooser, known: Describer, rng: np.random.Generator, number: int
-) -> list[Utterance]:
+def nr3d_utterances(chooser: Chooser, known: Describer, rng: np.random.Generator, number: int) -> list[Utterance]:
     """Nr3D utterances of one room: always at least one other object with the target's label."""
     short = {
         target: kept

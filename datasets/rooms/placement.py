@@ -274,7 +274,7 @@ class Furnisher:
         meets_P = ((low_3 < self.highs_P3 + GAP) & (high_3 > self.lows_P3 - GAP)).all(1)
         if rule == "on":
             assert anchor is not None
-            meets_P[next(index for index, other in enumerate(self.placed) if other is anchor)] = False
+            meets_P &= np.array([other is not anchor for other in self.placed])
         if meets_P.any():
             return False
         if rule == "on":

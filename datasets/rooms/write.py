@@ -12,6 +12,7 @@ import os
 import shutil
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -267,7 +268,13 @@ def write_rooms(
     else:
         # A fresh process per worker: forking after torch has started threads can hang.
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
-            rooms = list(tqdm(pool.map(make, tasks, chunksize=1), total=len(tasks), desc="rooms", unit="room"))
+            try:
+                rooms = list(tqdm(pool.map(make, tasks, chunksize=1), total=len(tasks), desc="rooms", unit="room"))
+            except BrokenProcessPool:
+                raise RuntimeError(
+                    "A process that makes rooms was killed, most often for want of memory; "
+                    "start again with fewer workers (whole rooms are kept)."
+                ) from None
     by_split = {"train": rooms[:num_train], "val": rooms[num_train:]}
     labels = Counter(thing.label for room in rooms for thing in room.objects)
     write_label_table(root / "scannetv2-labels.combined.tsv", labels)

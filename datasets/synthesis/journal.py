@@ -49,7 +49,8 @@ class Journal:
                 break
             try:
                 row = orjson.loads(line)
-                replies[row.pop("key")] = Reply(**row)
+                key = row.pop("key")
+                replies[key] = Reply(**row)
             except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
                 raise ValueError(
                     f"{self.path}, row {number}: not a row of a journal; delete that line, or move the file away."

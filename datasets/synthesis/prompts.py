@@ -27,14 +27,9 @@ def question_text(question: Question) -> str:
 def answer_prompt(question: Question, description: str) -> str:
     """Ask for a thought and an answer."""
     wanted = f"{REQUEST_FORMAT} {BOX_FORMAT}" if question.task == "grounding" else REQUEST_FORMAT
-    # `replace` in one go is not needed: descriptions hold no field names, and the question comes last
-    return (
-        ANSWER_PROMPT.replace("{format}", wanted)
-        .replace("{description}", description)
-        .replace("{question}", question_text(question))
-    )
+    return ANSWER_PROMPT.format(description=description, format=wanted, question=question_text(question))
 
 
 def check_prompt(question: Question, think: str) -> str:
     """Ask for the answer again, from the thought alone."""
-    return CHECK_PROMPT.replace("{question}", question_text(question)).replace("{think}", think)
+    return CHECK_PROMPT.format(question=question_text(question), think=think)

@@ -8,6 +8,7 @@ generator's margins must hold here too, and for exactly one object.
 import re
 
 import numpy as np
+
 from threedr1.datasets.scene import floor_centre
 from threedr1.utils.labels import DETECTION_CLASSES
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from threedr1.datasets import prompts
 from threedr1.datasets.prompts import (
     DEFAULT_MODE,

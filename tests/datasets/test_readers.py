@@ -6,6 +6,7 @@ import pytest
 import trimesh
 from PIL import Image
 from scipy.spatial.transform import Rotation
+
 from threedr1.datasets.readers import read_scene, unproject, voxel_mean
 from threedr1.datasets.scene import Frame, Scene, save_scene
 

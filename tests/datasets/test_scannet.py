@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+
 from threedr1.datasets.scannet import load_label_map, prepare_scan, prepare_scans, read_axis_alignment
 from threedr1.datasets.scene import load_scene
 from threedr1.utils.labels import DETECTION_CLASSES

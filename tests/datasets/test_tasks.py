@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
+
 from threedr1.datasets.doctor import examine
 from threedr1.datasets.prompts import CAPTION_QUESTION
 from threedr1.datasets.scannet import LABEL_MAP_NAME, prepare_scans

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from threedr1.datasets.transforms import Augmentation, Transform, object_outlines
 from threedr1.utils.boxes import points_in_boxes
 

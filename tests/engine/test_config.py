@@ -1,6 +1,7 @@
 """Configs: precedence, composition, and errors that name what to write instead."""
 
 import pytest
+
 from threedr1.engine.config import CONFIGS, SftConfig, dump_config, from_dict, load_config, save_config, to_dict
 
 

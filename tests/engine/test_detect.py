@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from threedr1.datasets.scene import Scene, floor_centre, save_scene
 from threedr1.engine import detect
 from threedr1.engine.config import DetectConfig, from_dict, save_config

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from threedr1.engine.config import OptimConfig
 from threedr1.engine.optim import Optimizer, learning_rate
 from threedr1.engine.runtime import Runtime
-from torch import nn
 
 CPU = Runtime(torch.device("cpu"))
 

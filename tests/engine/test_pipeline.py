@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from threedr1.engine import evaluate, grpo, sft
 from threedr1.engine.checkpoint import latest_checkpoint, list_checkpoints
 from threedr1.engine.config import load_config

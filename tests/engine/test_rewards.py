@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+
 from threedr1.engine.rewards import (
     PAPER_WEIGHTS,
     PerceptionReward,

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+
 from threedr1.engine.runtime import Runtime, batch_indices, stream, torch_stream
 
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from threedr1.engine.tracking import Tracker, read_metrics
 
 

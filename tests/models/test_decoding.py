@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from threedr1.models.decoding import decode, pick_tokens
 from threedr1.models.inputs import IMAGE, RowWriter, assemble
 from threedr1.models.language_model import load_language_model
@@ -26,7 +27,7 @@ def prompts(language, left=True):
     with torch.no_grad():
         inputs = assemble(
             rows,
-            embed_tokens=language.base.get_input_embeddings(),
+            embed_tokens=language.embedding,
             scene_tokens=[],
             image_tokens=language.embed_images(pixels, grids),
             pad_id=language.tokenizer.pad_token_id,
@@ -37,7 +38,7 @@ def prompts(language, left=True):
 
 def run(language, inputs, **changes):
     arguments = {"eos_ids": language.eos_ids, "max_new_tokens": 12, **changes}
-    return decode(language.decoder, language.base.lm_head, language.base.get_input_embeddings(), inputs, **arguments)
+    return decode(language.decoder, language.base.lm_head, language.embedding, inputs, **arguments)
 
 
 def generators(count, seed=0):

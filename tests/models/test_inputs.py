@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from threedr1.models.inputs import IGNORE, IMAGE, SCENE, TEXT, RowWriter, assemble, mrope_positions, pad_rows
 from threedr1.models.language_model import load_language_model
 
@@ -103,7 +104,7 @@ def test_assembled_logits_equal_transformers_forward(language, writer, left):
     with torch.no_grad():
         inputs = assemble(
             rows,
-            embed_tokens=language.base.get_input_embeddings(),
+            embed_tokens=language.embedding,
             scene_tokens=[],
             image_tokens=language.embed_images(pixels, grid_tensor),
             pad_id=language.tokenizer.pad_token_id,
@@ -134,7 +135,7 @@ def test_scene_tokens_land_at_their_placeholders(language, writer):
     tokens = [torch.randn(5, width), torch.randn(3, width)]
     inputs = assemble(
         rows,
-        embed_tokens=language.base.get_input_embeddings(),
+        embed_tokens=language.embedding,
         scene_tokens=tokens,
         image_tokens=None,
         pad_id=language.tokenizer.pad_token_id,
@@ -145,7 +146,7 @@ def test_scene_tokens_land_at_their_placeholders(language, writer):
     with pytest.raises(ValueError, match="8 placeholders of kind 2, but 7 features"):
         assemble(
             rows,
-            embed_tokens=language.base.get_input_embeddings(),
+            embed_tokens=language.embedding,
             scene_tokens=[tokens[0], tokens[1][:2]],
             image_tokens=None,
             pad_id=0,

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+
 from threedr1.models.language_model import (
     active_adapter,
     add_lora,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from threedr1.models import lm_head
 from threedr1.models.lm_head import cross_entropy, token_logprobs
 

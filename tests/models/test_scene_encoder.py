@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from threedr1.datasets.scene import Scene
 from threedr1.models.scene_encoder import (
     DetectionTargets,

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from threedr1.third_party import pointnet2
 from threedr1.third_party.pointnet2 import reference
 

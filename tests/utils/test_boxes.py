@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from threedr1.utils.boxes import (
     as_boxes,
     box3d_giou,

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from threedr1.utils.metrics.dense_caption import (
     CaptionCorpus,
     CaptionedScene,

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from threedr1.datasets.scene import TASKS
 from threedr1.utils.metrics import caption, java
 from threedr1.utils.metrics.score import (

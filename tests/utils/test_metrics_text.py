@@ -6,6 +6,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from threedr1.utils.metrics import caption, java
 from threedr1.utils.metrics.caption import ngram_scores, rouge_l, simple_words
 from threedr1.utils.metrics.java import java_available, ptb_tokenize

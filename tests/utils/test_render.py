@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from threedr1.utils.camera import NEAR_PLANE
 from threedr1.utils.render import (
     Camera,

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from threedr1 import main as cli
 from threedr1.visualization.table import results_markdown
 

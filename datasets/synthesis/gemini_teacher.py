@@ -1,0 +1,138 @@
+"""The Gemini teacher, through Google's own client library (google-genai, extra `synthesis`)."""
+
+import asyncio
+import json
+import os
+import random
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .teacher import (
+    RETRIED_STATUS,
+    Reply,
+    Request,
+    RetryOptions,
+    TeacherUnavailable,
+    parse_retry_after,
+    refusal,
+    with_retries,
+)
+
+if TYPE_CHECKING:
+    from google.genai import types
+
+DEFAULT_MODEL = "gemini-2.5-pro"
+KEY_VARIABLES = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """Errors of a lost connection in whichever HTTP library google-genai chose (it differs by release)."""
+    found: list[type[Exception]] = [ConnectionError, TimeoutError, asyncio.TimeoutError]
+    for library, name in (("httpx", "TransportError"), ("httpx2", "TransportError"), ("aiohttp", "ClientError")):
+        if library in sys.modules:
+            found.append(getattr(sys.modules[library], name))
+    return tuple(found)
+
+
+class GeminiTeacher:
+    """Asks Gemini.
+
+    Args:
+        model: a model's name; "" for DEFAULT_MODEL.
+        thinking_budget: tokens of hidden thought; -1 leaves it to the model, 0 switches it off where it can be.
+        base_url: another endpoint; by default the library's own, which the variable GOOGLE_GEMINI_BASE_URL changes.
+        timeout: seconds a request may take.
+        retries, seed: of the backoff after a failed request.
+
+    Raises:
+        ValueError: no key in the environment.
+        ModuleNotFoundError: google-genai is not installed.
+    """
+
+    def __init__(
+        self,
+        model: str = "",
+        *,
+        thinking_budget: int = -1,
+        base_url: str | None = None,
+        timeout: float = 300.0,
+        retries: RetryOptions | None = None,
+        seed: int = 0,
+    ):
+        self._key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), "")
+        if not self._key:
+            raise ValueError(
+                f"The Gemini teacher needs an API key; set {KEY_VARIABLES[0]}, or use --teacher rules, which needs "
+                "no network."
+            )
+        from google import genai
+        from google.genai import errors, types
+
+        self.model = model or DEFAULT_MODEL
+        self.identity = f"gemini/{self.model}/thinking={thinking_budget}"
+        self._retries, self._rng = retries or RetryOptions(), random.Random(seed)
+        options = types.HttpOptions(base_url=base_url, timeout=round(timeout * 1000))
+        self._client = genai.Client(api_key=self._key, vertexai=False, http_options=options)
+        thinking = types.ThinkingConfig(thinking_budget=thinking_budget)
+        self._configs = {
+            checking: types.GenerateContentConfig(thinking_config=thinking, temperature=0.0 if checking else None)
+            for checking in (False, True)
+        }
+        self._api_error: type[Exception] = errors.APIError
+        self._unread: tuple[type[Exception], ...] = (errors.UnknownApiResponseError, json.JSONDecodeError)
+        self._lost = _transport_errors()
+
+    async def ask(self, request: Request) -> Reply:
+        """A reply; retried where the server is busy or the connection is lost."""
+        return await with_retries(lambda: self._ask_once(request), self._retries, self._rng)
+
+    async def _ask_once(self, request: Request) -> Reply:
+        try:
+            response = await self._client.aio.models.generate_content(
+                model=self.model, contents=request.prompt, config=self._configs[bool(request.think)]
+            )
+        except self._api_error as error:
+            raise self._translate(error) from None
+        except self._unread as error:
+            raise TeacherUnavailable(f"Gemini's reply was cut off ({type(error).__name__})") from None
+        except self._lost as error:
+            raise TeacherUnavailable(f"The connection to Gemini failed ({type(error).__name__})") from None
+        return read_response(response)
+
+    def _translate(self, error: Any) -> Exception:
+        message = str(error.message or "")
+        if error.code in RETRIED_STATUS:
+            headers = getattr(error.response, "headers", None) or {}
+            return TeacherUnavailable(
+                f"Gemini is busy (status {error.code})", parse_retry_after(headers.get("retry-after"))
+            )
+        if error.code == 400 and "api key" in message.lower():
+            return refusal("Gemini", 401, self.model, message, self._key)
+        return refusal("Gemini", error.code, self.model, message, self._key)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aio.aclose()
+
+
+def read_response(response: "types.GenerateContentResponse") -> Reply:
+    """Text, tokens and, where there is no whole text, the reason: blocked_…, truncated or empty."""
+    usage = response.usage_metadata
+    tokens = {
+        "input_tokens": (usage.prompt_token_count or 0) if usage else 0,
+        "output_tokens": (usage.candidates_token_count or 0) + (usage.thoughts_token_count or 0) if usage else 0,
+    }
+    feedback = response.prompt_feedback
+    if feedback is not None and feedback.block_reason is not None:
+        return Reply("", f"blocked_prompt_{feedback.block_reason.value.lower()}", **tokens)
+    if not response.candidates:
+        return Reply("", "empty", **tokens)
+    candidate = response.candidates[0]
+    parts = (candidate.content.parts or []) if candidate.content else []
+    text = "".join(part.text for part in parts if part.text and not part.thought)
+    finish = candidate.finish_reason.value if candidate.finish_reason else "STOP"
+    if finish == "MAX_TOKENS":
+        return Reply(text, "truncated", **tokens)
+    if finish not in ("STOP", "FINISH_REASON_UNSPECIFIED"):
+        return Reply(text, f"blocked_{finish.lower()}", **tokens)
+    return Reply(text, "" if text.strip() else "empty", **tokens)

@@ -1,0 +1,91 @@
+"""Pictures, the HTML report and the Rerun file."""
+
+import json
+
+import numpy as np
+import pytest
+
+from threedr1.datasets.scene_store import SceneStore
+from threedr1.utils.predictions import Prediction, write_predictions
+from threedr1.visualization.pictures import PREDICTED, overview, save_picture, scene_picture
+from threedr1.visualization.report import choose_examples, write_report
+
+
+@pytest.fixture(scope="module")
+def scene(rooms_root):
+    store = SceneStore(rooms_root / "prepared")
+    return store[store.scene_ids[0]]
+
+
+def prediction(scene, name="a", **changes):
+    values = {
+        "sample_id": name,
+        "task": "grounding",
+        "scene_id": scene.scene_id,
+        "question": "Where is <the> chair?",
+        "text": "<think>First & last.</think><answer>There</answer>",
+        "think": "First & last.",
+        "answer": "There",
+        "well_formed": True,
+        "boxes": [scene.boxes_K7[0].tolist()],
+        "target_boxes": [scene.boxes_K7[1].tolist()],
+        "references": ["there"],
+    }
+    return Prediction(**{**values, **changes})
+
+
+def test_overview_shows_the_room_and_boxes_are_drawn_in_their_colour(scene, tmp_path):
+    plain, camera = overview(scene, 320, 240)
+    filled = (plain != 255).any(-1).mean()
+    assert plain.shape == (240, 320, 3) and 0.15 < filled < 1
+    uv_K2, depth_K = camera.project(scene.boxes_K7[:, :3])
+    assert (depth_K > 0).all() and (uv_K2 > 0).all() and (uv_K2 < [320, 240]).all()
+    drawn = scene_picture(scene, [(scene.boxes_K7[:1].tolist(), PREDICTED)], width=320)
+    assert (drawn == PREDICTED).all(-1).sum() > 30
+    assert save_picture(drawn, tmp_path / "a" / "b.png").stat().st_size > 1000
+
+
+def test_examples_come_by_order_from_different_scenes(scene):
+    rows = [prediction(scene, "1"), prediction(scene, "2"), prediction(scene, "3", scene_id="other")]
+    assert [entry.sample_id for entry in choose_examples(rows, 2)] == ["1", "3"]
+    assert [entry.sample_id for entry in choose_examples(rows, 3)] == ["1", "3", "2"]
+
+
+def test_report_holds_scores_curves_and_escaped_text(scene, rooms_root, tmp_path):
+    run = tmp_path / "run"
+    folder = run / "eval" / "sft"
+    write_predictions(folder / "predictions.jsonl", [prediction(scene)])
+    scores = {
+        "task": "grounding",
+        "scorer": "scanrefer",
+        "questions": 1,
+        "unit": "percent",
+        "metrics": {"mIoU": 12.5, "Acc@0.25": 50.0},
+        "intervals": {"Acc@0.25": [10.0, 90.0]},
+    }
+    (folder / "results.json").write_text(json.dumps({"label": "sft", "results": {"scanrefer": scores}}))
+    (run / "sft").mkdir()
+    (run / "sft" / "metrics.jsonl").write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
+    path = write_report(run, run / "report.html", data_root=rooms_root)
+    page = path.read_text()
+    assert "50.0" in page and "10–90" in page and "<svg" in page
+    assert "Where is &lt;the&gt; chair?" in page and "First &amp; last." in page
+    assert page.count("data:image/jpeg;base64") == 1
+
+
+def test_nothing_to_report_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="There is nothing to report on"):
+        write_report(tmp_path, tmp_path / "report.html")
+
+
+def test_rerun_file_is_written_with_oriented_boxes(scene, rooms_root, tmp_path):
+    rerun = pytest.importorskip("rerun")
+    from threedr1.visualization.rerun_view import box_archetype, show
+
+    write_predictions(tmp_path / "predictions.jsonl", [prediction(scene)])
+    show(tmp_path, data_root=rooms_root, save=tmp_path / "scene.rrd")
+    assert (tmp_path / "scene.rrd").stat().st_size > 10_000
+    boxes = box_archetype(rerun, [[1, 2, 3, 4, 5, 6, np.pi / 2]], PREDICTED, ["a"])
+    quaternion = boxes.quaternions.as_arrow_array().to_pylist()[0]
+    np.testing.assert_allclose(quaternion, [0, 0, np.sqrt(0.5), np.sqrt(0.5)], atol=1e-6)
+    assert boxes.half_sizes.as_arrow_array().to_pylist()[0] == [2, 2.5, 3]
