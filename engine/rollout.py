@@ -57,6 +57,7 @@ def roll_out(
     was_training = model.training
     model.eval()
     language = model.language
+    model.expect(samples)
     written = [
         model.write_row(sample, observation, mode, None)
         for sample, observation, mode in zip(samples, observations, modes, strict=True)

@@ -32,6 +32,7 @@ def sft_loss(
         observations: the samples' scenes, encoded.
         pointers: "name" teaches `<obj12>` for a box that a proposal covers; "box" always teaches numbers.
     """
+    model.expect(samples)
     rows, views = [], []
     for sample, observation in zip(samples, observations, strict=True):
         mode = training_mode(sample)

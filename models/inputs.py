@@ -61,6 +61,7 @@ class RowWriter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, merge_size: int = 2):
         self.tokenizer = tokenizer
         self.merge_size = merge_size
+        self._kept: dict[str, list[int]] = {}
         self.im_start = self._token("<|im_start|>")
         self.im_end = self._token("<|im_end|>")
         self.vision_start = self._token("<|vision_start|>")
@@ -77,6 +78,12 @@ class RowWriter:
     def _text(self, text: str) -> list[int]:
         # Pasted text must not smuggle in control tokens, hence split_special_tokens.
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def _fixed(self, text: str) -> list[int]:
+        """Tokens of text that stands in every row."""
+        if text not in self._kept:
+            self._kept[text] = self._text(text)
+        return self._kept[text]
 
     def write(
         self,
@@ -99,27 +106,27 @@ class RowWriter:
             ids.extend(tokens)
             kinds.extend([kind] * len(tokens))
 
-        put([self.im_start, *self._text(f"system\n{system}"), self.im_end, *self._text("\n")])
-        put([self.im_start, *self._text("user\n")])
+        put([self.im_start, *self._fixed(f"system\n{system}"), self.im_end, *self._fixed("\n")])
+        put([self.im_start, *self._fixed("user\n")])
         if grids:
-            put(self._text("Views: "))
+            put(self._fixed("Views: "))
             for _, height, width in grids:
                 put([self.vision_start])
                 put([self.image_pad] * (height * width // self.merge_size**2), IMAGE)
                 put([self.vision_end])
-            put(self._text("\n"))
+            put(self._fixed("\n"))
         if num_proposals:
-            put(self._text("Objects: "))
+            put(self._fixed("Objects: "))
             for index in range(num_proposals):
-                put(self._text(format_name(index)))
+                put(self._fixed(format_name(index)))
                 put([self.scene_pad], SCENE)
-            put(self._text("\n"))
+            put(self._fixed("\n"))
         if num_layout_tokens:
-            put(self._text("Layout: "))
+            put(self._fixed("Layout: "))
             put([self.scene_pad] * num_layout_tokens, SCENE)
-            put(self._text("\n"))
-        put([*self._text(question), self.im_end, *self._text("\n")])
-        put([self.im_start, *self._text("assistant\n")])
+            put(self._fixed("\n"))
+        put([*self._text(question), self.im_end, *self._fixed("\n")])
+        put([self.im_start, *self._fixed("assistant\n")])
         labels = [IGNORE] * len(ids)
         if target is not None:
             answer = [*self._text(target), self.im_end]

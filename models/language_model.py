@@ -5,6 +5,7 @@ written by models/tiny.py.
 """
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,12 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+# Its bars for loading weights would tear ours apart.
+transformers_logging.disable_progress_bar()
+# peft reads the old name on every model it wraps; nothing a user can act on.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 # The suffixes alone would also match the vision tower's MLPs.
 _LORA_TARGETS = r".*\.language_model\.layers\.(?:{blocks})\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"

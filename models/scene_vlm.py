@@ -253,12 +253,18 @@ class SceneVLM(nn.Module):
                     image_size=(self.settings.view_size, self.settings.view_size),
                     seed=observation.seed,
                     boxes_K7=observation.scene.to_world(encoded.proposals),
+                    device=self.device,
                 )
                 observation.pool_class_probs_KC = encoded.class_probs_KC[encoded.valid_K].detach()
             assert observation.pool_class_probs_KC is not None
             selection = self.view_selector.select(question, observation.pool, observation.pool_class_probs_KC)
             observation.choices[question] = [int(index) for index in selection.indices]
         return observation.choices[question]
+
+    def expect(self, samples: Sequence[Sample]) -> None:
+        """Tell the view selector which questions come next, so that it embeds them in one batch."""
+        if self.view_selector is not None:
+            self.view_selector.remember([sample.question for sample in samples])
 
     def view_pixels(self, observation: Observation, index: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """Patches and grid of one view, as Qwen's image processor makes them."""

@@ -167,7 +167,14 @@ class ViewSelector(nn.Module):
     @property
     def encoder(self) -> Encoder:
         """The frozen encoder, on the device of the weights."""
-        return self._encoder[0].to(self.w_text.device)
+        encoder = self._encoder[0]
+        # asking first is cheap; moving walks through every module
+        return encoder if next(encoder.parameters()).device == self.w_text.device else encoder.to(self.w_text.device)
+
+    def remember(self, questions: Sequence[str]) -> None:
+        """Embed questions in one batch before they are asked one by one."""
+        if questions:
+            self._embed(list(questions))
 
     def regularizer(self) -> Tensor:
         """L2 pull of w_t to the paper's 0.3: a scalar to add to a loss."""
