@@ -23,6 +23,4 @@ BENCHMARKS = {path.stem: _purpose(path) for path in sorted(_FOLDER.glob("[!_]*.p
 def run_benchmark(name: str, arguments: Sequence[str] = ()) -> int:
     """Run one benchmark with its own command-line arguments; returns its exit status."""
     module = importlib.import_module(f"{__name__}.{name}")
-    if arguments:
-        return int(module.main(list(arguments)) or 0)
-    return int(module.main() or 0)
+    return int(module.main(list(arguments)))

@@ -1,13 +1,18 @@
-"""Rooms generated a second by the points-only fast path, on one core and on all of them."""
+"""Rooms generated a second by the points-only fast path, on one core and on all of them.
 
-import argparse
+No peer: nothing else writes these rooms. The exit status says whether 16 such cores would make 50 rooms a second.
+"""
+
 import multiprocessing
 import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from ..datasets.rooms import generate_room
+from ..datasets.rooms import ROOMS_VERSION, generate_room
+from ._arguments import measuring_parser, positive
+from ._measure import Load, report
+from .results import Row
 
 TARGET_CORES, TARGET_ROOMS_PER_S = 16, 50.0
 
@@ -19,32 +24,37 @@ def _make(seed: int) -> tuple[int, float]:
     return len(room.vertices_V3), time.process_time() - start
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table; the exit status says whether 16 such cores would make 50 rooms a second."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rooms", type=int, default=64, help="rooms per measurement")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of the second measurement")
-    arguments = parser.parse_args(argv)
-    if arguments.rooms < 1 or arguments.workers < 1:
-        parser.error("--rooms and --workers must be at least 1")
-    seeds = range(arguments.rooms)
+def measure(num_rooms: int, workers: int) -> list[Row]:
+    """Rooms a second: of one core by processor time, which other programs hardly disturb; and of `workers` together."""
+    seeds = range(num_rooms)
     _make(0)  # first use fills the caches of unit shapes
     results = [_make(seed) for seed in seeds]
-    per_room = sum(seconds for _, seconds in results) / len(results)
-    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_make, range(arguments.workers)))  # starts the processes
+    per_core = num_rooms / sum(seconds for _, seconds in results)
+    slowest = max(seconds for _, seconds in results)
+    vertices = sum(count for count, _ in results) / num_rooms
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_make, range(workers)))  # starts the processes
         start = time.perf_counter()
         list(pool.map(_make, seeds, chunksize=4))
-        together = len(seeds) / (time.perf_counter() - start)
-    needed = TARGET_CORES / TARGET_ROOMS_PER_S
-    print(f"{'measurement':<42}{'value':>10}")
-    print(f"{'vertices a room':<42}{sum(count for count, _ in results) / len(results):>10.0f}")
-    print(f"{'processor seconds a room, one core':<42}{per_room:>10.3f}")
-    print(f"{'slowest room, processor seconds':<42}{max(seconds for _, seconds in results):>10.3f}")
-    print(f"{f'rooms a second, {arguments.workers} processes':<42}{together:>10.1f}")
-    print(f"{f'needed: seconds a room for {TARGET_ROOMS_PER_S:.0f}/s on {TARGET_CORES} cores':<42}{needed:>10.3f}")
-    return 0 if per_room <= needed else 1
+        together = num_rooms / (time.perf_counter() - start)
+    what = f"{ROOMS_VERSION}, {num_rooms} rooms of {vertices:.0f} vertices"
+    note = f"{what}; needed for {TARGET_ROOMS_PER_S:.0f}/s on {TARGET_CORES} cores: {TARGET_ROOMS_PER_S / TARGET_CORES}"
+    return [
+        Row("rooms.per_s_per_core", per_core, "1/s", better="higher", note=note),
+        Row("rooms.slowest_s", slowest, "s", note=f"{what}; processor time of the slowest"),
+        Row("rooms.per_s", together, "1/s", better="higher", note=f"{what}; wall time, {workers} processes"),
+    ]
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def main(argv: Sequence[str] = ()) -> int:
+    """Print a table; the exit status says whether 16 such cores would make 50 rooms a second."""
+    parser = measuring_parser("rooms", __doc__, repeats=1, cuda=False)
+    parser.add_argument("--rooms", type=positive, default=64, metavar="N", help="rooms per measurement (default: 64)")
+    parser.add_argument(
+        "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"
+    )
+    arguments = parser.parse_args(list(argv))
+    load = Load(arguments)
+    rows = measure(arguments.rooms, arguments.workers)
+    report("rooms", rows, arguments, load, argv=argv, packages=("numpy",))
+    return 0 if rows[0].value >= TARGET_ROOMS_PER_S / TARGET_CORES else 1

@@ -1,10 +1,12 @@
 """Atomic checkpoints and exact resume.
 
 A checkpoint is the folder `<run>/checkpoints/step-000100`: `config.yaml`, `model/` (what `save_pretrained` writes)
-and `state.pt` (optimizer, scheduler, RNG, step). It is written under another name and renamed when whole, so a folder
-of that name is always complete.
+and `state.pt` (optimizer, scheduler, RNG, step). It is written under another name and renamed when whole, and renamed
+again before it is deleted, so a folder of that name is always complete, whenever the process is killed.
 """
 
+import os
+import pickle
 import random
 import re
 import shutil
@@ -17,11 +19,13 @@ import torch
 import yaml
 
 from ..models.scene_vlm import SceneVLM
+from ..utils.files import read_text
 from .config import save_config, to_dict
 from .optim import Optimizer
 from .runtime import Runtime, log
 
 _STEP = re.compile(r"step-(\d+)")
+_HALF = ("partial-", "deleted-")  # folders that are being written or deleted
 
 
 def rng_state() -> dict[str, Any]:
@@ -66,17 +70,33 @@ def save_checkpoint(
     """
     final = checkpoint_path(run_dir, step)
     partial = final.with_name(f"partial-{step:06d}")
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
     (partial / "model").mkdir(parents=True)
     save_model(partial / "model")
     save_config(config, partial / "config.yaml")
     torch.save({**state, "step": step, "rng": rng_state()}, partial / "state.pt")
-    if final.exists():
-        shutil.rmtree(final)
+    _remove(final)
     partial.rename(final)
     for old in list_checkpoints(run_dir)[:-keep] if keep > 0 else []:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, if it is there, under another name: half of it never stands under its own."""
+    if folder.exists():
+        doomed = folder.with_name(f"deleted-{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_leftovers(run_dir: str | Path) -> None:
+    """Delete what a kill left half-written or half-deleted among the checkpoints."""
+    folder = Path(run_dir) / "checkpoints"
+    for entry in folder.iterdir() if folder.is_dir() else []:
+        if entry.name.startswith(_HALF):
+            shutil.rmtree(entry)
 
 
 def save_run(runtime: Runtime, config: Any, step: int, model: SceneVLM, optimizer: Optimizer) -> Path:
@@ -120,13 +140,15 @@ def open_run(config: Any, resume: bool) -> Path | None:
         ValueError: the folder holds another run's checkpoints, or this run's under another configuration.
     """
     newest = latest_checkpoint(config.run.dir)
+    if (resume or newest is None) and os.environ.get("RANK", "0") == "0":
+        remove_leftovers(config.run.dir)
     if newest is None:
         return None
     if not resume:
         raise ValueError(
             f"{config.run.dir} already holds checkpoints; pass --resume to go on, or set another run.dir."
         )
-    saved = yaml.safe_load((newest / "config.yaml").read_text(encoding="utf-8"))
+    saved = _saved_config(newest)
     changed = _differences(saved, to_dict(config))
     if changed:
         raise ValueError(
@@ -134,6 +156,18 @@ def open_run(config: Any, resume: bool) -> Path | None:
             "resume with the same one, or set another run.dir."
         )
     return newest
+
+
+def _saved_config(checkpoint: Path) -> dict:
+    path = checkpoint / "config.yaml"
+    text = read_text(path, f"{checkpoint} has no config.yaml; delete that checkpoint and resume from the one before.")
+    try:
+        saved = yaml.safe_load(text)
+    except yaml.YAMLError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} is broken; delete that checkpoint and resume from the one before.")
+    return saved
 
 
 # Settings that change how a run is carried out, not what it computes.
@@ -153,8 +187,17 @@ def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
 
 
 def load_state(checkpoint: str | Path) -> dict[str, Any]:
-    """Training state of a checkpoint. It is our own file and holds Python RNG tuples, hence not weights-only."""
-    return torch.load(Path(checkpoint) / "state.pt", map_location="cpu", weights_only=False)
+    """Training state of a checkpoint; ValueError where it is broken.
+
+    It is our own file and holds Python RNG tuples, hence not weights-only.
+    """
+    path = Path(checkpoint) / "state.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except (FileNotFoundError, RuntimeError, EOFError, pickle.UnpicklingError):
+        raise ValueError(
+            f"{path} is missing or broken; delete that checkpoint and resume from the one before."
+        ) from None
 
 
 def model_folder(path: str | Path) -> Path:
@@ -162,6 +205,8 @@ def model_folder(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"There is no model at {path}; train one, or name a folder written by save_pretrained.")
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file; name the folder of a model, a checkpoint or a run.")
     if (path / "model").is_dir():
         return path / "model"
     newest = latest_checkpoint(path)

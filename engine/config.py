@@ -6,6 +6,7 @@ An unknown key is an error that names the nearest known one. The resolved config
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -14,6 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ..utils.files import read_text
+
+
+def _at_least(config: Any, **bounds: int) -> None:
+    for name, bound in bounds.items():
+        if getattr(config, name) < bound:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {bound}.")
+
+
+def _one_of(config: Any, **choices: tuple[str, ...]) -> None:
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; choose {', '.join(known[:-1])} or {known[-1]}.")
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,10 @@ class RunConfig:
     device: str = "auto"  # auto, cpu, cuda
     trackers: tuple[str, ...] = ()  # besides metrics.jsonl: tensorboard
 
+    def __post_init__(self):
+        _at_least(self, seed=0, steps=0, batch_size=1, micro_batch_size=0, log_every=1, save_every=1)
+        _at_least(self, keep_checkpoints=0, eval_every=0)
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -43,6 +62,11 @@ class DataConfig:
     eval_split: str = "val"
     num_points: int = 40_000
     max_samples: int = 0  # per data set, chosen by seed; 0 takes all
+
+    def __post_init__(self):
+        _at_least(self, num_points=1, max_samples=0)
+        if not self.datasets:
+            raise ValueError("datasets is empty; name one or more, for instance scene30k.")
 
 
 @dataclass(frozen=True)
@@ -76,6 +100,10 @@ class ViewsConfig:
     w_image: float = 0.5
     w_clip: float = 0.5
 
+    def __post_init__(self):
+        _one_of(self, source=("posed", "rendered", "mixed", "none"))
+        _at_least(self, num_candidates=1, num_views=1, image_size=1)
+
 
 @dataclass(frozen=True)
 class LanguageConfig:
@@ -91,6 +119,10 @@ class LanguageConfig:
     num_proposals: int = 64
     num_layout_tokens: int = 32
     gradient_checkpointing: bool = False
+
+    def __post_init__(self):
+        _one_of(self, dtype=("bfloat16", "float16", "float32"), train=("lora", "full"))
+        _at_least(self, lora_rank=1, lora_alpha=1, lora_last_blocks=0, num_proposals=0, num_layout_tokens=0)
 
 
 @dataclass(frozen=True)
@@ -176,6 +208,11 @@ class RolloutConfig:
     temperature: float = 1.0
     batch_size: int = 64  # completions decoded together
 
+    def __post_init__(self):
+        _at_least(self, max_new_tokens=1, batch_size=1)
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0.")
+
 
 @dataclass(frozen=True)
 class GrpoConfig:
@@ -191,6 +228,9 @@ class GrpoConfig:
     updates_per_rollout: int = 1
     lora_rank: int = 16  # of the policy adapter, where the SFT model has none
     lora_alpha: int = 32
+
+    def __post_init__(self):
+        _at_least(self, updates_per_rollout=1, lora_rank=1, lora_alpha=1)
 
 
 @dataclass(frozen=True)
@@ -220,6 +260,9 @@ class EvalConfig:
     meteor: str = "auto"  # auto: where Java is there; yes; no (it takes seconds to start)
     dense_caption_proposals: int = 64  # proposals captioned in one scene, by objectness
 
+    def __post_init__(self):
+        _at_least(self, max_new_tokens=1, dense_caption_proposals=1)
+
 
 CONFIGS: dict[str, type] = {"detect": DetectConfig, "sft": SftConfig, "grpo": GrpoConfig, "eval": EvalConfig}
 
@@ -233,7 +276,7 @@ def load_config(kind: str, path: str | Path | None, overrides: Sequence[str] = (
         overrides: `key.sub=value` strings, the value in YAML syntax.
 
     Raises:
-        ValueError: unknown key (the nearest is named), wrong type, unreadable recipe.
+        ValueError: unknown key (the nearest is named), wrong type or range, unreadable recipe.
     """
     values: dict[str, Any] = _read_recipe(Path(path)) if path else {}
     for override in overrides:
@@ -252,9 +295,12 @@ def from_dict(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     arguments = {}
     for key, value in values.items():
         if key not in hints:
-            raise ValueError(_unknown_key(prefix + str(key), str(key), list(hints)))
+            raise ValueError(_unknown_key(prefix, str(key), cls))
         arguments[key] = _convert(hints[key], value, prefix + key)
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"Config key {prefix}{error}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -279,18 +325,21 @@ def save_config(config: Any, path: str | Path) -> None:
     Path(path).write_text(dump_config(config), encoding="utf-8")
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"There is no recipe at {path}; the ones we ship are under script/recipes/.") from None
+def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Keys of a recipe over those of its bases; `above` are the recipes that led to it."""
+    if path.resolve() in above:
+        raise ValueError(f"Recipe {path} is its own base; take one `base:` line out.")
+    text = read_text(path, f"There is no recipe at {path}; the ones we ship are under script/recipes/.")
     values = _parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
-        raise ValueError(f"Recipe {path} is not a mapping of keys to values.")
+        raise ValueError(f"Recipe {path} is not a mapping; write `key: value` lines, as those in script/recipes/.")
     bases = values.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"Recipe {path}: `base` takes the path of another recipe, or a list of paths, not {bases!r}.")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        _merge(merged, _read_recipe(path.parent / base))
+    for base in bases:
+        _merge(merged, _read_recipe(path.parent / base, (*above, path.resolve())))
     _merge(merged, values)
     return merged
 
@@ -299,7 +348,9 @@ def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{source} is not valid YAML: {str(error).splitlines()[0]}.") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{source}{where}: not valid YAML ({problem or 'unreadable characters'}); mend it.") from None
 
 
 def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:
@@ -319,10 +370,23 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _unknown_key(full: str, key: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+def _unknown_key(prefix: str, key: str, cls: type) -> str:
+    """The sentence for an unknown key: a key of that very name further down, else the nearest one here."""
+    known = list(typing.get_type_hints(cls))
+    deeper = [path for path in _paths(cls, prefix) if path.split(".")[-1] == key]
+    nearest = deeper or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys here: {', '.join(known)}."
-    return f"Unknown config key {full!r}; {hint}"
+    return f"Unknown config key {prefix + key!r}; {hint}"
+
+
+def _paths(cls: type, prefix: str) -> list[str]:
+    """Dotted names of all keys below a configuration class."""
+    paths = []
+    for name, kind in typing.get_type_hints(cls).items():
+        paths.append(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            paths += _paths(typing.cast(type, kind), f"{prefix}{name}.")
+    return paths
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
@@ -350,9 +414,12 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
 def _convert_scalar(kind: type, value: Any, key: str) -> Any:
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-6 as a string
+            number = float(value)  # YAML reads 1e-6 as a string
         except ValueError:
-            raise ValueError(f"Config key {key} takes a number, not {value!r}.") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"Config key {key} takes a number, not {value!r}.")
+        return number
     if kind is str and value is None:
         return ""
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

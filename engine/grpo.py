@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..datasets.scene import Sample
@@ -30,7 +31,7 @@ from .optim import Optimizer
 from .rewards import RewardResult, RewardSet, build_rewards
 from .rollout import Rollout, completion_row, roll_out
 from .runtime import Runtime, batch_indices, close_runtime, init_runtime, seed_everything, torch_stream
-from .tracking import Tracker
+from .tracking import Tracker, drop_steps_from
 
 REFERENCE = "ref"
 
@@ -88,11 +89,13 @@ def sample_groups(
     step: int,
     rank: int,
 ) -> list[Rollout]:
-    """G completions of each prompt from the current policy."""
+    """G completions of each prompt from the current policy.
+
+    A completion's random stream is named by its place in the global batch, so the number of ranks changes nothing.
+    """
     rollout = config.rollout
-    generators = [
-        torch_stream("cpu", config.run.seed, 23, step, rank, row) for row in range(len(samples) * rollout.group_size)
-    ]
+    count = len(samples) * rollout.group_size
+    generators = [torch_stream("cpu", config.run.seed, 23, step, rank * count + row) for row in range(count)]
     return roll_out(
         model,
         samples,
@@ -150,10 +153,26 @@ def score_rollouts(rewards: RewardSet, rollouts: Sequence[Rollout]) -> RewardRes
     return rewards([text for rollout in rollouts for text in rollout.texts], **columns)
 
 
-def length_statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Length of the completions in tokens, and the share that the limit cut off."""
-    lengths = [len(ids) for rollout in rollouts for ids in rollout.token_ids]
-    cut = [not finished for rollout in rollouts for finished in rollout.finished]
+def gather_scores(scored: RewardResult, runtime: Runtime) -> RewardResult:
+    """The rewards of all ranks as one result, in the order of ranks."""
+    parts = runtime.gather(scored)
+    return RewardResult(
+        np.concatenate([part.combined_N for part in parts]),
+        {name: np.concatenate([part.table[name] for part in parts]) for name in scored.table},
+        {name: np.concatenate([part.failed[name] for part in parts]) for name in scored.failed},
+        np.concatenate([part.gated_N for part in parts]),
+    )
+
+
+def length_statistics(rollouts: Sequence[Rollout], runtime: Runtime) -> dict[str, float]:
+    """Length of the completions of all ranks in tokens, and the share that the limit cut off."""
+    own = [
+        (len(ids), finished)
+        for rollout in rollouts
+        for ids, finished in zip(rollout.token_ids, rollout.finished, strict=True)
+    ]
+    everyone = [entry for part in runtime.gather(own) for entry in part]
+    lengths, cut = [length for length, _ in everyone], [not finished for _, finished in everyone]
     return {"length/mean": sum(lengths) / len(lengths), "length/max": max(lengths), "length/cut": sum(cut) / len(cut)}
 
 
@@ -210,21 +229,30 @@ def update_policy(
                 gap = (logps_BT[mask_BT].detach().cpu() - sampled).abs().sum() / tokens
                 result.metrics["sampling_gap"] = gap
             parts.append(result.metrics)
-        merged = {name: float(value) for name, value in merge_metrics(parts).items()}
+        own = {name: value.detach().cpu() for name, value in merge_metrics(parts).items()}
+        merged = {name: float(value) for name, value in merge_metrics(runtime.gather(own)).items()}
         metrics = {**metrics, **merged, **optimizer.step(step)}
     return metrics
 
 
-def log_completions(path: Path, step: int, rollouts: Sequence[Rollout], scored: RewardResult) -> None:
-    """Append the step's completions with their rewards to completions.jsonl."""
-    with path.open("a", encoding="utf-8") as stream:
-        row = 0
-        for rollout in rollouts:
-            for text in rollout.texts:
-                rewards = {name: _number(values[row]) for name, values in scored.table.items()}
-                entry = {"step": step, "sample_id": rollout.sample.sample_id, "text": text, "rewards": rewards}
-                stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
-                row += 1
+def log_completions(
+    path: Path, step: int, rollouts: Sequence[Rollout], scored: RewardResult, runtime: Runtime
+) -> None:
+    """Append the step's completions of all ranks, with their rewards, to completions.jsonl."""
+    texts = [(rollout.sample.sample_id, text) for rollout in rollouts for text in rollout.texts]
+    own = [
+        {
+            "step": step,
+            "sample_id": sample_id,
+            "text": text,
+            "rewards": {name: _number(values[row]) for name, values in scored.table.items()},
+        }
+        for row, (sample_id, text) in enumerate(texts)
+    ]
+    everyone = [entry for part in runtime.gather(own) for entry in part]
+    if runtime.is_main:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in everyone)
 
 
 def _number(value: float) -> float | None:
@@ -246,6 +274,9 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
     first_step = restore_run(last, optimizer)
     observations = ObservationCache(store, model, seed=run.seed)
     group_size = config.rollout.group_size
+    completions_path = Path(run.dir) / "completions.jsonl"
+    if runtime.is_main and completions_path.exists():
+        drop_steps_from(completions_path, first_step)
     with Tracker(
         run.dir, "grpo", run.steps, first_step=first_step, sinks=run.trackers, enabled=runtime.is_main
     ) as tracker:
@@ -254,15 +285,17 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
             rows = batch_indices(len(samples), step, run.batch_size, run.seed, runtime)
             rollouts = sample_groups(model, [samples[row] for row in rows], observations, config, step, runtime.rank)
             scored = score_rollouts(rewards, rollouts)
-            rewards_PG = torch.from_numpy(scored.combined_N).view(len(rollouts), group_size)
+            everyone = gather_scores(scored, runtime)
+            rewards_PG = torch.from_numpy(everyone.combined_N).view(-1, group_size)
             advantages_PG = group_advantages(rewards_PG, config.loss.scale).float()  # type: ignore[arg-type]
-            metrics = group_statistics(rewards_PG) | scored.statistics(group_size) | length_statistics(rollouts)
-            metrics |= update_policy(model, rollouts, advantages_PG, optimizer, config, runtime, step)
+            metrics = group_statistics(rewards_PG) | everyone.statistics(group_size)
+            metrics |= length_statistics(rollouts, runtime)
+            own_PG = advantages_PG[runtime.rank * len(rollouts) :][: len(rollouts)]
+            metrics |= update_policy(model, rollouts, own_PG, optimizer, config, runtime, step)
             tracker.advance(reward=metrics["reward"], kl=metrics.get("kl", 0.0), length=metrics["length/mean"])
             if (step + 1) % run.log_every == 0 or step + 1 == run.steps:
                 tracker.log(step, metrics)
-                if runtime.is_main:
-                    log_completions(Path(run.dir) / "completions.jsonl", step, rollouts, scored)
+                log_completions(completions_path, step, rollouts, scored, runtime)
             if (step + 1) % run.save_every == 0 or step + 1 == run.steps:
                 last = save_run(runtime, config, step + 1, model, optimizer)
     rewards.close()

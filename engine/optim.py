@@ -39,6 +39,7 @@ class Optimizer:
     ):
         if not parameters:
             raise ValueError("Nothing to train: every parameter is frozen.")
+        learning_rate(0, total_steps, config)  # refuses an unknown schedule before the first step
         self.config = config
         self.total_steps = total_steps
         self.runtime = runtime

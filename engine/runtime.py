@@ -4,12 +4,15 @@ import functools
 import logging
 import os
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 log = logging.getLogger("threedr1")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,14 @@ class Runtime:
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag.item())
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, on every rank. Any value that pickles."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return cast(list[T], values)
+
     def total(self, *values: float) -> list[float]:
         """Sums over ranks."""
         if self.world_size == 1:
@@ -52,7 +63,10 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("run.device is cuda, but PyTorch sees no GPU; set run.device=cpu or check the driver.")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"run.device is {name!r}; choose auto, cpu or cuda.") from None
 
 
 def init_runtime(device: str = "auto") -> Runtime:

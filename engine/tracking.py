@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,8 +73,7 @@ class Tracker:
                     raise ValueError(f"Unknown tracker {name!r}; known: {', '.join(SINKS)}.")
                 self.sinks.append(SINKS[name](Path(run_dir)))
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [row for row in read_metrics(self.path) if row["step"] < first_step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            drop_steps_from(self.path, first_step)
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc=title, disable=not enabled, dynamic_ncols=True, mininterval=1.0
         )
@@ -102,6 +102,18 @@ class Tracker:
             stream.write(json.dumps(row) + "\n")
         for sink in self.sinks:
             sink.log(step, {name: value for name, value in metrics.items() if math.isfinite(value)})
+
+
+def drop_steps_from(path: str | Path, first_step: int) -> None:
+    """Drop the rows of steps that will be done again from a file of one JSON object a line, each with its `step`.
+
+    Whole or not at all: a kill in between leaves the file as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    kept = [row for row in read_metrics(path) if row["step"] < first_step]
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def read_metrics(path: str | Path) -> list[dict]:

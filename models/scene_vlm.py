@@ -84,6 +84,7 @@ class Observation:
     pool: ViewPool | None = None
     pool_class_probs_KC: torch.Tensor | None = None  # of the boxes that the pool was built with
     pixels: dict[int, tuple[torch.Tensor, tuple[int, int, int]]] = field(default_factory=dict)
+    image_tokens: dict[int, torch.Tensor] = field(default_factory=dict)  # of a frozen vision tower
     choices: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -145,6 +146,7 @@ class SceneVLM(nn.Module):
         self.settings = settings
         self.writer = RowWriter(language.tokenizer, merge_size=language.merge_size)
         self.train_scene_encoder = False
+        self.train_vision_tower = False
         self.full_language_model = False  # whether save_pretrained writes the language model's own weights too
 
     @property
@@ -167,6 +169,7 @@ class SceneVLM(nn.Module):
         self.connector.requires_grad_(connector)
         self.scene_encoder.requires_grad_(scene_encoder)
         self.train_scene_encoder = scene_encoder
+        self.train_vision_tower = language == "full"
         self.full_language_model = self.full_language_model or language == "full"
         if self.view_selector is not None:
             self.view_selector.requires_grad_(False)
@@ -196,6 +199,7 @@ class SceneVLM(nn.Module):
         fresh = self.observe(observation.scene, seed)
         fresh.pool, fresh.pool_class_probs_KC = observation.pool, observation.pool_class_probs_KC
         fresh.pixels, fresh.choices = observation.pixels, observation.choices
+        fresh.image_tokens = observation.image_tokens
         return fresh
 
     def encode(self, observations: Sequence[Observation]) -> list[EncodedScene]:
@@ -275,6 +279,26 @@ class SceneVLM(nn.Module):
             observation.pixels[index] = (made["pixel_values"], (grid[0], grid[1], grid[2]))
         return observation.pixels[index]
 
+    def embed_views(self, shown: Sequence[tuple[Observation, int]]) -> torch.Tensor:
+        """Vision-tower tokens [n, D] of views, one after the other; a frozen tower sees each view once."""
+        if self.train_vision_tower:
+            return torch.cat(self._look(shown))
+        new = list({(id(seen), view): (seen, view) for seen, view in shown if view not in seen.image_tokens}.values())
+        if new:
+            with torch.no_grad():
+                for (observation, view), tokens in zip(new, self._look(new), strict=True):
+                    observation.image_tokens[view] = tokens
+        return torch.cat([observation.image_tokens[view] for observation, view in shown])
+
+    def _look(self, shown: Sequence[tuple[Observation, int]]) -> list[torch.Tensor]:
+        """Tokens of each view from the vision tower, in one batch."""
+        pixels = [self.view_pixels(observation, view) for observation, view in shown]
+        tokens = self.language.embed_images(
+            torch.cat([patches for patches, _ in pixels]).to(self.device),
+            torch.tensor([grid for _, grid in pixels], device=self.device),
+        )
+        return list(tokens.split([grid[1] * grid[2] // self.language.merge_size**2 for _, grid in pixels]))
+
     # -- inputs ----------------------------------------------------------------------------------------------------
 
     def write_row(
@@ -313,22 +337,14 @@ class SceneVLM(nn.Module):
     ) -> ModelInputs:
         """Embed written rows with their scenes' tokens and views."""
         scene_tokens = self.scene_tokens(self.encode(observations))
-        pixels = [
-            self.view_pixels(observation, view)
-            for observation, chosen in zip(observations, views, strict=True)
-            for view in chosen
+        shown = [
+            (observation, view) for observation, chosen in zip(observations, views, strict=True) for view in chosen
         ]
-        image_tokens = None
-        if pixels:
-            image_tokens = self.language.embed_images(
-                torch.cat([patches for patches, _ in pixels]).to(self.device),
-                torch.tensor([grid for _, grid in pixels], device=self.device),
-            )
         return assemble(
             rows,
             embed_tokens=self.language.embedding,
             scene_tokens=scene_tokens,
-            image_tokens=image_tokens,
+            image_tokens=self.embed_views(shown) if shown else None,
             pad_id=self.language.pad_id,
             left=left,
             merge_size=self.language.merge_size,

@@ -197,5 +197,6 @@ def _example(prediction: Prediction, folder: Path, data_root: Path) -> str:
         f"{malformed}{situation}<p><b>{html.escape(prediction.question)}</b></p>"
         f"<p class='think'>{html.escape(prediction.think)}</p>"
         f"<p class='answer'>{html.escape(prediction.answer or prediction.text)}</p>"
-        f"<p class='note'>reference: {html.escape(references)}</p></div></div>"
+        + (f"<p class='note'>reference: {html.escape(references)}</p>" if references else "")
+        + "</div></div>"
     )

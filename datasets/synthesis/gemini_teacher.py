@@ -65,9 +65,11 @@ class GeminiTeacher:
                 f"The Gemini teacher needs an API key; set {KEY_VARIABLES[0]}, or use --teacher rules, which needs "
                 "no network."
             )
-        from google import genai
-        from google.genai import errors, types
-
+        try:
+            from google import genai
+            from google.genai import errors, types
+        except ImportError:
+            raise ValueError('The Gemini teacher needs the package: pip install "google-genai>=1.40".') from None
         self.model = model or DEFAULT_MODEL
         self.identity = f"gemini/{self.model}/thinking={thinking_budget}"
         self._retries, self._rng = retries or RetryOptions(), random.Random(seed)

@@ -1,0 +1,99 @@
+"""How benchmarks take times and report them."""
+
+import argparse
+import os
+import shlex
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ._arguments import RESULTS
+from .results import ROOT, Row, record, shown
+
+
+class Load:
+    """What else the machine does: the load when the benchmark began, for the note of every number."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError("PyTorch sees no CUDA device; leave --device out to measure the CPU.")
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        self._load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+    def __str__(self) -> str:
+        load = "" if self._load is None else f", load {self._load:.1f} before"
+        return f"{torch.get_num_threads()} threads{load}"
+
+
+def seconds(action: Callable[[], object], device: str) -> float:
+    """Wall seconds of one call, until the device is done with it."""
+    _wait(device)
+    start = time.perf_counter()
+    action()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def median_seconds(actions: Sequence[Callable[[], object]], repeats: int, device: str = "cpu") -> list[float]:
+    """Median seconds of each action over `repeats` rounds, after one call of each that warms up.
+
+    The actions take turns, so that whatever else the machine does meets them alike.
+    """
+    for action in actions:
+        seconds(action, device)
+    rounds = [[seconds(action, device) for action in actions] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(torch.device(device))
+
+
+def report(
+    name: str,
+    rows: Sequence[Row],
+    arguments: argparse.Namespace,
+    load: Load,
+    *,
+    argv: Sequence[str],
+    packages: Sequence[str] = (),
+) -> None:
+    """Print peer, ours and ratio; record them where the user asked for it.
+
+    Raises:
+        ValueError: --record without a file, outside a checkout.
+    """
+    print(f"{name}: {load}, median of {arguments.repeats}")
+    print(f"{'':<44}{'peer':>12}{'ours':>12}{'':<8}{'ratio':>8}")
+    for row in rows:
+        peer = "-" if row.peer_value is None else shown(row.peer_value)
+        ratio = "-" if row.ratio is None else f"{shown(row.ratio)}x"
+        print(f"{row.name:<44}{peer:>12}{shown(row.value):>12} {row.unit:<7}{ratio:>8}")
+    for peer in dict.fromkeys(row.peer for row in rows if row.peer):
+        print(f"peer: {peer}")
+    if arguments.record is None:
+        return
+    path: Path = arguments.record
+    if path == RESULTS and not (ROOT / "pyproject.toml").exists():
+        raise ValueError("This is not a checkout; name the file to record in: --record results.json.")
+    conditions = [f"median of {arguments.repeats}", str(load), *filter(None, [arguments.note])]
+    noted = [replace(row, note="; ".join([*filter(None, [row.note]), *conditions])) for row in rows]
+    record(noted, path, command=command_line(name, argv), device=arguments.device, packages=packages)
+    print(f"recorded in {path}")
+
+
+def command_line(name: str, argv: Sequence[str]) -> str:
+    """What a user types to measure again, without where it was recorded and the note."""
+    words = list(argv)
+    for option in ("--record", "--note"):
+        while option in words:
+            start = words.index(option)
+            end = start + 2 if start + 1 < len(words) and not words[start + 1].startswith("--") else start + 1
+            del words[start:end]
+    return shlex.join(["python", "main.py", "bench", name, *words])

@@ -1,0 +1,23 @@
+"""Text files that people hand in: read whole, or refused in one sentence that names the file."""
+
+from pathlib import Path
+
+
+def read_text(path: str | Path, missing: str) -> str:
+    """Content of a UTF-8 text file.
+
+    Args:
+        missing: the sentence for a file that is not there.
+
+    Raises:
+        ValueError: not there, a folder, or not UTF-8.
+    """
+    path = Path(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(missing) from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder where a file is expected; name the file itself.") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8; save it as one, or copy it again.") from None
