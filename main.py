@@ -100,11 +100,16 @@ def run_score(args: argparse.Namespace) -> int:
 
 
 def run_infer(args: argparse.Namespace) -> int:
+    from .utils.files import read_text
+
     questions = list(args.ask)
     if args.questions:
-        questions += [line.strip() for line in Path(args.questions).read_text("utf-8").splitlines() if line.strip()]
+        text = read_text(args.questions, f"There is no question file at {args.questions}; write one question a line.")
+        questions += [line.strip() for line in text.splitlines() if line.strip()]
     if not questions:
         raise ValueError("There is no question; give one or more with --ask, or a file with one a line: --questions.")
+    if not all(question.strip() for question in questions):
+        raise ValueError("A question is empty; write it after --ask, in quotes.")
     from .engine.predict import infer
 
     answered = infer(args.scene, args.model, questions, task=args.task, align=args.align, out=args.out)
@@ -233,7 +238,7 @@ def explain(error: BaseException) -> str:
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__  # one line, whatever a library wrote
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,15 +13,33 @@ def benchmark_parser(name: str, docstring: str | None) -> argparse.ArgumentParse
     )
 
 
-def measuring_parser(name: str, docstring: str | None, *, repeats: int, cuda: bool = True) -> argparse.ArgumentParser:
-    """The arguments of a benchmark that measures: repeats, device, and where results are recorded."""
+def measuring_parser(
+    name: str, docstring: str | None, *, repeats: int | None, cuda: bool = True
+) -> argparse.ArgumentParser:
+    """The arguments of a benchmark that measures: repeats, device, and where results are recorded.
+
+    Args:
+        repeats: default number of timed runs; None for a benchmark that takes no medians.
+        cuda: whether it runs on GPUs too.
+    """
     parser = benchmark_parser(name, docstring)
-    parser.add_argument("--repeats", type=positive, default=repeats, metavar="N", help="timed runs (default: %(default)s)")
+    parser.set_defaults(repeats=None)
+    if repeats is not None:
+        parser.add_argument(
+            "--repeats", type=positive, default=repeats, metavar="N", help="timed runs (default: %(default)s)"
+        )
     devices = "cpu, cuda or cuda:1" if cuda else "cpu"
-    parser.add_argument("--device", default="cpu", type=device if cuda else _cpu, help=f"{devices} (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cpu", type=device if cuda else _cpu, help=f"{devices} (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of PyTorch (default: its own choice)")
     parser.add_argument(
-        "--record", type=Path, nargs="?", const=RESULTS, metavar="FILE", help="write results.json (default: the checkout's)"
+        "--record",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        metavar="FILE",
+        help="write results.json (default: the checkout's)",
     )
     parser.add_argument("--note", default="", metavar="TEXT", help="condition to record with the numbers")
     return parser

@@ -69,7 +69,8 @@ def report(
     Raises:
         ValueError: --record without a file, outside a checkout.
     """
-    print(f"{name}: {load}, median of {arguments.repeats}")
+    conditions = [*([f"median of {arguments.repeats}"] if arguments.repeats else []), str(load)]
+    print(f"{name}: {', '.join(conditions)}")
     print(f"{'':<44}{'peer':>12}{'ours':>12}{'':<8}{'ratio':>8}")
     for row in rows:
         peer = "-" if row.peer_value is None else shown(row.peer_value)
@@ -82,8 +83,7 @@ def report(
     path: Path = arguments.record
     if path == RESULTS and not (ROOT / "pyproject.toml").exists():
         raise ValueError("This is not a checkout; name the file to record in: --record results.json.")
-    conditions = [f"median of {arguments.repeats}", str(load), *filter(None, [arguments.note])]
-    noted = [replace(row, note="; ".join([*filter(None, [row.note]), *conditions])) for row in rows]
+    noted = [replace(row, note="; ".join(filter(None, [row.note, *conditions, arguments.note]))) for row in rows]
     record(noted, path, command=command_line(name, argv), device=arguments.device, packages=packages)
     print(f"recorded in {path}")
 

@@ -78,7 +78,10 @@ def aligned_iou(boxes_A7: Tensor, boxes_B7: Tensor) -> Tensor:
 
 def measure(first: int, second: int, device: str, repeats: int) -> list[Row]:
     """Milliseconds for all pairs. ValueError where ours and a peer disagree."""
-    sets = {headings: [random_boxes(n, s, headings=headings) for n, s in ((first, 0), (second, 1))] for headings in (True, False)}
+    sets = {
+        headings: [random_boxes(n, s, headings=headings) for n, s in ((first, 0), (second, 1))]
+        for headings in (True, False)
+    }
     turned = [boxes.to(device) for boxes in sets[True]]
     aligned = [boxes.to(device) for boxes in sets[False]]
     arrays = [boxes.double().numpy() for boxes in sets[True]]
@@ -92,7 +95,9 @@ def measure(first: int, second: int, device: str, repeats: int) -> list[Row]:
             raise ValueError(f"Ours differs from {peer} by up to {distance:.2g}; not measured.")
     pairs = f"{first}_{second}"
     ours, peer = median_seconds((lambda: box3d_iou(*turned), lambda: clipped_iou(*arrays)), repeats, device)
-    rows = [Row(f"boxes.iou_{pairs}", 1000 * ours, "ms", CLIPPING, 1000 * peer, note="float32; the peer on one CPU core")]
+    rows = [
+        Row(f"boxes.iou_{pairs}", 1000 * ours, "ms", CLIPPING, 1000 * peer, note="float32; the peer on one CPU core")
+    ]
     ours, peer = median_seconds((lambda: box3d_iou(*aligned), lambda: aligned_iou(*aligned)), repeats, device)
     rows.append(Row(f"boxes.iou_aligned_{pairs}", 1000 * ours, "ms", MIN_MAX, 1000 * peer, note="float32"))
     (ours,) = median_seconds((lambda: box3d_giou(*turned),), repeats, device)
@@ -104,7 +109,12 @@ def main(argv: Sequence[str] = ()) -> int:
     """Print a table."""
     parser = measuring_parser("iou", __doc__, repeats=5)
     parser.add_argument(
-        "--boxes", nargs=2, type=int, default=(256, 64), metavar=("A", "B"), help="boxes of each side (default: 256 64)"
+        "--boxes",
+        nargs=2,
+        type=int,
+        default=(256, 64),
+        metavar=("A", "B"),
+        help="boxes of each side (default: 256 64)",
     )
     arguments = parser.parse_args(list(argv))
     if min(arguments.boxes) < 1:

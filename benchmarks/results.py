@@ -56,7 +56,9 @@ class Row:
         return ours / peers if peers else None
 
 
-def record(rows: Iterable[Row], path: Path, *, command: str, device: str = "cpu", packages: Sequence[str] = ()) -> None:
+def record(
+    rows: Iterable[Row], path: Path, *, command: str, device: str = "cpu", packages: Sequence[str] = ()
+) -> None:
     """Put rows into `path` (results.json), in place of those of the same name and machine, and make the page beside it.
 
     Args:

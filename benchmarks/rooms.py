@@ -38,7 +38,9 @@ def measure(num_rooms: int, workers: int) -> list[Row]:
         list(pool.map(_make, seeds, chunksize=4))
         together = num_rooms / (time.perf_counter() - start)
     what = f"{ROOMS_VERSION}, {num_rooms} rooms of {vertices:.0f} vertices"
-    note = f"{what}; needed for {TARGET_ROOMS_PER_S:.0f}/s on {TARGET_CORES} cores: {TARGET_ROOMS_PER_S / TARGET_CORES}"
+    note = (
+        f"{what}; needed for {TARGET_ROOMS_PER_S:.0f}/s on {TARGET_CORES} cores: {TARGET_ROOMS_PER_S / TARGET_CORES}"
+    )
     return [
         Row("rooms.per_s_per_core", per_core, "1/s", better="higher", note=note),
         Row("rooms.slowest_s", slowest, "s", note=f"{what}; processor time of the slowest"),
@@ -48,7 +50,7 @@ def measure(num_rooms: int, workers: int) -> list[Row]:
 
 def main(argv: Sequence[str] = ()) -> int:
     """Print a table; the exit status says whether 16 such cores would make 50 rooms a second."""
-    parser = measuring_parser("rooms", __doc__, repeats=1, cuda=False)
+    parser = measuring_parser("rooms", __doc__, repeats=None, cuda=False)
     parser.add_argument("--rooms", type=positive, default=64, metavar="N", help="rooms per measurement (default: 64)")
     parser.add_argument(
         "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"

@@ -26,7 +26,15 @@ from .results import Row
 PEER = "pycocoevalcap"
 COLOURS = ("black", "white", "brown", "dark blue", "grey", "wooden")
 THINGS = ("chair", "office chair", "desk", "coffee table", "cabinet", "window", "monitor", "couch", "trash can")
-PLACES = ("left of the", "right of the", "in front of the", "next to the", "under the", "on top of the", "far from the")
+PLACES = (
+    "left of the",
+    "right of the",
+    "in front of the",
+    "next to the",
+    "under the",
+    "on top of the",
+    "far from the",
+)
 
 
 def random_predictions(count: int, seed: int = 0) -> list[Prediction]:

@@ -1,9 +1,12 @@
-"""Candidate views: time of rendering them, and how often the selected ones show what a question asks about."""
+"""Candidate views: time of rendering them, and how often the selected ones show what a question asks about.
+
+Ways of choosing six of sixteen: selected by the question `Where is the X?`; evenly spaced in the pool; random in the
+pool; a ring of cameras at eye height that look at the middle of the room. Rendering has no peer here. The exit status
+says whether the pool is made within half a second.
+"""
 
 import argparse
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,11 @@ from ..models.view_pool import ViewPool, build_view_pool, visible_shares
 from ..models.view_selector import ViewSelector
 from ..utils.labels import NUM_CLASSES, OTHERS
 from ..utils.render import Camera, look_at, pinhole, splat_batch
+from ._arguments import measuring_parser, positive
+from ._measure import Load, median_seconds, report
+from .results import Row
 
+WAYS = ("selected", "uniform", "random", "ring")
 TARGET_MS = 500.0  # sixteen views of 224 x 224 on two CPU cores
 VISIBLE = 0.15  # a target counts as shown where a view sees this share of its points
 
@@ -40,17 +47,6 @@ def room_scene(seed: int, num_points: int) -> Scene:
         axis_align_44=room.axis_align_44,
         origin_3=floor_centre(room.vertices_V3),
     )
-
-
-def best_of(action: Callable[[], object], repeats: int) -> float:
-    """Milliseconds of the fastest of `repeats` runs, after one that warms up."""
-    action()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return 1000 * min(times)
 
 
 def ring_views(scene: Scene, count: int, size: int) -> list[Camera]:
@@ -81,7 +77,7 @@ def shown(scene: Scene, pool: ViewPool, selector: ViewSelector, generator: np.ra
     return np.array(rows).reshape(-1, 4, selector.num_views)
 
 
-def visibility(scenes: list[Scene], arguments: argparse.Namespace) -> dict[str, float]:
+def visibility(scenes: list[Scene], arguments: argparse.Namespace) -> list[Row]:
     """Share of the chosen views that show the target, and share of targets that any chosen view shows, by way."""
     selector = ViewSelector.from_settings(
         {"encoder": arguments.encoder, "num_views": arguments.views, "w_image": 1.0, "w_clip": 0.0}
@@ -92,46 +88,56 @@ def visibility(scenes: list[Scene], arguments: argparse.Namespace) -> dict[str, 
         pool = build_view_pool(scene, source="rendered", image_size=(arguments.size, arguments.size), seed=seed)
         hits.append(shown(scene, pool, selector, generator))
     hits_K4V = np.concatenate(hits)
-    ways = ("selected", "uniform", "random", "ring")
-    result = {f"views.target_visible_{way}": float(hits_K4V[:, row].mean()) for row, way in enumerate(ways)}
-    result |= {f"any view shows it, {way}": float(hits_K4V[:, row].any(1).mean()) for row, way in enumerate(ways)}
-    return {"targets asked about": float(len(hits_K4V)), **result}
+    views = dict(zip(WAYS, hits_K4V.mean((0, 2)).tolist(), strict=True))
+    targets = dict(zip(WAYS, hits_K4V.any(2).mean(0).tolist(), strict=True))
+    note = f"{len(hits_K4V)} targets in {len(scenes)} scenes, {arguments.views} of 16 views, {arguments.encoder}"
+    rows = []
+    for kind, shares, what in (
+        ("target_visible", views, "share of the chosen views that show the target"),
+        ("target_found", targets, "share of targets that any chosen view shows"),
+    ):
+        for way, share in shares.items():
+            peer, value = ("evenly spaced in the pool", shares["uniform"]) if way == "selected" else ("", None)
+            rows.append(Row(f"views.{kind}_{way}", share, "share", peer, value, "higher", f"{what}; {note}"))
+    return rows
+
+
+def rendering(scene: Scene, arguments: argparse.Namespace) -> list[Row]:
+    """Milliseconds of rendering sixteen views, and of making the whole pool with cameras and visibility."""
+    size = (arguments.size, arguments.size)
+    pool = build_view_pool(scene, source="rendered", num_candidates=16, image_size=size)
+
+    def make_pool() -> object:
+        return build_view_pool(scene, source="rendered", num_candidates=16, image_size=size, device=arguments.device)
+
+    def splat() -> object:
+        return splat_batch(scene.points_N3, scene.colors_N3, pool.cameras, device=arguments.device)
+
+    pool_s, splat_s = median_seconds((make_pool, splat), arguments.repeats, arguments.device)
+    note = f"{len(scene.points_N3)} points, 16 views of {arguments.size} x {arguments.size}"
+    return [
+        Row("views.pool16_ms", 1000 * pool_s, "ms", note=f"{note}, with placing cameras and visibility"),
+        Row("views.render16_ms", 1000 * splat_s, "ms", note=note),
+    ]
 
 
 def main(argv: Sequence[str] = ()) -> int:
     """Print a table; the exit status says whether the pool is made within the target on this machine."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = measuring_parser("views", __doc__, repeats=5)
     parser.add_argument("--scene", type=Path, action="append", help="prepared scene (.npz); default: generated rooms")
-    parser.add_argument("--rooms", type=int, default=10, help="generated rooms to ask about (default: %(default)s)")
-    parser.add_argument("--points", type=int, default=50_000, help="points a room (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=224, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--views", type=int, default=6, help="views to select (default: %(default)s)")
+    parser.add_argument("--rooms", type=positive, default=10, help="rooms to ask about (default: %(default)s)")
+    parser.add_argument("--points", type=positive, default=50_000, help="points a room (default: %(default)s)")
+    parser.add_argument("--size", type=positive, default=224, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--views", type=positive, default=6, help="views to select (default: %(default)s)")
     parser.add_argument("--encoder", default="all-MiniLM-L6-v2", help="text encoder (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs; the fastest counts (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     arguments = parser.parse_args(list(argv))
-    if min(arguments.rooms, arguments.points, arguments.size, arguments.repeats) < 1 or not 1 <= arguments.views <= 16:
-        parser.error("--rooms, --points, --size and --repeats must be at least 1, and --views 1 to 16")
+    if arguments.views > 16:
+        parser.error("--views selects from sixteen candidates; ask for 1 to 16")
+    load = Load(arguments)
     if arguments.scene:
         scenes = [load_scene(path) for path in arguments.scene]
     else:
         scenes = [room_scene(seed, arguments.points) for seed in range(arguments.rooms)]
-    first, size = scenes[0], (arguments.size, arguments.size)
-    pool = build_view_pool(first, source="rendered", num_candidates=16, image_size=size)
-    options = {"source": "rendered", "num_candidates": 16, "image_size": size, "device": arguments.device}
-    pool_ms = best_of(lambda: build_view_pool(first, **options), arguments.repeats)
-    splat = lambda: splat_batch(first.points_N3, first.colors_N3, pool.cameras, device=arguments.device)  # noqa: E731
-    rows = {
-        "points of the timed scene": float(len(first.points_N3)),
-        "threads": float(torch.get_num_threads()),
-        "views.render16_ms": best_of(splat, arguments.repeats),
-        "pool of 16 views, ms": pool_ms,
-        **visibility(scenes, arguments),
-    }
-    for name, value in rows.items():
-        print(f"{name:<34}{value:>12.3f}")
-    return 0 if pool_ms <= TARGET_MS else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    rows = [*rendering(scenes[0], arguments), *visibility(scenes, arguments)]
+    report("views", rows, arguments, load, argv=argv, packages=("numpy",))
+    return 0 if rows[0].value <= TARGET_MS else 1

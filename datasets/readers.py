@@ -5,6 +5,7 @@ them (ScanNet); any other scan has none.
 """
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from .alignment import align as estimate_alignment
 from .frames import has_frames, list_frames
 from .ply import read_ply, to_uint8
 from .scannet import GREY, LABEL_MAP_NAME, transform
-from .scene import Frame, Scene, floor_centre, load_scene
+from .scene import BrokenScene, Frame, Scene, floor_centre, load_scene
 
 ALIGN_MODES = ("auto", "none")
 MESH_SUFFIXES = (".obj", ".glb", ".gltf", ".stl", ".off")
@@ -25,6 +26,7 @@ DENSE_VERTICES = 20_000  # a mesh with fewer is sampled on its faces
 NO_DEPTH = 65535
 MAX_DEPTH = 6.0  # metres: depth cameras are noise beyond
 VOXEL = 0.02  # metres
+MAX_EXTENT = 1e7  # units of the file; a room in millimetres spans 1e4
 _POINT_KEYS = ("xyz", "points", "points_N3", "coords", "coord", "positions")
 _COLOR_KEYS = ("rgb", "colors", "colors_N3", "color", "colours")
 
@@ -94,6 +96,9 @@ def _to_scene(name: str, path: Path, cloud: _Cloud, align: str, max_points: int,
         notes.append(f"{int((~finite_N).sum())} points with NaN or infinite coordinates left out")
         points_N3 = points_N3[finite_N]
         colors_N3 = colors_N3[finite_N] if colors_N3 is not None else None
+    extent = float(np.ptp(points_N3.astype(np.float64), axis=0).max())
+    if extent == 0 or extent > MAX_EXTENT:
+        raise ValueError(f"{path} is no room: its points span {extent:.3g} units; export the scan in metres again.")
     if colors_N3 is None:
         notes.append("no colours: grey")
         colors_N3 = np.full(points_N3.shape, GREY, np.uint8)
@@ -198,7 +203,10 @@ def _read_mesh(path: Path, seed: int) -> _Cloud:
 
 def _read_npz(path: Path) -> _Cloud | Scene:
     try:
-        with np.load(path) as archive:
+        archive = np.load(path)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise _NotACloud(f"{path} holds a single array; write it with np.savez(path, points=…).")
+        with archive:
             names = set(archive.files)
             if "header" in names and "boxes_K7" in names:
                 return load_scene(path)
@@ -210,9 +218,14 @@ def _read_npz(path: Path) -> _Cloud | Scene:
             points = archive[point_key]
             color_key = next((key for key in _COLOR_KEYS if key in names), None)
             colors = archive[color_key] if color_key else None
+        for array in (points, colors):
+            if array is not None and array.dtype.kind not in "fiu":
+                raise _NotACloud(f"{path}: points and colours are numbers, not {array.dtype}; write them again.")
     except _NotACloud as error:
         raise ValueError(str(error)) from None
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except BrokenScene:
+        raise
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a whole .npz file ({error}); copy it again from its source.") from None
     if points.ndim == 2 and points.shape[1] == 6 and colors is None:
         points, colors = points[:, :3], points[:, 3:]

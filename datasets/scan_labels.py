@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import orjson
 
+from ..utils.files import read_text
+
 LABEL_MAP_NAME = "scannetv2-labels.combined.tsv"
 
 
@@ -25,10 +27,9 @@ class Annotation:
 def load_label_map(path: str | Path) -> dict[str, int]:
     """raw_category -> nyu40id of ScanNet's label table (tab-separated); ValueError where it is not one."""
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise ValueError(f"There is no label table at {path}; copy {LABEL_MAP_NAME} from ScanNet there.") from None
+    lines = read_text(
+        path, f"There is no label table at {path}; copy {LABEL_MAP_NAME} from ScanNet there."
+    ).splitlines()
     header = lines[0].split("\t") if lines else []
     if "raw_category" not in header or "nyu40id" not in header:
         raise ValueError(f"{path} is not ScanNet's label table: its first line lacks raw_category or nyu40id.")
@@ -48,7 +49,11 @@ def _read_json(path: Path) -> Any:
     try:
         return orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
-        raise ValueError(f"{path} is not whole JSON ({error}); copy it again from its source.") from None
+        raise BrokenJson(f"{path} is not whole JSON ({error}); copy it again from its source.") from None
+
+
+class BrokenJson(ValueError):
+    """A file that is not JSON."""
 
 
 def read_annotation(scan_dir: Path, num_vertices: int, label_map: dict[str, int]) -> Annotation | None:
@@ -69,8 +74,12 @@ def read_annotation(scan_dir: Path, num_vertices: int, label_map: dict[str, int]
             (int(group["objectId"]), str(group["label"]), np.asarray(group["segments"], dtype=np.int64))
             for group in _read_json(groups_path)["segGroups"]
         ]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{scan_dir}: segmentation or aggregation lacks {error}; copy both files again.") from None
+    except BrokenJson:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ValueError(
+            f"{segs_path.name} or {groups_path.name} in {scan_dir} is not in ScanNet's form; copy both files again."
+        ) from None
     if segments_V.shape != (num_vertices,):
         raise ValueError(f"{segs_path} labels {segments_V.size} vertices, the mesh has {num_vertices}: not one scan.")
     names, index_V = np.unique(segments_V, return_inverse=True)

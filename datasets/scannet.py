@@ -24,6 +24,7 @@ import numpy as np
 import orjson
 from tqdm import tqdm
 
+from ..utils.files import read_text
 from ..utils.labels import STRUCTURE_NYU40_IDS, class_of_nyu40
 from .frames import has_frames, list_frames
 from .ply import read_ply
@@ -237,9 +238,9 @@ def _write(path: Path, content: bytes) -> None:
 def read_split(root: str | Path, split: str) -> list[str]:
     """Scene ids of `scannetv2_<split>.txt`."""
     path = Path(root) / f"scannetv2_{split}.txt"
-    if not path.exists():
-        raise ValueError(f"There is no split file {path}; copy ScanNet's own, or list the scene ids one a line.")
-    return path.read_text(encoding="utf-8").split()
+    return read_text(
+        path, f"There is no split file {path}; copy ScanNet's own, or list the scene ids one a line."
+    ).split()
 
 
 def list_scans(root: str | Path, split: str | None = None) -> list[Path]:

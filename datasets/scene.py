@@ -10,6 +10,7 @@ Shapes: N points, K objects, V views.
 import io
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,10 @@ _ARRAYS = (
 )
 
 
+class BrokenScene(ValueError):
+    """A prepared scene that cannot be read."""
+
+
 def save_scene(scene: Scene, path: str | Path) -> None:
     """Write a prepared scene (`<scene_id>.npz`) atomically. Frame paths are stored relative to the file."""
     path = Path(path)
@@ -143,10 +148,13 @@ def load_scene(path: str | Path) -> Scene:
         with np.load(path) as archive:
             header = orjson.loads(archive["header"].tobytes())
             arrays = {name: archive[name] for name in _ARRAYS}
+            missing = {"scene_id", "object_labels", "notes", "frames"} - set(header)
+            if missing:
+                raise ValueError(f"its header lacks {min(missing)}")
     except FileNotFoundError:
         raise ValueError(f"There is no prepared scene at {path}; run `python main.py prepare` first.") from None
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(
+    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise BrokenScene(
             f"{path} is not a whole prepared scene ({error}); delete it and run `python main.py prepare` again."
         ) from None
     frames = [

@@ -184,19 +184,24 @@ def _load_index(folder: Path, stamps: dict[str, list[int]]) -> dict[str, SceneIn
     """Index entries, from the cache where it is current and from the scenes themselves where not."""
     path = folder / INDEX_NAME
     cached: dict[str, Any] = {}
+    known: dict[str, SceneInfo] = {}
     if path.exists():
         try:
             content = orjson.loads(path.read_bytes())
             cached = content["scenes"] if content["version"] == INDEX_VERSION else {}
-        except (orjson.JSONDecodeError, KeyError, TypeError):
+            known = {
+                scene_id: _unpack(scene_id, row)
+                for scene_id, row in cached.items()
+                if row["stamp"] == stamps.get(scene_id)
+            }
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError):
             _log.warning("%s is not readable and is written anew.", path)
+            cached, known = {}, {}
     rows: dict[str, Any] = {}
     index: dict[str, SceneInfo] = {}
     for scene_id, stamp in stamps.items():
-        row = cached.get(scene_id)
-        if row is not None and row["stamp"] == stamp:
-            index[scene_id] = _unpack(scene_id, row)
-            rows[scene_id] = row
+        if scene_id in known:
+            index[scene_id], rows[scene_id] = known[scene_id], cached[scene_id]
         else:
             index[scene_id] = SceneInfo.of(load_scene(folder / f"{scene_id}.npz"))
             rows[scene_id] = _pack(index[scene_id], stamp)

@@ -3,11 +3,18 @@
 import argparse
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 TASKS = "dense_caption, object_caption, grounding, qa, situated_qa, dialogue, planning, scene_description"
 DEFAULT_MODEL = os.environ.get("THREEDR1_MODEL", "runs/quickstart/grpo")
 AddCommand = Callable[..., argparse.ArgumentParser]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a wrong command line with one sentence instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
 
 
 def build_parser(
@@ -20,9 +27,7 @@ def build_parser(
         benchmarks: name and purpose of each benchmark, for `bench --help`.
         version: for `--version`.
     """
-    parser = argparse.ArgumentParser(
-        "threedr1", description="3D-R1: a reasoning 3D vision-language model for indoor scenes."
-    )
+    parser = Parser("threedr1", description="3D-R1: a reasoning 3D vision-language model for indoor scenes.")
     parser.add_argument("--version", action="version", version=f"threedr1 {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

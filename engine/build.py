@@ -1,8 +1,9 @@
 """Builds the assembled model from configuration objects; nothing below the engine knows them."""
 
 from ..models.language_model import add_lora, load_language_model
+from ..models.observation import SceneSettings
 from ..models.scene_encoder.build import build_scene_encoder
-from ..models.scene_vlm import POLICY, SceneSettings, SceneVLM, build_connector
+from ..models.scene_vlm import POLICY, SceneVLM, build_connector
 from ..models.view_selector import ViewSelector
 from .config import DataConfig, ModelConfig, ViewsConfig
 

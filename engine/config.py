@@ -287,18 +287,23 @@ def load_config(kind: str, path: str | Path | None, overrides: Sequence[str] = (
     return from_dict(CONFIGS[kind], values)
 
 
-def from_dict(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
-    """Build a configuration dataclass from nested dictionaries, checking names and types."""
+def from_dict(cls: type, values: dict[str, Any], prefix: str = "", base: Any = None) -> Any:
+    """Build a configuration dataclass from nested dictionaries, checking names and types.
+
+    Keys left out keep the value of `base`, by default `cls()`: a command's own defaults, such as GRPO's schedule,
+    outlive a recipe that sets their neighbours.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"Config key {prefix.rstrip('.') or 'top level'} takes a mapping, not {values!r}.")
+    base = cls() if base is None else base
     hints = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
         if key not in hints:
             raise ValueError(_unknown_key(prefix, str(key), cls))
-        arguments[key] = _convert(hints[key], value, prefix + key)
+        arguments[key] = _convert(hints[key], value, prefix + key, getattr(base, key))
     try:
-        return cls(**arguments)
+        return dataclasses.replace(base, **arguments)
     except ValueError as error:
         raise ValueError(f"Config key {prefix}{error}") from None
 
@@ -389,9 +394,9 @@ def _paths(cls: type, prefix: str) -> list[str]:
     return paths
 
 
-def _convert(kind: Any, value: Any, key: str) -> Any:
+def _convert(kind: Any, value: Any, key: str, base: Any = None) -> Any:
     if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value, key + ".")
+        return from_dict(typing.cast(type, kind), value, key + ".", base)
     origin = typing.get_origin(kind)
     if origin is tuple:
         if isinstance(value, str):

@@ -7,7 +7,8 @@ from pathlib import Path
 from ..datasets.scene import Sample
 from ..datasets.scene_store import SceneStore
 from ..datasets.tasks import load_samples
-from ..models.scene_vlm import Observation, SceneVLM
+from ..models.observation import Observation
+from ..models.scene_vlm import SceneVLM
 from .config import DataConfig
 from .runtime import stream
 

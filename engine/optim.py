@@ -13,12 +13,12 @@ from .runtime import Runtime, log
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """Learning rate of a step: linear warm-up, then cosine from lr to min_lr, or constant."""
+    if config.schedule not in ("cosine", "constant"):
+        raise ValueError(f"Unknown optim.schedule {config.schedule!r}; choose cosine or constant.")
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    if config.schedule != "cosine":
-        raise ValueError(f"Unknown optim.schedule {config.schedule!r}; choose cosine or constant.")
     progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 

@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from ..datasets.prompts import DEFAULT_MODE
 from ..datasets.readers import read_scene
-from ..datasets.scene import Sample, Scene
-from ..models.scene_vlm import Observation, SceneVLM
+from ..datasets.scene import TASKS, Sample, Scene
+from ..models.observation import Observation
+from ..models.scene_vlm import SceneVLM
 from ..utils.predictions import Prediction, write_predictions
 from .checkpoint import model_folder
 from .data import ObservationCache
@@ -143,12 +144,18 @@ def infer(
         out: folder for predictions.jsonl.
 
     Raises:
-        ValueError: no question, unreadable scan, unreadable model.
+        ValueError: no question, an empty one, an unknown task, unreadable scan, unreadable model.
     """
     if not questions:
         raise ValueError('There is no question: ask one with --ask "…" or give a file with --questions.')
+    if not all(question.strip() for question in questions):
+        raise ValueError("A question is empty; write it after --ask, in quotes.")
+    if task not in TASKS:
+        raise ValueError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
     if task in ("dense_caption", "object_caption"):
         raise ValueError(f"Task {task} asks about a box, not a question; use eval, or ask for it in words with qa.")
+    if out and Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"{out} is a file; name a folder to write the answers to.")
     scene = read_scene(scene_path, align=align)  # type: ignore[arg-type]
     model = SceneVLM.from_pretrained(
         model_folder(model_path), device=pick_device(device), language_model=language_model

@@ -13,7 +13,8 @@ import torch
 from ..datasets.scene import Sample
 from ..models.decoding import decode
 from ..models.inputs import TEXT, Row
-from ..models.scene_vlm import Observation, SceneVLM
+from ..models.observation import Observation
+from ..models.scene_vlm import SceneVLM
 
 
 @dataclass

@@ -13,7 +13,8 @@ from ..datasets.prompts import build_target, training_mode
 from ..datasets.scene import Sample
 from ..models.inputs import IGNORE
 from ..models.lm_head import cross_entropy
-from ..models.scene_vlm import Observation, SceneVLM
+from ..models.observation import Observation
+from ..models.scene_vlm import SceneVLM
 from .build import build_model
 from .checkpoint import model_folder, open_run, restore_run, save_run
 from .config import SftConfig

@@ -8,7 +8,6 @@ Shapes: B rows, L tokens, K proposals, T encoder tokens, E encoder width, D lang
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from torch import nn
 
 from ..datasets.prompts import DEFAULT_MODE, SYSTEM_PROMPT, build_question, prompt_fingerprint
 from ..datasets.scene import Sample, Scene
-from ..utils.boxes import box3d_iou
-from ..utils.text import format_box, format_name, parse_response, replace_boxes, resolve_boxes
+from ..utils.text import parse_response, replace_boxes, resolve_boxes
 from .connector import Connector
 from .decoding import decode
 from .inputs import ModelInputs, Row, RowWriter, assemble
@@ -30,88 +28,14 @@ from .language_model import (
     load_lora,
     save_language_model,
 )
+from .observation import Answer, EncodedScene, Observation, SceneSettings, point_at
 from .scene_encoder import SceneEncoder, select_proposals
 from .scene_encoder.inputs import point_features
-from .view_pool import ViewPool, build_view_pool
+from .view_pool import build_view_pool
 from .view_selector import ViewSelector
 
 POLICY = "policy"
 _FORMAT = 1
-# A box is spoken of by a proposal's name where the proposal covers it at least this much.
-NAME_IOU = 0.25
-
-
-@dataclass(frozen=True)
-class SceneSettings:
-    """What the model takes of a scene; saved with the weights, since they were trained on it."""
-
-    num_points: int = 40_000
-    use_color: bool = True
-    use_height: bool = True
-    num_proposals: int = 64
-    view_source: str = "mixed"  # posed, rendered, mixed, none
-    num_candidates: int = 16
-    view_size: int = 336
-
-
-@dataclass
-class EncodedScene:
-    """Output of the scene encoder for one scene; boxes in the model frame, proposals in their fixed order."""
-
-    features_KE: torch.Tensor
-    boxes_K7: torch.Tensor
-    class_probs_KC: torch.Tensor
-    objectness_K: torch.Tensor
-    valid_K: torch.Tensor
-    token_xyz_T3: torch.Tensor
-    tokens_TE: torch.Tensor
-
-    @property
-    def proposals(self) -> np.ndarray:
-        """Boxes of the valid proposals [n, 7], float32, model frame."""
-        return self.boxes_K7[self.valid_K].detach().cpu().numpy()
-
-
-@dataclass
-class Observation:
-    """One scene as the model sees it, with what was computed of it so far."""
-
-    scene: Scene
-    points_N3: torch.Tensor
-    features_NF: torch.Tensor
-    seed: int
-    encoded: EncodedScene | None = None
-    pool: ViewPool | None = None
-    pool_class_probs_KC: torch.Tensor | None = None  # of the boxes that the pool was built with
-    pixels: dict[int, tuple[torch.Tensor, tuple[int, int, int]]] = field(default_factory=dict)
-    image_tokens: dict[int, torch.Tensor] = field(default_factory=dict)  # of a frozen vision tower
-    choices: dict[str, list[int]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said; boxes are [x, y, z, dx, dy, dz, heading], metres, world frame."""
-
-    text: str
-    think: str
-    answer: str
-    well_formed: bool
-    boxes: list[list[float]]
-
-
-def best_proposal(box_7: np.ndarray, proposals_K7: np.ndarray) -> int | None:
-    """Index of the proposal that covers a box best, where any covers it enough to be its name."""
-    if len(proposals_K7) == 0:
-        return None
-    overlaps = box3d_iou(torch.as_tensor(box_7, dtype=torch.float32)[None], torch.as_tensor(proposals_K7))[0]
-    index = int(overlaps.argmax())
-    return index if float(overlaps[index]) >= NAME_IOU else None
-
-
-def point_at(box_7: Sequence[float] | np.ndarray, proposals_K7: np.ndarray) -> str:
-    """The pointer to a box (model frame): the name of the proposal that covers it, else its numbers."""
-    index = best_proposal(np.asarray(box_7, dtype=np.float32), proposals_K7)
-    return format_box([float(value) for value in box_7]) if index is None else format_name(index)
 
 
 class SceneVLM(nn.Module):

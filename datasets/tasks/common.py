@@ -40,6 +40,13 @@ class Row:
         """A text field, outer white space removed."""
         return self.get(key, str, default).strip()
 
+    def filled(self, key: str) -> str:
+        """A text field that must say something, such as a question."""
+        text = self.text(key)
+        if not text:
+            raise ValueError(f"{self.place}: {key!r} is empty; fill it in, or take the row out.")
+        return text
+
     def integer(self, key: str) -> int:
         """A whole number, which some benchmarks write as text."""
         value = self.record.get(key)
@@ -144,7 +151,7 @@ def load_3d_llm(root: str | Path, split: str, scenes: Scenes, *, name: str, task
     index = as_index(scenes)
     samples = []
     for row in read_rows(annotation_file(root, f"3d_llm_{name}_{split}.json")):
-        scene_id = row.text("scene_id")
+        scene_id = row.filled("scene_id")
         scene_of(index, scene_id, row)
         references = row.texts("answers")
         if not references:
@@ -155,7 +162,7 @@ def load_3d_llm(root: str | Path, split: str, scenes: Scenes, *, name: str, task
                 task=task,
                 dataset=task,
                 scene_id=scene_id,
-                question=row.text("question"),
+                question=row.filled("question"),
                 answer=references[0],
                 references=references,
             )

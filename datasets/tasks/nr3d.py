@@ -49,11 +49,14 @@ def parse_stimulus(text: str) -> Stimulus:
 def _read(path: Path) -> Iterator[Row]:
     with path.open(newline="", encoding="utf-8") as stream:
         reader = csv.DictReader(stream)
-        missing = [name for name in (*_COLUMNS, "mentions_target_class") if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} lacks the column {missing[0]!r}; use the official nr3d.csv.")
-        for number, record in enumerate(reader, 1):
-            yield Row(path, number, record)
+        try:
+            missing = [name for name in (*_COLUMNS, "mentions_target_class") if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f"{path} lacks the column {missing[0]!r}; use the official nr3d.csv.")
+            for number, record in enumerate(reader, 1):
+                yield Row(path, number, record)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} is not a whole CSV file ({error}); copy it again from its source.") from None
 
 
 def _tokens(row: Row) -> list[str]:
@@ -93,7 +96,7 @@ def load(root: str | Path, split: str, scenes: Scenes) -> list[Sample]:
                 task="grounding",
                 dataset="nr3d",
                 scene_id=scene_id,
-                question=row.text("utterance"),
+                question=row.filled("utterance"),
                 answer=f"{name} {format_box(info.to_model(boxes_K7)[0].tolist())}",
                 references=[name],
                 target_object_ids=[object_id],

@@ -17,7 +17,7 @@ def load(root: str | Path, split: str, scenes: Scenes) -> list[Sample]:
     index = as_index(scenes)
     samples = []
     for row in read_rows(annotation_file(root, f"ScanQA_v1.0_{FILES.get(split, split)}.json")):
-        scene_id, object_ids = row.text("scene_id"), row.integers("object_ids")
+        scene_id, object_ids = row.filled("scene_id"), row.integers("object_ids")
         # official answers are compared as they stand, so only those that are empty are left out
         answers = [answer for answer in row.get("answers", list, []) if isinstance(answer, str) and answer.strip()]
         if not answers and split != "test":
@@ -28,7 +28,7 @@ def load(root: str | Path, split: str, scenes: Scenes) -> list[Sample]:
                 task="qa",
                 dataset="scanqa",
                 scene_id=scene_id,
-                question=row.text("question"),
+                question=row.filled("question"),
                 answer=answers[0].strip() if answers else "",
                 references=answers,
                 target_object_ids=object_ids,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...utils.files import read_text
 from ...utils.labels import DETECTION_CLASSES, OTHERS
 from ...utils.text import format_box
 from ..scannet import LABEL_MAP_NAME
@@ -34,11 +35,11 @@ def read_descriptions(root: str | Path, split: str) -> Iterator[Description]:
     for row in read_rows(annotation_file(root, f"ScanRefer_filtered_{split}.json")):
         yield Description(
             row=row,
-            scene_id=row.text("scene_id"),
+            scene_id=row.filled("scene_id"),
             object_id=row.integer("object_id"),
             object_name=row.text("object_name").replace("_", " "),
             ann_id=str(row.get("ann_id", object)),
-            text=row.text("description"),
+            text=row.filled("description"),
             tokens=[str(token) for token in row.get("token", list)],
         )
 
@@ -48,10 +49,9 @@ def load_name_classes(path: str | Path) -> dict[str, int]:
 
     Names outside the 18 are OTHERS; so is the table's "refridgerator", whose spelling ScanRefer does not correct.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"There is no label table at {path}; copy {LABEL_MAP_NAME} from ScanNet there.")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(
+        path, f"There is no label table at {path}; copy {LABEL_MAP_NAME} from ScanNet there."
+    ).splitlines()
     header = lines[0].split("\t") if lines else []
     if "raw_category" not in header or "nyu40class" not in header:
         raise ValueError(f"{path} is not ScanNet's label table: its first line lacks raw_category or nyu40class.")

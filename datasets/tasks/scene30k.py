@@ -83,7 +83,7 @@ def _sample(row: Row, info: SceneInfo, think: str, answer: str, split: str) -> S
             task=task,
             dataset="scene30k",
             scene_id=info.scene_id,
-            question=row.text("question"),
+            question=row.filled("question"),
             answer=answer,
             think=think,
             references=[row.text("gold_answer", "") or strip_pointers(answer)],

@@ -104,10 +104,12 @@ def load(root: str | Path, split: str, scenes: Scenes) -> list[Sample]:
     answers = {row.integer("question_id"): row for row in rows_of(answers_path, _records(answers_path, "annotations"))}
     samples = []
     for row in rows_of(questions_path, _records(questions_path, "questions")):
-        question_id, scene_id = row.integer("question_id"), row.text("scene_id")
+        question_id, scene_id = row.integer("question_id"), row.filled("scene_id")
         if question_id not in answers:
             raise ValueError(f"{row.place}: question {question_id} has no answer in {answers_path.name}.")
         answer = answers[question_id]
+        if answer.text("scene_id", scene_id) != scene_id:
+            raise ValueError(f"{answer.place}: question {question_id} is about {scene_id}; use files of one release.")
         pose_7 = _pose(answer, scene_of(index, scene_id, row))
         references = _answers(answer)
         meta = {
@@ -120,7 +122,7 @@ def load(root: str | Path, split: str, scenes: Scenes) -> list[Sample]:
                 task="situated_qa",
                 dataset="sqa3d",
                 scene_id=scene_id,
-                question=row.text("question"),
+                question=row.filled("question"),
                 answer=references[0],
                 references=references,
                 situation=row.text("situation"),

@@ -16,6 +16,13 @@ def test_precedence_is_defaults_base_recipe_override(tmp_path):
     assert config.run.batch_size == SftConfig().run.batch_size
 
 
+def test_a_command_keeps_its_own_defaults_beside_a_key_that_is_set():
+    config = load_config("grpo", None, ["optim.lr=1e-3", "data.root=elsewhere"])
+    assert (config.optim.lr, config.optim.schedule, config.optim.weight_decay) == (1e-3, "constant", 0.0)
+    assert load_config("detect", None, ["optim.warmup_steps=3"]).optim.lr == 7e-4
+    assert "planning" in load_config("eval", None, ["data.root=elsewhere"]).data.datasets
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_saved_config_reads_back_the_same(kind, tmp_path):
     config = load_config(kind, None)
