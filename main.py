@@ -68,7 +68,8 @@ def run_prepare(args: argparse.Namespace) -> int:
     if failures:  # each was reported, with its reason, when it happened
         names = ", ".join(failure.scene_id for failure in failures)
         raise ValueError(
-            f"{len(failures)} of the scans could not be prepared ({names}); mend them and run this again."
+            f"{len(failures)} of the scans could not be prepared, for the reasons above ({names}); mend them and run "
+            "this again."
         )
     return 0
 
@@ -112,7 +113,15 @@ def run_infer(args: argparse.Namespace) -> int:
         raise ValueError("A question is empty; write it after --ask, in quotes.")
     from .engine.predict import infer
 
-    answered = infer(args.scene, args.model, questions, task=args.task, align=args.align, out=args.out)
+    answered = infer(
+        args.scene,
+        args.model,
+        questions,
+        task=args.task,
+        align=args.align,
+        out=args.out,
+        language_model=args.language_model,
+    )
     for note in answered.scene.notes:
         sys.stderr.write(f"assumed: {note}\n")
     for prediction in answered.predictions:
@@ -236,8 +245,12 @@ def explain(error: BaseException) -> str:
         return (
             f"The Python package {error.name!r} is missing; run `bash script/setup.sh`, or install requirements.txt."
         )
+    if isinstance(error, (NotADirectoryError, FileExistsError)):
+        return f"{error.filename} needs a folder, but a file is in the way; name another path."
+    if isinstance(error, IsADirectoryError):
+        return f"{error.filename} is a folder where a file is expected; name the file itself."
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
+        return f"{error.filename}: {error.strerror}; check the path and its permissions."
     return " ".join(str(error).split()) or type(error).__name__  # one line, whatever a library wrote
 
 

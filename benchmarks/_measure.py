@@ -27,7 +27,8 @@ class Load:
 
     def __str__(self) -> str:
         load = "" if self._load is None else f", load {self._load:.1f} before"
-        return f"{torch.get_num_threads()} threads{load}"
+        threads = torch.get_num_threads()
+        return f"{threads} thread{'s' if threads > 1 else ''}{load}"
 
 
 def seconds(action: Callable[[], object], device: str) -> float:
@@ -90,10 +91,14 @@ def report(
 
 def command_line(name: str, argv: Sequence[str]) -> str:
     """What a user types to measure again, without where it was recorded and the note."""
-    words = list(argv)
-    for option in ("--record", "--note"):
-        while option in words:
-            start = words.index(option)
-            end = start + 2 if start + 1 < len(words) and not words[start + 1].startswith("--") else start + 1
-            del words[start:end]
+    words: list[str] = []
+    dropping = False  # the value of an option that was dropped
+    for word in argv:
+        if word.startswith(("--record", "--note")):
+            dropping = "=" not in word
+        elif not dropping or word.startswith("--"):
+            dropping = False
+            words.append(word)
+        else:
+            dropping = False
     return shlex.join(["python", "main.py", "bench", name, *words])

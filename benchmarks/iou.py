@@ -76,31 +76,41 @@ def aligned_iou(boxes_A7: Tensor, boxes_B7: Tensor) -> Tensor:
     return both_AB / (boxes_A7[:, 3:6].prod(-1)[:, None] + boxes_B7[:, 3:6].prod(-1) - both_AB)
 
 
-def measure(first: int, second: int, device: str, repeats: int) -> list[Row]:
+def _check(peer: str, ours_AB: Tensor, peers_AB: Tensor) -> None:
+    distance = float((ours_AB.double().cpu() - peers_AB.double().cpu()).abs().max())
+    if distance > 1e-4:
+        raise ValueError(f"Ours differs from {peer} by up to {distance:.2g}; not measured.")
+
+
+def measure(num_first: int, num_second: int, device: str, repeats: int) -> list[Row]:
     """Milliseconds for all pairs. ValueError where ours and a peer disagree."""
-    sets = {
-        headings: [random_boxes(n, s, headings=headings) for n, s in ((first, 0), (second, 1))]
-        for headings in (True, False)
-    }
-    turned = [boxes.to(device) for boxes in sets[True]]
-    aligned = [boxes.to(device) for boxes in sets[False]]
-    arrays = [boxes.double().numpy() for boxes in sets[True]]
-    checks = {
-        CLIPPING: (box3d_iou(*turned).cpu().numpy(), clipped_iou(*arrays)),
-        MIN_MAX: (box3d_iou(*aligned).cpu().numpy(), aligned_iou(*aligned).cpu().numpy()),
-    }
-    for peer, (ours_AB, peers_AB) in checks.items():
-        distance = float(np.abs(ours_AB - peers_AB).max())
-        if distance > 1e-4:
-            raise ValueError(f"Ours differs from {peer} by up to {distance:.2g}; not measured.")
-    pairs = f"{first}_{second}"
-    ours, peer = median_seconds((lambda: box3d_iou(*turned), lambda: clipped_iou(*arrays)), repeats, device)
-    rows = [
-        Row(f"boxes.iou_{pairs}", 1000 * ours, "ms", CLIPPING, 1000 * peer, note="float32; the peer on one CPU core")
-    ]
-    ours, peer = median_seconds((lambda: box3d_iou(*aligned), lambda: aligned_iou(*aligned)), repeats, device)
+    turned_A7 = random_boxes(num_first, 0, headings=True).to(device)
+    turned_B7 = random_boxes(num_second, 1, headings=True).to(device)
+    aligned_A7 = random_boxes(num_first, 0, headings=False).to(device)
+    aligned_B7 = random_boxes(num_second, 1, headings=False).to(device)
+    arrays = [boxes.double().cpu().numpy() for boxes in (turned_A7, turned_B7)]
+
+    def turned() -> Tensor:
+        return box3d_iou(turned_A7, turned_B7)
+
+    def clipped() -> Tensor:
+        return torch.from_numpy(clipped_iou(arrays[0], arrays[1]))
+
+    def aligned() -> Tensor:
+        return box3d_iou(aligned_A7, aligned_B7)
+
+    def min_max() -> Tensor:
+        return aligned_iou(aligned_A7, aligned_B7)
+
+    _check(CLIPPING, turned(), clipped())
+    _check(MIN_MAX, aligned(), min_max())
+    pairs = f"{num_first}_{num_second}"
+    ours, peer = median_seconds((turned, clipped), repeats, device)
+    note = "float32; the peer in float64 on one CPU core"
+    rows = [Row(f"boxes.iou_{pairs}", 1000 * ours, "ms", CLIPPING, 1000 * peer, note=note)]
+    ours, peer = median_seconds((aligned, min_max), repeats, device)
     rows.append(Row(f"boxes.iou_aligned_{pairs}", 1000 * ours, "ms", MIN_MAX, 1000 * peer, note="float32"))
-    (ours,) = median_seconds((lambda: box3d_giou(*turned),), repeats, device)
+    (ours,) = median_seconds((lambda: box3d_giou(turned_A7, turned_B7),), repeats, device)
     rows.append(Row(f"boxes.giou_{pairs}", 1000 * ours, "ms", note="float32"))
     return rows
 
@@ -120,6 +130,7 @@ def main(argv: Sequence[str] = ()) -> int:
     if min(arguments.boxes) < 1:
         parser.error("--boxes takes two numbers from 1 on")
     load = Load(arguments)
-    rows = measure(*arguments.boxes, arguments.device, arguments.repeats)
+    first, second = arguments.boxes
+    rows = measure(first, second, arguments.device, arguments.repeats)
     report("iou", rows, arguments, load, argv=argv, packages=("scipy",))
     return 0

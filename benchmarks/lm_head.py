@@ -1,8 +1,8 @@
 """LM head (log-probabilities, entropy and their gradients) against logits and `log_softmax`.
 
 One call is forward and backward through hidden states; the weight is frozen, as under LoRA. The peer makes the logits
-of all tokens in float32, as `transformers` does. The peak of memory above the inputs is measured as well: PyTorch's own
-count on a GPU; on a CPU the resident memory of the process, where Linux lets its peak be reset.
+of all tokens in float32, as `transformers` does. The peak of memory above the inputs is measured as well: PyTorch's
+own count on a GPU; on a CPU the resident memory of the process, where Linux lets its peak be reset.
 
 Shapes: T tokens, D width, V vocabulary.
 """

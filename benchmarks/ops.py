@@ -1,9 +1,10 @@
 """PointNet++ operations (sampling, balls, neighbours, gathers) against SciPy's tree and plain vectorised PyTorch.
 
 Rooms of 6 x 5 x 2.7 m with uniform points; balls of 0.2 m with 64 samples; 16 grouped, 256 interpolated channels.
-A shape B_N_M means B scenes, N points and M centres. The peers return the same indices, which is checked; they are
+A shape B_N_M means B scenes, N points and M centres. The peers return the same indices but for rounding,
+which is checked; they are
 
-- on a CPU, `scipy.spatial.cKDTree` for balls and neighbours (built in the timed call, as ours gets no index either);
+- on a CPU, `scipy.spatial.KDTree` for balls and neighbours (built in the timed call, as ours gets no index either);
 - on a GPU, for these, distance tables of `torch.cdist` with sort and topk, as in plain-PyTorch PointNet++;
 - the widespread plain-PyTorch loop for furthest points, and tensor indexing for gathers and interpolation.
 
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from torch import Tensor
 
 from ..third_party import pointnet2
@@ -31,9 +32,11 @@ NAMES = ("fps", "ball_query", "group", "three_nn", "interpolate")
 INDEXING, LOOP, TREE, TABLE = (
     "tensor indexing",
     "plain PyTorch loop",
-    "scipy.spatial.cKDTree",
+    "scipy.spatial.KDTree",
     "torch.cdist with sort or topk",
 )
+# share that may differ; distances by matrix products, which is what makes `cdist` fast, are good to some 1e-5
+ALLOWED = {INDEXING: 0.0, LOOP: 1e-3, TREE: 1e-3, TABLE: 2e-2}
 
 
 class Case(NamedTuple):
@@ -62,7 +65,7 @@ def ball_tree(points_BN3: Tensor, centers_BM3: Tensor) -> Tensor:
     """Ball indices [B, M, S] by SciPy's tree: the first in index order, padded with the first hit."""
     found_BMS = np.zeros((*centers_BM3.shape[:2], SAMPLES), dtype=np.int32)
     for found_MS, points_N3, centers_M3 in zip(found_BMS, points_BN3.numpy(), centers_BM3.numpy(), strict=True):
-        hits_M = cKDTree(points_N3).query_ball_point(centers_M3, RADIUS, return_sorted=True)
+        hits_M = KDTree(points_N3).query_ball_point(centers_M3, RADIUS, return_sorted=True)
         for row_S, hits in zip(found_MS, hits_M, strict=True):
             if hits:
                 row_S[:] = hits[0]
@@ -76,7 +79,7 @@ def ball_table(points_BN3: Tensor, centers_BM3: Tensor) -> Tensor:
     rows = []
     for points_N3, centers_M3 in zip(points_BN3, centers_BM3, strict=True):
         index_MN = torch.arange(num_points, device=points_N3.device).expand(len(centers_M3), num_points)
-        distance_MN = torch.cdist(centers_M3, points_N3, compute_mode="donot_use_mm_for_euclid_dist")
+        distance_MN = torch.cdist(centers_M3, points_N3)
         index_MN = torch.where(distance_MN < RADIUS, index_MN, num_points)
         found_MS = index_MN.sort(dim=-1).values[:, :SAMPLES]
         first_M1 = torch.where(found_MS[:, :1] == num_points, 0, found_MS[:, :1])
@@ -86,14 +89,14 @@ def ball_table(points_BN3: Tensor, centers_BM3: Tensor) -> Tensor:
 
 def neighbours_tree(query_BN3: Tensor, points_BM3: Tensor) -> Tensor:
     """Indices [B, N, 3] of the three nearest points by SciPy's tree."""
-    found = [cKDTree(points).query(query, k=3)[1] for query, points in zip(query_BN3, points_BM3, strict=True)]
+    found = [KDTree(points).query(query, k=3)[1] for query, points in zip(query_BN3, points_BM3, strict=True)]
     return torch.from_numpy(np.stack(found))
 
 
 def neighbours_table(query_BN3: Tensor, points_BM3: Tensor) -> Tensor:
     """Indices [B, N, 3] of the three nearest points from a table of distances."""
     pairs = zip(query_BN3, points_BM3, strict=True)
-    tables = (torch.cdist(query, points, compute_mode="donot_use_mm_for_euclid_dist") for query, points in pairs)
+    tables = (torch.cdist(query, points) for query, points in pairs)
     return torch.stack([table_NM.topk(3, largest=False).indices for table_NM in tables])
 
 
@@ -171,9 +174,9 @@ def measure(shape: str, names: Sequence[str], device: str, repeats: int) -> list
     for name, case in build_cases(shape, device).items():
         if name not in names:
             continue
-        # neighbours at equal distance, and one at the rim of a ball, may fall either way in the peers' arithmetic
+        # a point at the rim of a ball falls either way in the peers' arithmetic, and moves the rest of its row
         differ = case.differ()
-        if differ > 1e-3:
+        if differ > ALLOWED[case.peer_name]:
             raise ValueError(f"ops.{name}_{shape}: {differ:.2%} of ours differ from {case.peer_name}; not measured.")
         ours, peer = median_seconds((case.ours, case.peer), repeats, device)
         note = f"backend {pointnet2.backend_name()}"

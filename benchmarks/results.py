@@ -59,7 +59,7 @@ class Row:
 def record(
     rows: Iterable[Row], path: Path, *, command: str, device: str = "cpu", packages: Sequence[str] = ()
 ) -> None:
-    """Put rows into `path` (results.json), in place of those of the same name and machine, and make the page beside it.
+    """Put rows into `path` (results.json), in place of those of the same name and machine; make the page beside it.
 
     Args:
         command: what was run, as a user would type it.
@@ -87,6 +87,7 @@ def record(
 
 def merge(entries: Sequence[Entry], path: Path) -> None:
     """Replace entries of the same name and machine in `path`, add the others, and make the page beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     with FileLock(Path(tempfile.gettempdir()) / f"threedr1-results-{key}.lock"):
         table = {(entry["machine"], entry["name"]): entry for entry in read_results(path)}
@@ -113,13 +114,13 @@ def read_results(path: Path) -> list[Entry]:
 
 
 def render(entries: Sequence[Entry]) -> str:
-    """The page: a table for every machine. Times of a CPU that stand beside a peer's are given as ratios only."""
+    """The page: a table for every machine. Times on a CPU that stand beside a peer's are given as ratios only."""
     lines = [
         "# Measured results",
         "",
         "Written by `python main.py bench results` from `results.json`; every row comes from a benchmark's own run",
         "(docs/benchmarks.md). The ratio says how many times better than the peer we are in the same run, on the same",
-        "data: above 1 we are ahead. On CPUs, where absolute times mean little, only the ratio to the peer is given.",
+        "data: above 1 we are ahead. Of times on a CPU beside a peer's only the ratio stands here.",
     ]
     if not entries:
         lines += ["", "Nothing has been recorded yet."]
@@ -213,8 +214,11 @@ def _git(*words: str) -> str:
 
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] = ()) -> int:

@@ -25,7 +25,7 @@ def _make(seed: int) -> tuple[int, float]:
 
 
 def measure(num_rooms: int, workers: int) -> list[Row]:
-    """Rooms a second: of one core by processor time, which other programs hardly disturb; and of `workers` together."""
+    """Rooms a second: of one core by processor time, which other programs hardly disturb; of `workers` together."""
     seeds = range(num_rooms)
     _make(0)  # first use fills the caches of unit shapes
     results = [_make(seed) for seed in seeds]

@@ -42,7 +42,7 @@ def random_predictions(count: int, seed: int = 0) -> list[Prediction]:
     rng = np.random.default_rng(seed)
 
     def choose(words: Sequence[str]) -> str:
-        return words[rng.integers(len(words))]
+        return words[int(rng.integers(len(words)))]
 
     def sentence() -> str:
         parts = [f"The {choose(COLOURS)} {choose(THINGS)}"]

@@ -72,6 +72,14 @@ def _top_files(root: Path) -> Iterator[Finding]:
         )
 
 
+def _label_table(root: Path) -> dict[str, int] | None:
+    """The label table; None where it is missing or broken, which `_top_files` reports."""
+    try:
+        return load_label_map(root / LABEL_MAP_NAME)
+    except ValueError:
+        return None
+
+
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return f"{len(names)}: {', '.join(names[:_MAX_NAMED])}{more}"
@@ -92,8 +100,8 @@ def _scans(root: Path) -> Iterator[Finding]:
                         f"Scans of split {split} are missing, {_some(missing)}.",
                         f"copy them to {root / 'scans'}",
                     )
-        if (root / LABEL_MAP_NAME).exists():
-            table = load_label_map(root / LABEL_MAP_NAME)
+        table = _label_table(root)
+        if table is not None:
             options = PrepareOptions()
             stale = [scan.name for scan in scans if not is_prepared(scan, table, out / f"{scan.name}.npz", options)]
             if stale:

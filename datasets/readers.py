@@ -62,7 +62,7 @@ def read_scene(path: str | Path, *, align: str = "auto", max_points: int = 200_0
     if max_points < 1:
         raise ValueError(f"max_points is {max_points}; a scene keeps at least one point.")
     if not path.exists():
-        raise ValueError(f"There is no scan at {path}.")
+        raise ValueError(f"There is no scan at {path}; check the path.")
     if path.is_dir():
         if (path / f"{path.name}_vh_clean_2.ply").exists():
             return _read_scannet(path, max_points, seed)

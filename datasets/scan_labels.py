@@ -76,7 +76,9 @@ def read_annotation(scan_dir: Path, num_vertices: int, label_map: dict[str, int]
         ]
     except BrokenJson:
         raise
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except KeyError as error:
+        raise ValueError(f"{scan_dir}: segmentation or aggregation lacks {error}; copy both files again.") from None
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
             f"{segs_path.name} or {groups_path.name} in {scan_dir} is not in ScanNet's form; copy both files again."
         ) from None

@@ -55,13 +55,37 @@ def build_model(config: ModelConfig, data: DataConfig) -> SceneVLM:
         scene_encoder,
         connector,
         build_view_selector(config.views),
-        SceneSettings(
-            num_points=data.num_points,
-            use_color=config.encoder.use_color,
-            use_height=config.encoder.use_height,
-            num_proposals=language_config.num_proposals,
-            view_source=config.views.source,
-            num_candidates=config.views.num_candidates,
-            view_size=config.views.image_size,
-        ),
+        scene_settings(config, data),
     )
+
+
+def scene_settings(config: ModelConfig, data: DataConfig) -> SceneSettings:
+    """What the configuration says the model takes of a scene."""
+    return SceneSettings(
+        num_points=data.num_points,
+        use_color=config.encoder.use_color,
+        use_height=config.encoder.use_height,
+        num_proposals=config.language.num_proposals,
+        view_source=config.views.source,
+        num_candidates=config.views.num_candidates,
+        view_size=config.views.image_size,
+    )
+
+
+def check_settings(model: SceneVLM, config: ModelConfig, data: DataConfig) -> None:
+    """ValueError where a loaded model was made with other settings than the configuration asks for.
+
+    They come with the weights; a configuration that says otherwise would be a lie beside them.
+    """
+    pairs = {
+        name: (value, getattr(model.settings, name)) for name, value in vars(scene_settings(config, data)).items()
+    }
+    pairs["num_layout_tokens"] = (config.language.num_layout_tokens, model.connector.num_layout_tokens)
+    if model.view_selector is not None:
+        pairs["num_views"] = (config.views.num_views, model.view_selector.num_views)
+    for name, (asked, found) in pairs.items():
+        if asked != found:
+            raise ValueError(
+                f"The model to start from was made with {name} {found}, but the configuration says {asked}; "
+                "give it the same settings, or build a new model."
+            )

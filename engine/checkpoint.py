@@ -75,11 +75,22 @@ def save_checkpoint(
     save_model(partial / "model")
     save_config(config, partial / "config.yaml")
     torch.save({**state, "step": step, "rng": rng_state()}, partial / "state.pt")
+    _sync(partial)
     _remove(final)
     partial.rename(final)
     for old in list_checkpoints(run_dir)[:-keep] if keep > 0 else []:
         _remove(old)
     return final
+
+
+def _sync(folder: Path) -> None:
+    """Wait until every file of a folder is on the disk, so that a power cut cannot leave an empty one renamed."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:
@@ -99,21 +110,40 @@ def remove_leftovers(run_dir: str | Path) -> None:
             shutil.rmtree(entry)
 
 
-def save_run(runtime: Runtime, config: Any, step: int, model: SceneVLM, optimizer: Optimizer) -> Path:
-    """Checkpoint a training run after `step` finished steps; rank 0 writes, the others wait."""
+def save_run(
+    runtime: Runtime,
+    config: Any,
+    step: int,
+    model: SceneVLM,
+    optimizer: Optimizer,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Checkpoint a training run after `step` finished steps; rank 0 writes, the others wait.
+
+    Args:
+        extra: more to keep in state.pt.
+    """
     run = config.run
     if runtime.is_main:
-        state = {"optimizer": optimizer.state_dict()}
+        state = {"optimizer": optimizer.state_dict(), **(extra or {})}
         save_checkpoint(run.dir, step, config, model.save_pretrained, state, keep=run.keep_checkpoints)
     runtime.barrier()
     return checkpoint_path(run.dir, step)
 
 
-def restore_run(checkpoint: Path | None, optimizer: Optimizer) -> int:
-    """Restore optimizer and RNG; returns the number of finished steps, 0 for a fresh run."""
+def restore_run(checkpoint: Path | None, optimizer: Optimizer, data: str) -> int:
+    """Restore optimizer and RNG; returns the number of finished steps, 0 for a fresh run.
+
+    Args:
+        data: fingerprint of the training samples; ValueError where it is another than at the start.
+    """
     if checkpoint is None:
         return 0
     state = load_state(checkpoint)
+    if state["data"] != data:
+        raise ValueError(
+            f"The training data has changed since {checkpoint} was written; resume with the same, or start a new run."
+        )
     optimizer.load_state_dict(state["optimizer"])
     set_rng_state(state["rng"])
     log.info("resumed from %s", checkpoint)
@@ -150,6 +180,8 @@ def open_run(config: Any, resume: bool) -> Path | None:
         )
     saved = _saved_config(newest)
     changed = _differences(saved, to_dict(config))
+    if config.optim.schedule == "constant":  # any other schedule is stretched over the steps
+        changed = [entry for entry in changed if not entry.startswith("run.steps:")]
     if changed:
         raise ValueError(
             f"{newest} was trained with another configuration ({', '.join(changed[:3])}); "
@@ -171,8 +203,8 @@ def _saved_config(checkpoint: Path) -> dict:
 
 
 # Settings that change how a run is carried out, not what it computes.
-_FREE_TO_CHANGE = {"run.steps", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.trackers"}
-_FREE_TO_CHANGE |= {"run.eval_every", "run.device", "run.dir"}
+_FREE_TO_CHANGE = {"run.log_every", "run.save_every", "run.keep_checkpoints", "run.trackers"}
+_FREE_TO_CHANGE |= {"run.eval_every", "run.device", "run.dir", "data.cached_scenes"}
 
 
 def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:

@@ -38,8 +38,8 @@ class RunConfig:
     dir: str = "runs/run"
     seed: int = 0
     steps: int = 1000
-    batch_size: int = 8  # samples per optimiser step and rank
-    micro_batch_size: int = 0  # samples per forward pass; 0 takes the whole batch at once
+    batch_size: int = 8  # samples per optimiser step, over all ranks
+    micro_batch_size: int = 0  # rows per forward pass on one rank; 0 takes all at once
     log_every: int = 10
     save_every: int = 200
     keep_checkpoints: int = 2
@@ -61,6 +61,7 @@ class DataConfig:
     train_split: str = "train"
     eval_split: str = "val"
     num_points: int = 40_000
+    cached_scenes: int = 128  # scenes kept with their points, encoding and views; more is faster and takes memory
     max_samples: int = 0  # per data set, chosen by seed; 0 takes all
 
     def __post_init__(self):
@@ -226,6 +227,8 @@ class GrpoConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     updates_per_rollout: int = 1
+    attention: str = "sdpa"
+    gradient_checkpointing: bool = False
     lora_rank: int = 16  # of the policy adapter, where the SFT model has none
     lora_alpha: int = 32
 
@@ -256,7 +259,9 @@ class EvalConfig:
         )
     )
     max_new_tokens: int = 256
+    language_model: str = ""  # where the base language model lies, if not where it did in training
     scorers: dict[str, str] = field(default_factory=dict)  # task: scorer; a task left out takes its default
+    modes: dict[str, str] = field(default_factory=dict)  # task: think or direct; a task left out takes its default
     meteor: str = "auto"  # auto: where Java is there; yes; no (it takes seconds to start)
     dense_caption_proposals: int = 64  # proposals captioned in one scene, by objectness
 
@@ -353,9 +358,10 @@ def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{source}{where}: not valid YAML ({problem or 'unreadable characters'}); mend it.") from None
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or "unreadable characters"
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{source} is not valid YAML: {problem}{where}; mend it and try again.") from None
 
 
 def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:

@@ -1,9 +1,11 @@
 """Samples and observed scenes for the loops."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..datasets.scannet import read_split
 from ..datasets.scene import Sample
 from ..datasets.scene_store import SceneStore
 from ..datasets.tasks import load_samples
@@ -61,6 +63,7 @@ def load_split(config: DataConfig, split: str, seed: int) -> tuple[list[Sample],
     """
     root = Path(config.root)
     store = SceneStore(root / "prepared")
+    read_split(root, split)  # a name that no list of scenes stands for is refused
     samples: list[Sample] = []
     for number, name in enumerate(config.datasets):
         found = load_samples(root, split, [name], scenes=store)
@@ -74,3 +77,8 @@ def load_split(config: DataConfig, split: str, seed: int) -> tuple[list[Sample],
             f"run `python main.py doctor --root {root}` to see what is missing."
         )
     return samples, store
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """Hash of which samples there are and in which order: a resumed run must go on with the same."""
+    return hashlib.sha256("\n".join(sample.sample_id for sample in samples).encode()).hexdigest()[:16]

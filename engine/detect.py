@@ -126,7 +126,7 @@ def train_step(
     """
     run = scenes.config.run
     rows = batch_indices(len(scenes), step, run.batch_size, run.seed, runtime)
-    first = runtime.rank * run.batch_size
+    first = runtime.rank * len(rows)
     streams = [stream(run.seed, _TRAIN_STREAM, step, first + place) for place in range(len(rows))]
     points_BN3, features_BNF, targets = scenes.batch(rows, streams, augment=scenes.config.augment)
     encoding = encoder(points_BN3.to(runtime.device), features_BNF.to(runtime.device))

@@ -9,20 +9,21 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..datasets.prompts import prompt_fingerprint
+from ..datasets.prompts import MODES, THINK, prompt_fingerprint
 from ..datasets.scene import TASKS, Sample
 from ..models.scene_vlm import SceneVLM
 from ..utils.metrics.caption import MeteorChoice
-from ..utils.metrics.score import score_predictions
+from ..utils.metrics.score import score_predictions, scorers_of
 from ..utils.predictions import Prediction, write_predictions
 from ..utils.text import format_box, parse_response, resolve_boxes
 from .checkpoint import model_folder
-from .config import DataConfig, EvalConfig, save_config, to_dict
+from .config import DataConfig, EvalConfig, save_config
 from .data import ObservationCache, load_split
 from .predict import answer, world_boxes
 from .runtime import close_runtime, init_runtime, log, seed_everything
@@ -126,6 +127,14 @@ def constant_predictions(
     return predictions
 
 
+def _check_scorers(config: EvalConfig) -> None:
+    """ValueError for an unknown task or scorer, before hours of answering."""
+    for task, scorer in config.scorers.items():
+        known = scorers_of(task)
+        if scorer not in known:
+            raise ValueError(f"Task {task} has no scorer {scorer!r}; its scorers are {', '.join(known)}.")
+
+
 def evaluate(config: EvalConfig) -> Path:
     """Evaluate on every configured data set; writes to `run.dir` and returns the path of results.json."""
     if config.answers not in (MODEL, MOST_FREQUENT):
@@ -134,32 +143,42 @@ def evaluate(config: EvalConfig) -> Path:
         raise ValueError(f"meteor is {config.meteor!r}; choose {', '.join(_METEOR)}.")
     if not config.model:
         raise ValueError("Name the model to evaluate: --set model=runs/… (a run, a checkpoint or a model folder).")
+    _check_scorers(config)
+    for task, mode in config.modes.items():
+        if task not in TASKS or mode not in MODES:
+            raise ValueError(f"modes has {task}: {mode}; tasks are {', '.join(TASKS)}, modes are {', '.join(MODES)}.")
     runtime = init_runtime(config.run.device)
     if runtime.world_size > 1:
         raise ValueError("Evaluation runs on one process for now; start it without torchrun.")
     seed_everything(config.run.seed)
     folder = model_folder(config.model)
-    model = SceneVLM.from_pretrained(folder, device=runtime.device)
+    splits = {  # what is missing in the data shows before the model is loaded
+        dataset: load_split(replace(config.data, datasets=(dataset,)), config.data.eval_split, config.run.seed)
+        for dataset in config.data.datasets
+    }
+    model = SceneVLM.from_pretrained(folder, device=runtime.device, language_model=config.language_model or None)
+    store = next(iter(splits.values()))[1]
+    observations = ObservationCache(store, model, seed=config.run.seed, capacity=config.data.cached_scenes)
     label = config.label or Path(config.model).name
     out = Path(config.run.dir)
     predictions: list[Prediction] = []
     results: dict[str, dict] = {}
-    for dataset in config.data.datasets:
-        data = DataConfig(**{**to_dict(config.data), "datasets": (dataset,)})
-        samples, store = load_split(data, data.eval_split, config.run.seed)
+    for dataset, (samples, _) in splits.items():
         task = samples[0].task
-        observations = ObservationCache(store, model, seed=config.run.seed)
+        if any(sample.task != task for sample in samples):
+            raise ValueError(f"Data set {dataset} mixes tasks; evaluate on the data sets of its tasks instead.")
         objects: list[Prediction] = []
         if task == "dense_caption":
             samples, objects = proposal_samples(samples, observations, config.dense_caption_proposals)
         if config.answers == MOST_FREQUENT:
-            answers = most_frequent_answers(data, task, dataset, config.run.seed)
+            answers = most_frequent_answers(config.data, task, dataset, config.run.seed)
             made = constant_predictions(samples, answers, observations, label)
         else:
             made = answer(
                 model,
                 samples,
                 observations,
+                modes=config.modes,
                 label=label,
                 max_new_tokens=config.max_new_tokens,
                 batch_size=config.run.batch_size,
@@ -167,11 +186,11 @@ def evaluate(config: EvalConfig) -> Path:
                 progress=f"{label}: {dataset}",
             )
         scores = score_predictions(task, made + objects, config.scorers.get(task), meteor=_METEOR[config.meteor])
-        responses = [entry for entry in made if not entry.text.startswith("<answer>")]
+        thoughtful = [entry for entry in made if entry.meta.get("mode") == THINK]
         scores |= {
             "dataset": dataset,
             "questions": len(made),
-            "well_formed": sum(entry.well_formed for entry in made) / len(responses) if responses else None,
+            "well_formed": sum(entry.well_formed for entry in thoughtful) / len(thoughtful) if thoughtful else None,
             "truncated": sum(entry.truncated for entry in made) / len(made),
         }
         results[dataset] = scores

@@ -23,17 +23,18 @@ from ..models.image_encoder import load_text_encoder
 from ..models.language_model import active_adapter, add_lora, copy_lora, load_lora
 from ..models.lm_head import token_logprobs
 from ..models.scene_vlm import POLICY, SceneVLM
-from .checkpoint import model_folder, open_run, restore_run, save_run
+from .checkpoint import load_state, model_folder, open_run, restore_run, save_run
 from .config import GrpoConfig, RewardConfig
-from .data import ObservationCache, load_split
+from .data import ObservationCache, fingerprint, load_split
 from .grpo_loss import GrpoLossConfig, Normalizer, group_advantages, group_statistics, grpo_loss, merge_metrics
 from .optim import Optimizer
 from .rewards import RewardResult, RewardSet, build_rewards
 from .rollout import Rollout, completion_row, roll_out
-from .runtime import Runtime, batch_indices, close_runtime, init_runtime, seed_everything, torch_stream
+from .runtime import Runtime, batch_indices, close_runtime, init_runtime, log, seed_everything, torch_stream
 from .tracking import Tracker, drop_steps_from
 
 REFERENCE = "ref"
+_LARGE_GAP = 0.1  # nats a token; bfloat16 alone gives about 0.03
 
 
 def completion_logprobs(
@@ -109,12 +110,16 @@ def sample_groups(
     )
 
 
-def load_policy(config: GrpoConfig, checkpoint: Path | None, runtime: Runtime) -> SceneVLM:
-    """The SFT model with a trainable policy adapter and the frozen reference beside it."""
-    if not config.init:
-        raise ValueError("GRPO starts from an SFT model: set init to the run folder that `sft` wrote.")
-    initial = model_folder(config.init)
-    model = SceneVLM.from_pretrained(initial, trainable_adapter=True)
+def load_policy(config: GrpoConfig, checkpoint: Path | None, runtime: Runtime) -> tuple[SceneVLM, Path]:
+    """The SFT model with a trainable policy adapter and the frozen reference beside it, and the SFT model's folder."""
+    # After a resume the reference is what it was at the start, even if the SFT run went on in the meantime.
+    initial = Path(load_state(checkpoint)["init"]) if checkpoint else model_folder(config.init)
+    model = SceneVLM.from_pretrained(
+        initial,
+        trainable_adapter=True,
+        attention=config.attention,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
     if not model.language.has_adapter:
         # A fresh adapter changes nothing yet, so the policy starts as the SFT model here too.
         add_lora(model.language, POLICY, rank=config.lora_rank, alpha=config.lora_alpha)
@@ -124,7 +129,7 @@ def load_policy(config: GrpoConfig, checkpoint: Path | None, runtime: Runtime) -
         load_lora(model.language, POLICY, checkpoint / "model" / "adapter" / POLICY, trainable=True)
     model.to(runtime.device)
     model.set_trainable(language="lora", connector=False, scene_encoder=False)
-    return model
+    return model, initial
 
 
 def build_reward_set(config: RewardConfig, runtime: Runtime) -> RewardSet:
@@ -188,7 +193,7 @@ def update_policy(
     """`updates_per_rollout` clipped gradient steps on one set of rollouts; metrics of the last."""
     loss_config = GrpoLossConfig(**asdict(config.loss))
     rows = [(prompt, g) for prompt in range(len(rollouts)) for g in range(config.rollout.group_size)]
-    micro = (config.run.micro_batch_size or len(rollouts)) * config.rollout.group_size
+    micro = config.run.micro_batch_size or len(rows)
     batches = [rows[start : start + micro] for start in range(0, len(rows), micro)]
     num_tokens = sum(len(ids) for rollout in rollouts for ids in rollout.token_ids)
     sequences, tokens = runtime.total(len(rows), num_tokens)
@@ -205,6 +210,7 @@ def update_policy(
                 reference = [completion_logprobs(model, rollouts, batch, temperature)[0] for batch in batches]
 
     metrics: dict[str, float] = {}
+    model.train()  # nothing here has dropout; gradient checkpointing works in training mode only
     for update in range(config.updates_per_rollout):
         parts = []
         for batch, old_BT, reference_BT in zip(batches, old, reference, strict=True):
@@ -232,6 +238,14 @@ def update_policy(
         own = {name: value.detach().cpu() for name, value in merge_metrics(parts).items()}
         merged = {name: float(value) for name, value in merge_metrics(runtime.gather(own)).items()}
         metrics = {**metrics, **merged, **optimizer.step(step)}
+    model.eval()
+    if metrics["sampling_gap"] > _LARGE_GAP:
+        log.warning(
+            "step %d: the rollouts' log-probabilities differ from the trainer's by %.3f a token on average; "
+            "the ratios are not to be trusted",
+            step,
+            metrics["sampling_gap"],
+        )
     return metrics
 
 
@@ -263,16 +277,21 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
     """Run GRPO and return the last checkpoint. With `resume` it goes on from the newest one."""
     if config.rollout.group_size < 2:
         raise ValueError("rollout.group_size must be at least 2: advantages are relative to a group.")
+    if not config.init:
+        raise ValueError("GRPO starts from an SFT model: set init to the run folder that `sft` wrote.")
+    model_folder(config.init)
+    GrpoLossConfig(**asdict(config.loss))  # type: ignore[arg-type]  # both refuse what is wrong before anything loads
     run = config.run
     last = open_run(config, resume)
     runtime = init_runtime(run.device)
     samples, store = load_split(config.data, config.data.train_split, run.seed)
     rewards = build_reward_set(config.reward, runtime)
     seed_everything(run.seed)
-    model = load_policy(config, last, runtime)
+    model, initial = load_policy(config, last, runtime)
+    extra = {"init": str(initial.resolve()), "data": fingerprint(samples)}
     optimizer = Optimizer(model.trainable_parameters(), config.optim, run.steps, runtime)
-    first_step = restore_run(last, optimizer)
-    observations = ObservationCache(store, model, seed=run.seed)
+    first_step = restore_run(last, optimizer, extra["data"])
+    observations = ObservationCache(store, model, seed=run.seed, capacity=config.data.cached_scenes)
     group_size = config.rollout.group_size
     completions_path = Path(run.dir) / "completions.jsonl"
     if runtime.is_main and completions_path.exists():
@@ -297,9 +316,9 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
                 tracker.log(step, metrics)
                 log_completions(completions_path, step, rollouts, scored, runtime)
             if (step + 1) % run.save_every == 0 or step + 1 == run.steps:
-                last = save_run(runtime, config, step + 1, model, optimizer)
+                last = save_run(runtime, config, step + 1, model, optimizer, extra)
     rewards.close()
     if last is None:
-        last = save_run(runtime, config, 0, model, optimizer)
+        last = save_run(runtime, config, 0, model, optimizer, extra)
     close_runtime(runtime)
     return last

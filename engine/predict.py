@@ -1,8 +1,10 @@
 """From samples to predictions: greedy answers, boxes resolved to the world frame."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
@@ -24,7 +26,7 @@ def to_prediction(model: SceneVLM, rollout: Rollout, label: str) -> Prediction:
     """The first completion of a rollout as a prediction."""
     sample, observation = rollout.sample, rollout.observation
     said = model.read_answer(rollout.texts[0], observation)
-    meta = dict(sample.meta)
+    meta = {**sample.meta, "mode": rollout.mode}
     if sample.query_box_7 is not None:
         meta["query_box"] = sample.query_box_7.tolist()
     if sample.situation:
@@ -56,14 +58,19 @@ def view_path(observation: Observation, index: int) -> str:
 
 
 def save_views(rollouts: Sequence[Rollout], folder: Path) -> None:
-    """Write the pictures of the views that rollouts were given, each once."""
-    for rollout in rollouts:
-        for index in rollout.views:
-            path = folder / view_path(rollout.observation, index)
-            if not path.exists():
-                assert rollout.observation.pool is not None
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(rollout.observation.pool.images_VHW3[index]).save(path)
+    """Write the pictures of the views that rollouts were given."""
+    shown = {
+        view_path(rollout.observation, index): (rollout.observation, index)
+        for rollout in rollouts
+        for index in rollout.views
+    }
+    for name, (observation, index) in shown.items():
+        assert observation.pool is not None
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        Image.fromarray(observation.pool.images_VHW3[index]).save(partial, format="JPEG")
+        os.replace(partial, path)
 
 
 def world_boxes(observation: Observation, boxes: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -78,6 +85,7 @@ def answer(
     samples: Sequence[Sample],
     observations: ObservationCache,
     *,
+    modes: Mapping[str, str] = MappingProxyType({}),
     label: str = "",
     max_new_tokens: int = 256,
     batch_size: int = 16,
@@ -88,6 +96,7 @@ def answer(
 
     Args:
         observations: where scenes are observed and kept.
+        modes: response mode by task; a task left out takes its default.
         label: the model's name in the predictions.
         views_to: folder of predictions.jsonl, to which the chosen views' pictures are written too.
         progress: title of a progress bar; none without.
@@ -101,7 +110,7 @@ def answer(
                 model,
                 part,
                 observations.of(part),
-                [DEFAULT_MODE[sample.task] for sample in part],
+                [modes.get(sample.task, DEFAULT_MODE[sample.task]) for sample in part],
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 on_batch=bar.update,

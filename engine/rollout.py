@@ -25,6 +25,7 @@ class Rollout:
     observation: Observation
     row: Row  # the prompt's tokens
     views: list[int]
+    mode: str  # response mode that was asked for
     texts: list[str]  # G, end tokens left out
     token_ids: list[list[int]]  # G, the end token of finished completions included
     logps: list[list[float]]  # G, under the sampling distribution
@@ -95,6 +96,7 @@ def roll_out(
                 samples[index],
                 observations[index],
                 *written[index],
+                mode=modes[index],
                 texts=texts[rows],
                 token_ids=decoded.token_ids[rows],
                 logps=decoded.logps[rows],

@@ -125,12 +125,17 @@ def batch_indices(num_samples: int, step: int, batch_size: int, seed: int, runti
     """Rows of the data set that this rank takes at one step.
 
     The data position is a function of the step alone, so resuming needs no sampler state, and the union over ranks
-    is the same for any world size with the same global batch.
+    is the same for any number of ranks.
+
+    Args:
+        batch_size: of all ranks together; ValueError where they cannot share it evenly.
     """
-    total = batch_size * runtime.world_size
-    first = step * total + runtime.rank * batch_size
+    own, rest = divmod(batch_size, runtime.world_size)
+    if rest or not own:
+        raise ValueError(f"run.batch_size {batch_size} cannot be shared evenly by {runtime.world_size} processes.")
+    first = step * batch_size + runtime.rank * own
     rows = []
-    for position in range(first, first + batch_size):
+    for position in range(first, first + own):
         epoch, offset = divmod(position, num_samples)
         rows.append(int(epoch_order(num_samples, seed, epoch)[offset]))
     return rows

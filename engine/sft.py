@@ -15,10 +15,10 @@ from ..models.inputs import IGNORE
 from ..models.lm_head import cross_entropy
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
-from .build import build_model
+from .build import build_model, check_settings
 from .checkpoint import model_folder, open_run, restore_run, save_run
 from .config import SftConfig
-from .data import ObservationCache, load_split
+from .data import ObservationCache, fingerprint, load_split
 from .optim import Optimizer
 from .runtime import Runtime, batch_indices, close_runtime, init_runtime, log, seed_everything
 from .tracking import Tracker
@@ -59,7 +59,13 @@ def load_model(config: SftConfig, checkpoint: Path | None, runtime: Runtime) -> 
     """The model to train: from the checkpoint, from `init`, or built from its parts."""
     source = checkpoint / "model" if checkpoint else model_folder(config.init) if config.init else None
     if source:
-        model = SceneVLM.from_pretrained(source, attention=config.model.language.attention, trainable_adapter=True)
+        model = SceneVLM.from_pretrained(
+            source,
+            attention=config.model.language.attention,
+            trainable_adapter=True,
+            gradient_checkpointing=config.model.language.gradient_checkpointing,
+        )
+        check_settings(model, config.model, config.data)
     else:
         model = build_model(config.model, config.data)
     model.to(runtime.device)
@@ -99,10 +105,11 @@ def train(config: SftConfig, resume: bool = False) -> Path:
     seed_everything(run.seed)
     model = load_model(config, last, runtime)
     optimizer = Optimizer(model.trainable_parameters(), config.optim, run.steps, runtime)
-    first_step = restore_run(last, optimizer)
+    extra = {"data": fingerprint(samples)}
+    first_step = restore_run(last, optimizer, extra["data"])
     num_trained = sum(parameter.numel() for parameter in model.trainable_parameters().values())
     log.info("%d samples of %s, %.2f M trained parameters", len(samples), config.data.datasets, num_trained / 1e6)
-    observations = ObservationCache(store, model, seed=run.seed)
+    observations = ObservationCache(store, model, seed=run.seed, capacity=config.data.cached_scenes)
     with Tracker(
         run.dir, "sft", run.steps, first_step=first_step, sinks=run.trackers, enabled=runtime.is_main
     ) as tracker:
@@ -117,8 +124,8 @@ def train(config: SftConfig, resume: bool = False) -> Path:
             if (step + 1) % run.log_every == 0 or step + 1 == run.steps:
                 tracker.log(step, metrics)
             if (step + 1) % run.save_every == 0 or step + 1 == run.steps:
-                last = save_run(runtime, config, step + 1, model, optimizer)
+                last = save_run(runtime, config, step + 1, model, optimizer, extra)
     if last is None:
-        last = save_run(runtime, config, 0, model, optimizer)
+        last = save_run(runtime, config, 0, model, optimizer, extra)
     close_runtime(runtime)
     return last

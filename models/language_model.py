@@ -12,9 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -118,22 +126,63 @@ def load_language_model(
     """Load a Qwen2.5-VL checkpoint from the hub or a local folder.
 
     Raises:
-        ValueError: no such checkpoint, or not a Qwen2.5-VL.
+        ValueError: no such checkpoint, not a Qwen2.5-VL, or weights that are broken or not of its config's size.
     """
-    try:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            str(name), dtype=getattr(torch, dtype), attn_implementation=attention
+    precision = getattr(torch, dtype, None)
+    if not isinstance(precision, torch.dtype):
+        raise ValueError(f"Unknown dtype {dtype!r} of the language model; choose bfloat16, float16 or float32.")
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ValueError(
+            f"There is no language model at {name}; copy it there, or name a hub model or another folder."
         )
+    try:
+        config = AutoConfig.from_pretrained(str(name))
+        if config.model_type != Qwen2_5_VLConfig.model_type:
+            raise ValueError(f"it is a {config.model_type}, not a Qwen2.5-VL")
+        with _quiet_report():
+            model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                str(name),
+                dtype=precision,
+                attn_implementation=attention,
+                ignore_mismatched_sizes=True,  # refused below, in one sentence
+                output_loading_info=True,
+            )
+        _check_complete(report)
         tokenizer = AutoTokenizer.from_pretrained(str(name))
         # The whole processor needs torchvision for its video half; images alone do not.
         image_processor = AutoImageProcessor.from_pretrained(str(name))
-    except OSError as error:
-        first_line = str(error).splitlines()[0]
-        raise ValueError(f"Cannot load the language model {name!r}: {first_line}") from None
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split(". ")[0].split()).rstrip(".")
+        raise ValueError(
+            f"Cannot load the language model {str(name)!r} ({reason}); give a whole Qwen2.5-VL checkpoint, a local "
+            "folder or a hub name."
+        ) from None
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.generation_config.temperature = None
     return LanguageModel(model, tokenizer, image_processor)
+
+
+@contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Keep transformers' table of weights that do not fit off the screen: what it reports is checked instead."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _check_complete(report: Any) -> None:
+    """ValueError where transformers had to make up weights that the checkpoint lacks or holds in another size."""
+    for key, found, wanted in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"it is a checkpoint of another model size: {key} is {list(found)} in the weights and {list(wanted)} by "
+            "its config.json"
+        )
+    if report["missing_keys"]:
+        raise ValueError(f"its weights lack {min(report['missing_keys'])}")
 
 
 def save_language_model(language: LanguageModel, folder: str | Path) -> None:

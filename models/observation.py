@@ -59,7 +59,6 @@ class Observation:
     seed: int
     encoded: EncodedScene | None = None
     pool: ViewPool | None = None
-    pool_class_probs_KC: torch.Tensor | None = None  # of the boxes that the pool was built with
     pixels: dict[int, tuple[torch.Tensor, tuple[int, int, int]]] = field(default_factory=dict)
     image_tokens: dict[int, torch.Tensor] = field(default_factory=dict)  # of a frozen vision tower
     choices: dict[str, list[int]] = field(default_factory=dict)

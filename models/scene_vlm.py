@@ -8,16 +8,19 @@ Shapes: B rows, L tokens, K proposals, T encoder tokens, E encoder width, D lang
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..datasets.prompts import DEFAULT_MODE, SYSTEM_PROMPT, build_question, prompt_fingerprint
 from ..datasets.scene import Sample, Scene
+from ..utils.files import read_text
 from ..utils.text import parse_response, replace_boxes, resolve_boxes
 from .connector import Connector
 from .decoding import decode
@@ -30,12 +33,31 @@ from .language_model import (
 )
 from .observation import Answer, EncodedScene, Observation, SceneSettings, point_at
 from .scene_encoder import SceneEncoder, select_proposals
+from .scene_encoder.encoder import check_fit
 from .scene_encoder.inputs import point_features
-from .view_pool import build_view_pool
+from .view_pool import ViewPool, build_view_pool
 from .view_selector import ViewSelector
 
 POLICY = "policy"
 _FORMAT = 1
+_ENCODED_TOGETHER = 8  # scenes in one pass of the scene encoder
+
+
+def view_question(sample: Sample) -> str:
+    """What views are chosen for: the question as it was asked, behind its situation where it has one."""
+    return f"{sample.situation} {sample.question}".strip()
+
+
+_DESCRIBED = {
+    "language_model",
+    "language_width",
+    "language_layers",
+    "dtype",
+    "adapter",
+    "connector",
+    "settings",
+    "views",
+}
 
 
 class SceneVLM(nn.Module):
@@ -85,6 +107,8 @@ class SceneVLM(nn.Module):
         Args:
             language: "lora" (the active adapter), "full", or "none".
         """
+        if language not in ("lora", "full", "none"):
+            raise ValueError(f"The language model trains as lora, full or none, not {language!r}.")
         if language == "lora" and not self.language.has_adapter:
             raise ValueError("There is no LoRA adapter to train; add one first.")
         for name, parameter in self.language.named_parameters():
@@ -119,33 +143,34 @@ class SceneVLM(nn.Module):
         )
 
     def observe_again(self, observation: Observation, seed: int) -> Observation:
-        """The same scene with freshly sampled points, not encoded yet; views and their pixels are shared."""
+        """The same scene with freshly sampled points, not encoded yet; views and what was made of them are shared."""
         fresh = self.observe(observation.scene, seed)
-        fresh.pool, fresh.pool_class_probs_KC = observation.pool, observation.pool_class_probs_KC
-        fresh.pixels, fresh.choices = observation.pixels, observation.choices
-        fresh.image_tokens = observation.image_tokens
+        fresh.pool = self.view_pool(observation)
+        fresh.pixels, fresh.image_tokens = observation.pixels, observation.image_tokens
         return fresh
 
     def encode(self, observations: Sequence[Observation]) -> list[EncodedScene]:
-        """Encode the scenes that are not encoded yet, in one batch."""
+        """Encode the scenes that are not encoded yet, a few at a time."""
         todo = list({id(entry): entry for entry in observations if entry.encoded is None}.values())
-        if todo:
-            self.scene_encoder.train(self.train_scene_encoder and self.training)
+        self.scene_encoder.train(self.train_scene_encoder and self.training)
+        for start in range(0, len(todo), _ENCODED_TOGETHER):
+            part = todo[start : start + _ENCODED_TOGETHER]
             with torch.set_grad_enabled(self.train_scene_encoder and torch.is_grad_enabled()):
-                points_BN3 = torch.stack([observation.points_N3 for observation in todo]).to(self.device)
-                features_BNF = torch.stack([observation.features_NF for observation in todo]).to(self.device)
+                points_BN3 = torch.stack([observation.points_N3 for observation in part]).to(self.device)
+                features_BNF = torch.stack([observation.features_NF for observation in part]).to(self.device)
                 encoding = self.scene_encoder(points_BN3, features_BNF)
                 chosen = select_proposals(encoding, self.settings.num_proposals)
-            for row, observation in enumerate(todo):
-                observation.encoded = EncodedScene(
-                    features_KE=chosen.features_BKD[row],
-                    boxes_K7=chosen.boxes_BK7[row],
-                    class_probs_KC=chosen.class_probs_BKC[row],
-                    objectness_K=chosen.objectness_BK[row],
-                    valid_K=chosen.valid_BK[row],
-                    token_xyz_T3=encoding.token_xyz_BM3[row],
-                    tokens_TE=encoding.tokens_BMD[row],
-                )
+                for row, observation in enumerate(part):
+                    # clones, since a view of one row would keep the whole batch in memory
+                    observation.encoded = EncodedScene(
+                        features_KE=chosen.features_BKD[row].clone(),
+                        boxes_K7=chosen.boxes_BK7[row].clone(),
+                        class_probs_KC=chosen.class_probs_BKC[row].clone(),
+                        objectness_K=chosen.objectness_BK[row].clone(),
+                        valid_K=chosen.valid_BK[row].clone(),
+                        token_xyz_T3=encoding.token_xyz_BM3[row].clone(),
+                        tokens_TE=encoding.tokens_BMD[row].clone(),
+                    )
         return [observation.encoded for observation in observations if observation.encoded is not None]
 
     def scene_tokens(self, encoded: Sequence[EncodedScene]) -> list[torch.Tensor]:
@@ -167,32 +192,50 @@ class SceneVLM(nn.Module):
 
     # -- views -----------------------------------------------------------------------------------------------------
 
-    def choose_views(self, question: str, observation: Observation) -> list[int]:
-        """Indices of the selected views in the scene's pool, best first."""
+    def view_pool(self, observation: Observation) -> ViewPool:
+        """The scene's candidate views, made once.
+
+        Cameras look for what the encoder detected. While the encoder trains, its detections move; then the pool is
+        made from the points alone, so that it is the same at every step and after a resume.
+        """
+        if observation.pool is None:
+            boxes_K7 = np.zeros((0, 7), dtype=np.float32)
+            if not self.train_scene_encoder:
+                boxes_K7 = observation.scene.to_world(self.encode([observation])[0].proposals)
+            observation.pool = build_view_pool(
+                observation.scene,
+                source=self.settings.view_source,  # type: ignore[arg-type]
+                num_candidates=self.settings.num_candidates,
+                image_size=(self.settings.view_size, self.settings.view_size),
+                seed=observation.seed,
+                boxes_K7=boxes_K7,
+                device=self.device,
+            )
+        return observation.pool
+
+    def choose_views(self, sample: Sample, observation: Observation) -> list[int]:
+        """Indices of the views selected for a sample in the scene's pool, best first.
+
+        A question is put with its situation. A caption is asked of one object, so its views are those that show it.
+        """
         if self.view_selector is None:
             return []
-        if question not in observation.choices:
+        question, box_7 = view_question(sample), sample.query_box_7
+        key = question if box_7 is None else f"{question} {np.round(box_7, 3).tolist()}"
+        if key not in observation.choices:
             (encoded,) = self.encode([observation])
-            if observation.pool is None:
-                observation.pool = build_view_pool(
-                    observation.scene,
-                    source=self.settings.view_source,
-                    num_candidates=self.settings.num_candidates,
-                    image_size=(self.settings.view_size, self.settings.view_size),
-                    seed=observation.seed,
-                    boxes_K7=observation.scene.to_world(encoded.proposals),
-                    device=self.device,
-                )
-                observation.pool_class_probs_KC = encoded.class_probs_KC[encoded.valid_K].detach()
-            assert observation.pool_class_probs_KC is not None
-            selection = self.view_selector.select(question, observation.pool, observation.pool_class_probs_KC)
-            observation.choices[question] = [int(index) for index in selection.indices]
-        return observation.choices[question]
+            pool = self.view_pool(observation)
+            if self.train_scene_encoder:
+                pool = replace(pool, visible_VK=pool.visibility(observation.scene.to_world(encoded.proposals)))
+            focus_V = None if box_7 is None else pool.visibility(box_7)[:, 0]
+            class_probs_KC = encoded.class_probs_KC[encoded.valid_K].detach()
+            observation.choices[key] = self.view_selector.select(question, pool, class_probs_KC, focus_V).indices
+        return observation.choices[key]
 
     def expect(self, samples: Sequence[Sample]) -> None:
         """Tell the view selector which questions come next, so that it embeds them in one batch."""
         if self.view_selector is not None:
-            self.view_selector.remember([sample.question for sample in samples])
+            self.view_selector.remember([view_question(sample) for sample in samples])
 
     def view_pixels(self, observation: Observation, index: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """Patches and grid of one view, as Qwen's image processor makes them."""
@@ -231,7 +274,7 @@ class SceneVLM(nn.Module):
         """Tokens of one sample and the views that go with it."""
         (encoded,) = self.encode([observation])
         proposals_K7 = encoded.proposals
-        views = self.choose_views(sample.question, observation)
+        views = self.choose_views(sample, observation)
         question = build_question(sample, mode)
         if sample.query_box_7 is not None:
             pointer = point_at(observation.scene.to_model(sample.query_box_7), proposals_K7)
@@ -323,7 +366,7 @@ class SceneVLM(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         description = {
             "format": _FORMAT,
-            "language_model": "language_model" if self.full_language_model else self.language_source,
+            "language_model": "language_model" if self.full_language_model else _lasting(self.language_source),
             "language_width": self.language.width,
             "language_layers": self.language.num_layers,
             "dtype": str(self.language.head_weight_VD.dtype).removeprefix("torch."),
@@ -355,12 +398,14 @@ class SceneVLM(nn.Module):
         attention: str = "sdpa",
         device: str | torch.device = "cpu",
         trainable_adapter: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> "SceneVLM":
         """Load a model that `save_pretrained` wrote.
 
         Args:
             language_model: where the base language model lies, if not where it did in training.
             trainable_adapter: load the adapter for further training.
+            gradient_checkpointing: trade time for memory in training.
 
         Raises:
             ValueError: no such model, or its parts do not fit together.
@@ -370,7 +415,12 @@ class SceneVLM(nn.Module):
         source = language_model or description["language_model"]
         if source == "language_model":
             source = str(folder / "language_model")
-        language = load_language_model(source, dtype=dtype or description["dtype"], attention=attention)
+        language = load_language_model(
+            source,
+            dtype=dtype or description["dtype"],
+            attention=attention,
+            gradient_checkpointing=gradient_checkpointing,
+        )
         found = (language.width, language.num_layers)
         expected = (description["language_width"], description["language_layers"])
         if found != expected:
@@ -383,7 +433,7 @@ class SceneVLM(nn.Module):
         settings = SceneSettings(**description["settings"])
         scene_encoder = SceneEncoder.from_pretrained(folder / "scene_encoder")
         connector = build_connector(language, scene_encoder, **description["connector"])
-        connector.load_state_dict(load_file(folder / "connector.safetensors"))
+        _load_connector(connector, folder / "connector.safetensors")
         views = description["views"]
         model = cls(
             language,
@@ -397,14 +447,44 @@ class SceneVLM(nn.Module):
         return model.to(device).eval()
 
 
+def _lasting(source: str) -> str:
+    """A local folder by its absolute path, which holds wherever the next command starts; hub names as they are."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
 def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / "scene_vlm.json"
+    text = read_text(
+        path, f"{folder} is not a 3D-R1 model: it has no scene_vlm.json; name a folder that `sft` or `grpo` wrote."
+    )
     try:
-        description = json.loads((folder / "scene_vlm.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is not a 3D-R1 model: it has no scene_vlm.json.") from None
+        description = json.loads(text)
+    except json.JSONDecodeError:
+        description = None
+    if not isinstance(description, dict):
+        raise ValueError(f"{path} is broken; copy the model again from its source.")
     if description.get("format") != _FORMAT:
-        raise ValueError(f"{folder} has format {description.get('format')}, this version reads {_FORMAT}.")
+        raise ValueError(
+            f"{folder} has format {description.get('format')}, this version reads {_FORMAT}; train it again, or use "
+            "the version that wrote it."
+        )
+    missing = _DESCRIBED - description.keys()
+    unknown = set(description.get("settings", {})) - {entry.name for entry in fields(SceneSettings)}
+    if missing or unknown:
+        wrong = f"lacks {min(missing)!r}" if missing else f"has the unknown setting {min(unknown)!r}"
+        raise ValueError(f"{path} {wrong}; copy the model again from its source.")
     return description
+
+
+def _load_connector(connector: Connector, path: Path) -> None:
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"There are no connector weights at {path}; copy the whole model folder again.") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}); copy it again.") from None
+    check_fit(connector, state, path)
+    connector.load_state_dict(state)
 
 
 def build_connector(

@@ -68,12 +68,19 @@ def corpus_texts(root: str | Path) -> Iterator[str]:
     # often enough for their words to become tokens: every row of the data will hold them
     yield from prompts * _PROMPT_REPEATS
     folder = Path(root) / "annotations"
-    files = sorted(folder.glob("*.json")) + sorted(folder.glob("*.jsonl"))
+    files = [
+        path
+        for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*.jsonl"))
+        if "_val" not in path.name and "_test" not in path.name  # held-out words stay unseen
+    ]
     if not files:
         raise ValueError(f"There are no annotation files under {folder}; run `python main.py rooms` first.")
     for path in files:
-        text = path.read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+        try:
+            text = path.read_text(encoding="utf-8")
+            rows = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is not whole JSON ({error}); copy it again from its source.") from None
         yield from _strings(rows)
 
 

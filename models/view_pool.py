@@ -30,8 +30,9 @@ class ViewPool:
     """Candidate views of one scene.
 
     `visible_VK` is the share in [0, 1] of each box's points that each view sees (0 for a box without points);
-    `coverage_VS` says which points of a fixed subsample of the scene each view sees. `embeddings` caches what
-    encoders made of the pictures, by encoder name.
+    `coverage_VS` says which points of a fixed subsample of the scene each view sees; `points_N3` and `seen_VN` say the
+    same of a larger one, for the visibility of boxes that were not known when the pool was made. `embeddings` caches
+    what encoders made of the pictures, by encoder name.
     """
 
     images_VHW3: np.ndarray  # uint8
@@ -39,10 +40,17 @@ class ViewPool:
     names: list[str]  # "frame 12" (index into Scene.frames), "rendered 3"
     visible_VK: np.ndarray  # float32
     coverage_VS: np.ndarray  # bool
+    points_N3: np.ndarray  # float32
+    seen_VN: np.ndarray  # bool
     embeddings: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def visibility(self, boxes_K7: np.ndarray) -> np.ndarray:
+        """Share [V, K] of each box's points that each view sees, float32; boxes in the world frame."""
+        boxes_K7 = np.asarray(boxes_K7, dtype=np.float32).reshape(-1, 7)
+        return _shares(self.seen_VN, points_in_boxes(self.points_N3, boxes_K7).numpy())
 
 
 def build_view_pool(
@@ -115,6 +123,8 @@ def build_view_pool(
         names=[f"frame {row}" for row in frames] + [f"rendered {row}" for row in range(len(cameras) - len(frames))],
         visible_VK=_shares(seen_VN, member_NK),
         coverage_VS=seen_VN[:, _subsample(len(visible), COVERAGE_POINTS)],
+        points_N3=points_N3[visible],
+        seen_VN=seen_VN,
     )
 
 

@@ -212,13 +212,25 @@ class ViewSelector(nn.Module):
         found["utility"] = utility(found, self.w_text, self.w_image)
         return found
 
-    def select(self, question: str, pool: ViewPool, class_probs_KC: Tensor | np.ndarray) -> Selection:
-        """Choose `num_views` views (all of a smaller pool) for a question; see `scores`."""
+    def select(
+        self,
+        question: str,
+        pool: ViewPool,
+        class_probs_KC: Tensor | np.ndarray,
+        focus_V: np.ndarray | None = None,
+    ) -> Selection:
+        """Choose `num_views` views (all of a smaller pool) for a question; see `scores`.
+
+        `focus_V` is how much of one object each view shows, for a question about that very object: it decides, and
+        the utility only between views that show it alike.
+        """
         if not len(pool):
             return Selection(
                 [], [], {name: torch.zeros(0) for name in ("text_to_3d", "image_to_3d", "clip", "utility")}
             )
         scores = self.scores(question, pool, class_probs_KC)
+        if focus_V is not None:
+            scores["utility"] = torch.as_tensor(focus_V).to(scores["utility"]) + 0.01 * scores["utility"]
         indices = top_views(scores["utility"], self.num_views)
         return Selection(indices, [pool.names[index] for index in indices], scores)
 

@@ -108,9 +108,10 @@ def load(root: str | Path, split: str, scenes: Scenes) -> list[Sample]:
         if question_id not in answers:
             raise ValueError(f"{row.place}: question {question_id} has no answer in {answers_path.name}.")
         answer = answers[question_id]
+        info = scene_of(index, scene_id, row)
         if answer.text("scene_id", scene_id) != scene_id:
             raise ValueError(f"{answer.place}: question {question_id} is about {scene_id}; use files of one release.")
-        pose_7 = _pose(answer, scene_of(index, scene_id, row))
+        pose_7 = _pose(answer, info)
         references = _answers(answer)
         meta = {
             "alternative_situation": row.texts("alternative_situation"),

@@ -134,6 +134,57 @@ def test_training_the_scene_encoder_moves_it(rooms_root, tmp_path):
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
 
+def test_resume_is_exact_while_the_scene_encoder_trains(rooms_root, tmp_path):
+    more = ["model.train_scene_encoder=true", "optim.lr=1e-2"]
+    whole = sft.train(sft_config(rooms_root, tmp_path / "whole", *more))
+    halfway = list_checkpoints(tmp_path / "whole")[0]
+    shutil.copytree(halfway, tmp_path / "resumed" / "checkpoints" / halfway.name)
+    resumed = sft.train(sft_config(rooms_root, tmp_path / "resumed", *more), resume=True)
+    assert_same_weights(resumed, whole)
+
+
+def test_a_model_made_with_other_settings_is_refused(sft_run, rooms_root, tmp_path):
+    with pytest.raises(ValueError, match="made with num_proposals 8, but the configuration says 9"):
+        sft.train(sft_config(rooms_root, tmp_path, f"init={sft_run}", "model.language.num_proposals=9"))
+
+
+def test_resuming_on_other_data_is_refused(sft_run, rooms_root, tmp_path):
+    shutil.copytree(sft_run / "checkpoints" / "step-000002", tmp_path / "checkpoints" / "step-000002")
+    config = sft_config(rooms_root, tmp_path)
+    root = tmp_path / "root"
+    shutil.copytree(rooms_root, root)
+    rows = (root / "annotations" / "Scene-30K.jsonl").read_text().splitlines()
+    (root / "annotations" / "Scene-30K.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    saved = tmp_path / "checkpoints" / "step-000002" / "config.yaml"
+    saved.write_text(saved.read_text().replace(str(rooms_root), str(root)))
+    other = sft_config(rooms_root, tmp_path, f"data.root={root}", f"model.language.model={root}/tiny")
+    assert other.run == config.run
+    with pytest.raises(ValueError, match="The training data has changed"):
+        sft.train(other, resume=True)
+
+
+def test_views_of_a_caption_show_its_object_and_situations_count(sft_run, rooms_root):
+    from threedr1.datasets.scene import Sample
+    from threedr1.datasets.scene_store import SceneStore
+
+    model = SceneVLM.from_pretrained(latest_checkpoint(sft_run) / "model")
+    store = SceneStore(rooms_root / "prepared")
+    observation = model.observe(store[store.scene_ids[0]])
+    pool = model.view_pool(observation)
+    for box_7 in observation.scene.boxes_K7[:6]:
+        sample = Sample("a", "object_caption", "own", "s", "Describe the object.", "", query_box_7=box_7)
+        (view,) = model.choose_views(sample, observation)
+        shown_V = pool.visibility(box_7)[:, 0]
+        assert shown_V[view] >= shown_V.max() - 0.01 * 3
+    asked = [
+        Sample("b", "situated_qa", "own", "s", "What is behind me?", "", situation=text) for text in ("I sit.", "")
+    ]
+    model.expect(asked)
+    for sample in asked:
+        model.choose_views(sample, observation)
+    assert {f"I sit. {question}", question} <= observation.choices.keys()
+
+
 def test_a_saved_model_answers_as_the_one_in_memory(sft_run, rooms_root):
     folder = latest_checkpoint(sft_run) / "model"
     first, second = SceneVLM.from_pretrained(folder), SceneVLM.from_pretrained(folder)

@@ -1,6 +1,7 @@
 """Random streams and the data position."""
 
 import numpy as np
+import pytest
 import torch
 
 from threedr1.engine.runtime import Runtime, batch_indices, stream, torch_stream
@@ -25,5 +26,10 @@ def test_every_epoch_is_a_permutation_and_epochs_differ():
 def test_the_global_batch_does_not_depend_on_the_number_of_ranks():
     for step in range(5):
         alone = batch_indices(50, step, 8, 3, Runtime(CPU))
-        together = [row for rank in range(4) for row in batch_indices(50, step, 2, 3, Runtime(CPU, rank, 4))]
+        together = [row for rank in range(4) for row in batch_indices(50, step, 8, 3, Runtime(CPU, rank, 4))]
         assert alone == together
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="run.batch_size 5 cannot be shared evenly by 2 processes"):
+        batch_indices(50, 0, 5, 0, Runtime(CPU, 0, 2))

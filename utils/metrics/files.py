@@ -18,7 +18,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..predictions import Prediction, read_predictions
+from ..files import read_text
+from ..predictions import Prediction, from_row, read_predictions
 
 _ID_KEYS = ("sample_id", "question_id")
 _TEXT_KEYS = ("prediction", "pred", "answer", "text")
@@ -110,12 +111,7 @@ def _check_keys(
 def read_rows(path: str | Path) -> list[Row] | Row:
     """A JSON document, or a JSON-lines file as a list of rows."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"There is no file {path}.") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file in UTF-8.") from None
+    text = read_text(path, f"There is no file {path}; check the path.")
     try:
         document = json.loads(text)
     except json.JSONDecodeError:
@@ -154,7 +150,7 @@ def _read_own(path: str | Path) -> list[Prediction]:
         wrong = sorted(_OWN_KEYS - row.keys()) or sorted(row.keys() - known)
         if wrong:
             raise ValueError(f"{path}, row {number}: missing or unknown {', '.join(wrong)} (put extras under meta).")
-        predictions.append(Prediction(**row))
+        predictions.append(from_row(row, f"{path}, row {number}"))
     return predictions
 
 
