@@ -227,7 +227,7 @@ def main(argv: Sequence[str] = ()) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: the checkout's")
     parser.add_argument("--merge", type=Path, nargs="+", default=[], metavar="FILE", help="results of other machines")
     arguments = parser.parse_args(list(argv))
-    for path in (arguments.results, *arguments.merge):
+    for path in arguments.merge or [arguments.results]:
         if not path.exists():
             raise ValueError(f"There is no results file {path}; benchmarks write one with --record.")
     merge([entry for path in arguments.merge for entry in read_results(path)], arguments.results)

@@ -17,6 +17,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
 
 
+def at_least(bound: int) -> Callable[[str], int]:
+    """A whole number that is not below a bound, as an argument's type."""
+
+    def read(text: str) -> int:
+        number = int(text) if text.lstrip("-").isdigit() else None
+        if number is None or number < bound:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {bound}")
+        return number
+
+    return read
+
+
 def build_parser(
     functions: Mapping[str, Callable[[argparse.Namespace], int]], benchmarks: Mapping[str, str], version: str
 ) -> argparse.ArgumentParser:
@@ -46,14 +58,16 @@ def build_parser(
 def _add_data_commands(add: AddCommand) -> None:
     rooms = add("rooms", "write generated rooms in ScanNet's raw format, with annotations of every benchmark")
     rooms.add_argument("--out", required=True, metavar="DIR", help="data root to write: scans/, annotations/, splits")
-    rooms.add_argument("--train", type=int, default=24, metavar="N", help="training rooms (default: %(default)s)")
-    rooms.add_argument("--val", type=int, default=8, metavar="N", help="held-out rooms (default: %(default)s)")
-    rooms.add_argument("--seed", type=int, default=0, help="same seed, same rooms (default: %(default)s)")
+    rooms.add_argument(
+        "--train", type=at_least(0), default=24, metavar="N", help="training rooms (default: %(default)s)"
+    )
+    rooms.add_argument("--val", type=at_least(0), default=8, metavar="N", help="held-out rooms (default: %(default)s)")
+    rooms.add_argument("--seed", type=at_least(0), default=0, help="same seed, same rooms (default: %(default)s)")
     rooms.add_argument("--points-only", action="store_true", help="no mesh faces and no frames: much faster")
     rooms.add_argument(
-        "--frames", type=int, default=12, metavar="N", help="RGB-D frames a room (default: %(default)s)"
+        "--frames", type=at_least(0), default=12, metavar="N", help="RGB-D frames a room (default: %(default)s)"
     )
-    rooms.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    rooms.add_argument("--workers", type=at_least(1), metavar="N", help="processes (default: one a core)")
 
     prepare = add("prepare", "raw scans to aligned, labelled, boxed, cached scenes")
     prepare.add_argument("--root", required=True, metavar="DIR", help="data root with scans/ (data/README.md)")
@@ -61,7 +75,7 @@ def _add_data_commands(add: AddCommand) -> None:
     prepare.add_argument(
         "--split", choices=("train", "val", "test"), help="only the scans of one split (default: all)"
     )
-    prepare.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    prepare.add_argument("--workers", type=at_least(1), metavar="N", help="processes (default: one a core)")
 
     synthesize = add("synthesize", "write chain-of-thought data (Scene-30K) with a teacher model")
     synthesize.add_argument("--root", required=True, metavar="DIR", help="data root with prepared scenes")
@@ -78,12 +92,14 @@ def _add_data_commands(add: AddCommand) -> None:
         "--split", default="train", metavar="NAME", help="list of training scenes (default: %(default)s)"
     )
     synthesize.add_argument(
-        "--limit", type=int, default=0, metavar="N", help="questions to ask at most; 0 for all (default)"
+        "--limit", type=at_least(0), default=0, metavar="N", help="questions to ask at most; 0 for all (default)"
     )
     synthesize.add_argument(
-        "--workers", type=int, default=4, metavar="N", help="requests at a time (default: %(default)s)"
+        "--workers", type=at_least(1), default=4, metavar="N", help="requests at a time (default: %(default)s)"
     )
-    synthesize.add_argument("--seed", type=int, default=0, help="order of the questions (default: %(default)s)")
+    synthesize.add_argument(
+        "--seed", type=at_least(0), default=0, help="order of the questions (default: %(default)s)"
+    )
     synthesize.add_argument(
         "--thinking-budget",
         type=int,
@@ -92,11 +108,15 @@ def _add_data_commands(add: AddCommand) -> None:
         help="Gemini's hidden thought; -1 leaves it to the model (default)",
     )
     synthesize.add_argument(
-        "--min-think-words", type=int, default=30, metavar="N", help="shorter thoughts are rejected (default: 30)"
+        "--min-think-words",
+        type=at_least(0),
+        default=30,
+        metavar="N",
+        help="shorter thoughts are rejected (default: 30)",
     )
     synthesize.add_argument(
         "--min-answer-words",
-        type=int,
+        type=at_least(0),
         default=0,
         metavar="N",
         help="shorter answers are rejected; the paper says 20 and breaks it (default: 0, off)",
@@ -129,7 +149,7 @@ def _add_loop_commands(add: AddCommand) -> None:
     tiny.add_argument(
         "--corpus", required=True, metavar="ROOT", help="data root whose annotations train the tokenizer"
     )
-    tiny.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
+    tiny.add_argument("--seed", type=at_least(0), default=0, help="of the random weights (default: %(default)s)")
 
 
 def _add_result_commands(add: AddCommand) -> None:
@@ -178,7 +198,7 @@ def _add_result_commands(add: AddCommand) -> None:
     view.add_argument("--save", metavar="FILE.rrd", help="write a Rerun file instead of opening the viewer")
     view.add_argument(
         "--limit",
-        type=int,
+        type=at_least(0),
         metavar="N",
         help="predictions to show (default: 2 a task in the report, all in the viewer)",
     )

@@ -133,20 +133,22 @@ def load_language_model(
         raise ValueError(f"Unknown dtype {dtype!r} of the language model; choose bfloat16, float16 or float32.")
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise ValueError(
-            f"There is no language model at {name}; copy it there, or name a hub model or another folder."
+            f"Cannot load the language model {str(name)!r}: there is no such folder; copy it there, or name another "
+            "folder or a hub model."
         )
     try:
         config = AutoConfig.from_pretrained(str(name))
         if config.model_type != Qwen2_5_VLConfig.model_type:
             raise ValueError(f"it is a {config.model_type}, not a Qwen2.5-VL")
         with _quiet_report():
-            model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
                 str(name),
                 dtype=precision,
                 attn_implementation=attention,
                 ignore_mismatched_sizes=True,  # refused below, in one sentence
                 output_loading_info=True,
             )
+        model, report = loaded
         _check_complete(report)
         tokenizer = AutoTokenizer.from_pretrained(str(name))
         # The whole processor needs torchvision for its video half; images alone do not.

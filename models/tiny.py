@@ -120,6 +120,8 @@ def build_tiny(out: str | Path, texts: Iterable[str], *, size: TinySize | None =
     """Write a random Qwen2.5-VL of the given size to the folder `out`."""
     size = size or TinySize()
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder to write the model to.")
     tokenizer = train_tokenizer(texts, size.vocab_size)
 
     def token_id(name: str) -> int:

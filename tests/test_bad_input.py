@@ -436,7 +436,7 @@ def test_sqa3d_files_of_two_releases(refused: Refused, root: Path, run_settings)
         (["optim.schedule=stairs"], "Unknown optim.schedule 'stairs'; choose cosine or constant."),
         (["pointers=arrow"], "pointers is 'arrow'; choose name or box."),
         (["model.encoder.pretrained=none"], "There is no scene encoder at none"),
-        (["model.language.model=/none"], "There is no language model at /none"),
+        (["model.language.model=/none"], "Cannot load the language model '/none': there is no such folder"),
         (["init=none"], "There is no model at none"),
     ],
 )
@@ -513,7 +513,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda model: rewrite_json(model / "scene_encoder" / "config.json", lambda config: {**config, "width": 32}),
         "a checkpoint of another model size",
     ),
-    "no language model": (lambda model: shutil.rmtree(model / "language_model"), "There is no language model"),
+    "no language model": (lambda model: shutil.rmtree(model / "language_model"), "there is no such folder"),
     "no language weights": (
         lambda model: (model / "language_model" / "model.safetensors").unlink(),
         "Cannot load the language model",
@@ -676,19 +676,34 @@ def test_missing_predictions(refused: Refused):
     ("argv", "words"),
     [
         (["rooms", "--out", "rooms", "--train", "0", "--val", "0"], "Ask for at least one room"),
-        (["rooms", "--out", "rooms", "--train", "-1"], "Ask for at least one room"),
+        (["tiny", "--out", "file", "--corpus", "corpus"], "file is a file; name a folder to write the model to."),
         (["rooms", "--out", "file", "--train", "1", "--val", "0", "--workers", "1"], "but a file is in the way"),
         (["tiny", "--out", "tiny", "--corpus", "none"], "There are no annotation files under none/annotations"),
         (["tiny", "--out", "tiny", "--corpus", "corpus"], "broken.json is not whole JSON"),
         (["synthesize", "--root", "none", "--out", "chains.jsonl"], "There are no prepared scenes in none/prepared"),
-        (["bench", "nothing"], "invalid choice: 'nothing'"),
     ],
 )
 def test_making_things(argv: list[str], words: str, refused: Refused):
     (refused.folder / "file").write_text("x")
     (refused.folder / "corpus" / "annotations").mkdir(parents=True)
     (refused.folder / "corpus" / "annotations" / "broken.json").write_text("[")
-    assert words in refused(*argv, status=2 if argv[0] == "bench" else 1)
+    assert words in refused(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["rooms", "--out", "rooms", "--train", "-1"], "argument --train: '-1' is no whole number of at least 0"),
+        (["rooms", "--out", "rooms", "--workers", "0"], "argument --workers: '0' is no whole number of at least 1"),
+        (["rooms", "--out", "rooms", "--seed", "x"], "argument --seed: 'x' is no whole number of at least 0"),
+        (["rooms"], "required: --out; see threedr1 rooms --help."),
+        (["synthesize", "--root", ".", "--out", "a.jsonl", "--workers", "0"], "argument --workers"),
+        (["prepare", "--root", ".", "--split", "tarin"], "invalid choice: 'tarin' (choose from"),
+        (["bench", "nothing"], "invalid choice: 'nothing'"),
+    ],
+)
+def test_wrong_words_on_the_command_line(argv: list[str], words: str, refused: Refused):
+    assert words in refused(*argv, status=2)
 
 
 def test_the_doctor_reports_everything_at_once(root: Path, capsys: pytest.CaptureFixture[str]):
