@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted.\n")
         return 130
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         ours = isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] == "threedr1"
         if ours or os.environ.get("THREEDR1_DEBUG") == "1":
             raise

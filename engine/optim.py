@@ -67,7 +67,7 @@ class Optimizer:
                 Dividing here makes the result independent of micro-batches and of the number of ranks.
 
         Raises:
-            RuntimeError: more non-finite steps in a row than max_skipped_steps.
+            FloatingPointError: more non-finite steps in a row than max_skipped_steps.
         """
         gradients = []
         for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -102,7 +102,7 @@ class Optimizer:
             self.skipped_in_a_row += 1
             log.warning("step %d: gradient is not finite, step skipped", step)
             if self.skipped_in_a_row > self.config.max_skipped_steps:
-                raise RuntimeError(
+                raise FloatingPointError(
                     f"{self.skipped_in_a_row} steps in a row had non-finite gradients; lower optim.lr and restart "
                     "with --resume from the last checkpoint."
                 )

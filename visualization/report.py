@@ -59,8 +59,11 @@ def find_evaluations(path: Path) -> list[Evaluated]:
     files = [path / "results.json"] if (path / "results.json").exists() else sorted(path.glob("eval/*/results.json"))
     found = []
     for file in files:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        found.append(Evaluated(content["label"], file.parent, content["results"]))
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            found.append(Evaluated(content["label"], file.parent, content["results"]))
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{file} is not what `eval` writes; evaluate that model again.") from None
     rank = {label: index for index, label in enumerate(_COLUMN_ORDER)}
     return sorted(found, key=lambda entry: (rank.get(entry.label, len(rank)), entry.label))
 

@@ -78,6 +78,13 @@ def test_nothing_to_report_is_one_sentence(tmp_path):
         write_report(tmp_path, tmp_path / "report.html")
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"results": {}}'])
+def test_broken_results_are_one_sentence(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"results.json is not what `eval` writes"):
+        write_report(tmp_path, tmp_path / "report.html")
+
+
 def test_rerun_file_is_written_with_oriented_boxes(scene, rooms_root, tmp_path):
     rerun = pytest.importorskip("rerun")
     from threedr1.visualization.rerun_view import box_archetype, show

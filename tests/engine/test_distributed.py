@@ -1,0 +1,84 @@
+"""SFT and GRPO on two processes equal one process with the same global batch (the scene encoder: test_detect.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from threedr1.engine import grpo, sft
+from threedr1.engine.checkpoint import latest_checkpoint
+from threedr1.engine.config import save_config
+from threedr1.engine.tracking import read_metrics
+
+from .test_pipeline import grpo_config, sft_config, weights
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_on_two_ranks(kind: str, config, recipe: Path) -> None:
+    save_config(config, recipe)
+    arguments = ["--standalone", "--nproc-per-node=2", str(ROOT / "main.py"), kind, "--config", str(recipe)]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_equal_up_to_rounding(start: Path, alone: Path, pair: Path) -> None:
+    """The two runs' weights lie much closer to each other than to where they started."""
+    before, one, two = (weights(latest_checkpoint(run)) for run in (start, alone, pair))
+    moved = apart = 0.0
+    for name, tensors in one.items():
+        for key, value in tensors.items():
+            begun = before.get(name, {}).get(key, torch.zeros_like(value))
+            moved += float((value - begun).double().square().sum())
+            apart += float((value - two[name][key]).double().square().sum())
+    assert moved > 0 and apart < 1e-4 * moved, (moved, apart)
+
+
+def column(run: Path, name: str) -> list[float]:
+    return [row[name] for row in read_metrics(run / "metrics.jsonl")]
+
+
+def test_sft(rooms_root, tmp_path):
+    sft.train(sft_config(rooms_root, tmp_path / "start", "run.steps=0"))
+    sft.train(sft_config(rooms_root, tmp_path / "alone", "run.batch_size=4"))
+    run_on_two_ranks("sft", sft_config(rooms_root, tmp_path / "pair", "run.batch_size=4"), tmp_path / "sft.yaml")
+    for name, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3), ("tokens", 0), ("lr", 0)):
+        np.testing.assert_allclose(column(tmp_path / "pair", name), column(tmp_path / "alone", name), rtol=tolerance)
+    assert_equal_up_to_rounding(tmp_path / "start", tmp_path / "alone", tmp_path / "pair")
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_grpo(scale, rooms_root, tmp_path):
+    """The same completions are sampled, and every logged number is that of both ranks together."""
+    sft.train(sft_config(rooms_root, tmp_path / "sft", "run.steps=10"))
+    more = ("run.steps=3", "run.save_every=3", "optim.warmup_steps=0", "optim.lr=1e-3", f"loss.scale={scale}")
+    more += ("loss.loss_type=dapo", "updates_per_rollout=2")
+    grpo.train(grpo_config(rooms_root, tmp_path / "sft", tmp_path / "start", *more, "run.steps=0"))
+    grpo.train(grpo_config(rooms_root, tmp_path / "sft", tmp_path / "alone", *more, "run.batch_size=4"))
+    pair = grpo_config(rooms_root, tmp_path / "sft", tmp_path / "pair", *more, "run.batch_size=4")
+    run_on_two_ranks("grpo", pair, tmp_path / "grpo.yaml")
+
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "completions.jsonl").read_text().splitlines()]
+        for name in ("alone", "pair")
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 3 * 4 * 3
+    logs = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("alone", "pair")]
+    for one, two in zip(*logs, strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - {"seconds", "sampling_gap"}:
+            assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-5), name
+    assert_equal_up_to_rounding(tmp_path / "start", tmp_path / "alone", tmp_path / "pair")
