@@ -169,10 +169,10 @@ def test_missing_data_and_settings_that_do_not_fit_are_explained(data_root, tmp_
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_with_the_same_global_batch(data_root, tmp_path):
-    """Two processes of one scene against one process of two: the same gradients up to rounding."""
+    """Two processes of one scene each against one process of two: the same gradients up to rounding."""
     quiet = {"steps": 3, "save_every": 3}
     alone = make_config(data_root, tmp_path / "alone", batch_size=2, **quiet)
-    pair = make_config(data_root, tmp_path / "pair", batch_size=1, **quiet)
+    pair = make_config(data_root, tmp_path / "pair", batch_size=2, **quiet)
     alone, pair = (
         dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, dropout=0.0))
         for config in (alone, pair)

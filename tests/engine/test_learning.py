@@ -68,7 +68,6 @@ def test_grpo_follows_a_reward(rooms_root, tmp_path):
             "optim.warmup_steps=0",
             "loss.beta=0.0",
             "rollout.group_size=8",
-            "reward.gate_by_format=false",
             f"reward.names=[{reward}:letter_e]",
             "reward.weights=[1.0]",
         )
