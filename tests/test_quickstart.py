@@ -1,4 +1,4 @@
-"""script/quickstart.sh itself, in miniature: every stage on three rooms, then again with nothing left to do."""
+"""script/quickstart.sh itself, in miniature: every stage on a few rooms, then again with nothing left to do."""
 
 import json
 import os
@@ -45,7 +45,11 @@ def merged(recipe: dict, changes: dict) -> dict:
 def checkout(tmp_path_factory) -> Path:
     """A copy of the checkout without data and runs, its recipes made small."""
     copy = tmp_path_factory.mktemp("quickstart") / "checkout"
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "runs", "rooms", "build", "dist", "tests")
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        top = {"runs", "data", "build", "dist", "tests"} if Path(folder) == ROOT else set()
+        return {name for name in names if name in top or name.startswith(".") or name == "__pycache__"}
+
     shutil.copytree(ROOT, copy, ignore=left_out)
     for name, changes in SMALLER.items():
         path = copy / "script" / "recipes" / name
@@ -55,7 +59,8 @@ def checkout(tmp_path_factory) -> Path:
 
 def quickstart(checkout: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("THREEDR1_")}
-    kept |= {"THREEDR1_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "ROOMS": "3", "HELD_OUT": "1"}
+    # with fewer than three held-out rooms, balancing the answers leaves no question of some data sets
+    kept |= {"THREEDR1_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "ROOMS": "3", "HELD_OUT": "3"}
     return subprocess.run(
         ["bash", str(checkout / "script" / "quickstart.sh")],
         env=kept | variables,
@@ -90,7 +95,7 @@ def test_it_trains_evaluates_and_reports(first_start, checkout):
         assert all(scores["questions"] > 0 and scores["metrics"] for scores in results["results"].values())
         predictions = read_predictions(run / "eval" / label / "predictions.jsonl")
         held_out = set((checkout / "data" / "rooms" / "scannetv2_val.txt").read_text().split())
-        assert len(held_out) == 1 and {entry.scene_id for entry in predictions} == held_out
+        assert len(held_out) == 3 and {entry.scene_id for entry in predictions} <= held_out
     page = (run / "report.html").read_text()
     assert all(f"<th>{label}</th>" in page for label in LABELS)
     assert "<svg" in page and "data:image/jpeg;base64" in page
