@@ -53,6 +53,13 @@ def floor_centre(points_N3: np.ndarray) -> np.ndarray:
     return np.array([middle_3[0], middle_3[1], np.percentile(points_N3[:, 2], 1.0)], dtype=np.float32)
 
 
+def shifted(boxes_K7: np.ndarray, offset_3: np.ndarray) -> np.ndarray:
+    """Boxes or points with their positions (first three columns) moved, float32."""
+    moved = np.array(boxes_K7, dtype=np.float32, copy=True)
+    moved[..., :3] += offset_3
+    return moved
+
+
 @dataclass
 class Scene:
     """One prepared scan: points, labelled objects with boxes, posed frames."""
@@ -73,15 +80,11 @@ class Scene:
 
     def to_model(self, boxes_K7: np.ndarray) -> np.ndarray:
         """Boxes or points (first three columns are a position) from the world frame to the model frame."""
-        moved = np.array(boxes_K7, dtype=np.float32, copy=True)
-        moved[..., :3] -= self.origin_3
-        return moved
+        return shifted(boxes_K7, -self.origin_3)
 
     def to_world(self, boxes_K7: np.ndarray) -> np.ndarray:
         """The inverse of `to_model`."""
-        moved = np.array(boxes_K7, dtype=np.float32, copy=True)
-        moved[..., :3] += self.origin_3
-        return moved
+        return shifted(boxes_K7, self.origin_3)
 
     def boxes_of(self, object_ids: list[int]) -> np.ndarray:
         """Boxes [len(object_ids), 7] of objects by objectId; ValueError names an id that the scene lacks."""

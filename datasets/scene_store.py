@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from .scene import Scene, load_scene
+from .scene import Scene, load_scene, shifted
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
@@ -64,16 +64,12 @@ class SceneInfo:
         return int(rows[0]) if rows.size else None
 
     def to_model(self, boxes_K7: np.ndarray) -> np.ndarray:
-        """Boxes or points (first three columns are a position) from the world frame to the model frame."""
-        moved = np.array(boxes_K7, dtype=np.float32, copy=True)
-        moved[..., :3] -= self.origin_3
-        return moved
+        """See `Scene.to_model`."""
+        return shifted(boxes_K7, -self.origin_3)
 
     def to_world(self, boxes_K7: np.ndarray) -> np.ndarray:
         """The inverse of `to_model`."""
-        moved = np.array(boxes_K7, dtype=np.float32, copy=True)
-        moved[..., :3] += self.origin_3
-        return moved
+        return shifted(boxes_K7, self.origin_3)
 
 
 def _pack(info: SceneInfo, stamp: list[int]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def grpo_config(root, init, run_dir, *more):
             "reward.semantic_encoder=all-MiniLM-L6-v2",
             "rollout.group_size=3",
             "rollout.max_new_tokens=12",
-            "reward.gate_by_format=false",  # so early a model writes nothing well formed, and zero rewards move nothing
+            "reward.gate_by_format=false",  # nothing is well formed yet, and zero rewards move nothing
             "lora_rank=4",
             "lora_alpha=8",
             *more,
