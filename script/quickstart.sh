@@ -6,7 +6,7 @@
 #
 #   RUN=runs/quickstart          where everything that is trained and measured goes
 #   DATA=data/rooms              where the rooms go
-#   ROOMS=48 HELD_OUT=10 SEED=0   how many rooms, and which
+#   ROOMS=40 HELD_OUT=10 SEED=0   how many rooms, and which
 #   FRESH=1                      start again: removes RUN first
 #
 # A stage whose result is complete is skipped; an interrupted one goes on. A stage whose command or recipe has changed is
@@ -59,7 +59,7 @@ evaluate() {
 }
 
 stage rooms "$DATA/rooms.json" \
-    rooms --out "$DATA" --train "${ROOMS:-48}" --val "${HELD_OUT:-10}" --seed "${SEED:-0}" --frames 6
+    rooms --out "$DATA" --train "${ROOMS:-40}" --val "${HELD_OUT:-10}" --seed "${SEED:-0}" --frames 6
 stage prepare "$DATA/prepared" prepare --root "$DATA"
 stage tiny "$RUN/tiny" tiny --out "$RUN/tiny" --corpus "$DATA"
 stage detect "$RUN/detect" detect --config script/recipes/tiny.detect.yaml --resume \
