@@ -16,6 +16,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 RUN="${RUN:-runs/quickstart}"
 DATA="${DATA:-data/rooms}"
 [[ "${FRESH:-0}" != 1 ]] || rm -rf "$RUN"
+if ((${HELD_OUT:-10} < 3)); then
+    echo "quickstart: HELD_OUT must be at least 3; with fewer rooms some tasks have no question left." >&2
+    exit 1
+fi
 stamps="$RUN/stages"
 mkdir -p "$stamps"
 number=0

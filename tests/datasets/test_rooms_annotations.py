@@ -484,7 +484,10 @@ def test_thoughts_are_short_in_three_steps_and_name_the_target(rooms, scene30k):
         assert match, think
         lengths.append(len(think.split()))
         if len(row["object_ids"]) == 1:
-            assert rooms[row["scene_id"]].by_id(row["object_ids"][0]).label in match[3], think
+            label = rooms[row["scene_id"]].by_id(row["object_ids"][0]).label
+            # "How many chairs" counts office chairs too, and its thought calls them what the question does
+            name = label.split()[-1] if row["question"].startswith("How many") else label
+            assert name in match[3], think
     assert 28 <= np.median(lengths) <= 45 and np.mean(np.array(lengths) <= 60) > 0.95
 
 

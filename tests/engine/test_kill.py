@@ -17,7 +17,7 @@ from threedr1.engine.checkpoint import list_checkpoints, load_state, open_run, s
 from threedr1.engine.config import load_config, save_config
 from threedr1.engine.tracking import drop_steps_from, read_metrics
 
-from .test_pipeline import ENCODER, assert_same_weights, grpo_config, sft_config
+from .test_pipeline import ENCODER, assert_same_weights, grpo_config, sft_config, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 REWARD = "def letters(completions, **columns):\n    return [float(len(set(text))) for text in completions]\n"
@@ -215,6 +215,8 @@ def test_grpo_killed_several_times(rooms_root, tmp_path):
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
     completions = [(tmp_path / name / "completions.jsonl").read_text() for name in ("killed", "whole")]
     assert completions[0] == completions[1] and completions[0]
+    adapter = weights(list_checkpoints(tmp_path / "whole")[-1])["model/adapter/policy/adapter_model.safetensors"]
+    assert any(value.any() for key, value in adapter.items() if "lora_B" in key), "the policy has moved"
     assert not processes_with(str(reward))
 
 

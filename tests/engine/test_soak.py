@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-import psutil
+import psutil  # comes with accelerate
 import pytest
 
 from threedr1.engine import grpo, sft
