@@ -5,7 +5,7 @@ import os
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,9 @@ import torch
 
 from ._arguments import RESULTS
 from .results import ROOT, Row, record, shown
+
+QUEUED = 10  # calls that median_device_seconds times together where one takes under a millisecond
+_SPIN_CYCLES = 10_000_000  # some 5 ms: longer than it takes to queue QUEUED calls
 
 
 class Load:
@@ -51,6 +54,34 @@ def median_seconds(actions: Sequence[Callable[[], object]], repeats: int, device
     return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
+def median_device_seconds(actions: Sequence[Callable[[], object]], repeats: int, device: str) -> list[float]:
+    """Median seconds that a GPU spends on each action, as `median_seconds`, without the host's time to launch it.
+
+    Of actions that take under a millisecond, `QUEUED` calls are timed together. Their results live until the last one
+    is done, so that each is written to memory of its own, not to a cache that still holds the one before.
+    """
+    counts = []
+    for action in actions:
+        seconds(action, device)
+        counts.append(QUEUED if seconds(action, device) < 1e-3 else 1)
+    pairs = list(zip(actions, counts, strict=True))
+    rounds = [[_queued_seconds(action, count, device) for action, count in pairs] for _ in range(repeats + 1)]
+    return [statistics.median(column[1:]) for column in zip(*rounds, strict=True)]  # the first allocates memory
+
+
+def _queued_seconds(action: Callable[[], object], count: int, device: str) -> float:
+    with torch.cuda.device(device):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        _wait(device)
+        torch.cuda._sleep(_SPIN_CYCLES)  # the GPU spins while the host queues the calls
+        begin.record()
+        results = [action() for _ in range(count)]
+        end.record()
+        end.synchronize()
+        del results
+        return begin.elapsed_time(end) / 1000 / count
+
+
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(torch.device(device))
@@ -64,19 +95,25 @@ def report(
     *,
     argv: Sequence[str],
     packages: Sequence[str] = (),
+    remarks: Mapping[str, str] | None = None,
 ) -> None:
     """Print peer, ours and ratio; record them where the user asked for it.
+
+    Args:
+        remarks: words to print at the end of the row of that name.
 
     Raises:
         ValueError: --record without a file, outside a checkout.
     """
     conditions = [*([f"median of {arguments.repeats}"] if arguments.repeats else []), str(load)]
     print(f"{name}: {', '.join(conditions)}")
-    print(f"{'':<44}{'peer':>12}{'ours':>12}{'':<8}{'ratio':>8}")
+    width = max([44, *(len(row.name) for row in rows)])
+    print(f"{'':<{width}}{'peer':>12}{'ours':>12}{'':<8}{'ratio':>8}")
     for row in rows:
         peer = "-" if row.peer_value is None else shown(row.peer_value)
         ratio = "-" if row.ratio is None else f"{shown(row.ratio)}x"
-        print(f"{row.name:<44}{peer:>12}{shown(row.value):>12} {row.unit:<7}{ratio:>8}")
+        remark = remarks.get(row.name, "") if remarks else ""
+        print(f"{row.name:<{width}}{peer:>12}{shown(row.value):>12} {row.unit:<7}{ratio:>8}{remark}")
     for peer in dict.fromkeys(row.peer for row in rows if row.peer):
         print(f"peer: {peer}")
     if arguments.record is None:

@@ -2,19 +2,28 @@
 
 `boxes.iou_A_B`: all pairs of A and B boxes with headings. The peer is the way of VoteNet's, ScanRefer's and 3DETR's
 evaluation: in Python, footprints clipped by Sutherland and Hodgman and measured by `scipy.spatial.ConvexHull`.
-`boxes.iou_aligned_A_B`: the same code of ours on boxes without heading; the peer is vectorised min/max in PyTorch,
-which can do nothing else. Generalised IoU has no peer here. Ours and the peers agree, which is checked.
+`boxes.iou_pytorch3d_A_B`, where PyTorch3D is installed: the same pairs against its `box3d_overlap`.
+`boxes.iou_compiled_A_B`, on a CPU where box_intersection.pyx is built: the compiled loop against our vectorised path.
+`boxes.iou_aligned_A_B`: the same function of ours on boxes of six columns, without heading; the peer is vectorised
+min/max in PyTorch, which can do nothing else. Generalised IoU has no peer here. Ours and the peers agree, which is
+checked, except PyTorch3D, whose error is noted.
 
 Shapes: A, B boxes; K corners of a polygon.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from scipy.spatial import ConvexHull
 from torch import Tensor
 
+try:
+    from pytorch3d.ops import box3d_overlap  # pyright: ignore[reportMissingImports]
+except ModuleNotFoundError:  # its row is left out
+    box3d_overlap = None
+
+from ..utils import boxes as boxes_module
 from ..utils.boxes import box3d_giou, box3d_iou, corners_3d
 from ._arguments import measuring_parser
 from ._measure import Load, median_seconds, report
@@ -22,6 +31,8 @@ from .results import Row
 
 CLIPPING = "polygon clipping in Python, pair by pair"
 MIN_MAX = "vectorised min/max, no headings"
+PYTORCH3D = "pytorch3d.ops.box3d_overlap"
+VECTORISED = "our own vectorised path"
 Polygon = list[tuple[float, float]]
 
 
@@ -76,8 +87,22 @@ def aligned_iou(boxes_A7: Tensor, boxes_B7: Tensor) -> Tensor:
     return both_AB / (boxes_A7[:, 3:6].prod(-1)[:, None] + boxes_B7[:, 3:6].prod(-1) - both_AB)
 
 
+def vectorised_iou(boxes_A7: Tensor, boxes_B7: Tensor) -> Tensor:
+    """IoU [A, B] as where the compiled loop is not built."""
+    compiled = boxes_module._box_intersection
+    boxes_module._box_intersection = None
+    try:
+        return box3d_iou(boxes_A7, boxes_B7)
+    finally:
+        boxes_module._box_intersection = compiled
+
+
+def _distance(first_AB: Tensor, second_AB: Tensor) -> float:
+    return float((first_AB.double().cpu() - second_AB.double().cpu()).abs().max())
+
+
 def _check(peer: str, ours_AB: Tensor, peers_AB: Tensor) -> None:
-    distance = float((ours_AB.double().cpu() - peers_AB.double().cpu()).abs().max())
+    distance = _distance(ours_AB, peers_AB)
     if distance > 1e-4:
         raise ValueError(f"Ours differs from {peer} by up to {distance:.2g}; not measured.")
 
@@ -89,6 +114,15 @@ def measure(num_first: int, num_second: int, device: str, repeats: int) -> list[
     aligned_A7 = random_boxes(num_first, 0, headings=False).to(device)
     aligned_B7 = random_boxes(num_second, 1, headings=False).to(device)
     arrays = [boxes.double().cpu().numpy() for boxes in (turned_A7, turned_B7)]
+    pairs = f"{num_first}_{num_second}"
+    compiled = boxes_module._box_intersection is not None and device == "cpu"
+    path = "float32, compiled loop" if compiled else "float32, vectorised"
+
+    def row(name: str, ours: Callable[[], Tensor], peer: str, peers: Callable[[], Tensor], note: str) -> Row:
+        if peer != PYTORCH3D:
+            _check(peer, ours(), peers())
+        seconds, peer_seconds = median_seconds((ours, peers), repeats, device)
+        return Row(f"boxes.{name}_{pairs}", 1000 * seconds, "ms", peer, 1000 * peer_seconds, note=note)
 
     def turned() -> Tensor:
         return box3d_iou(turned_A7, turned_B7)
@@ -96,22 +130,31 @@ def measure(num_first: int, num_second: int, device: str, repeats: int) -> list[
     def clipped() -> Tensor:
         return torch.from_numpy(clipped_iou(arrays[0], arrays[1]))
 
+    def vectorised() -> Tensor:
+        return vectorised_iou(turned_A7, turned_B7)
+
     def aligned() -> Tensor:
-        return box3d_iou(aligned_A7, aligned_B7)
+        return box3d_iou(aligned_A7[:, :6], aligned_B7[:, :6])  # what says, on a GPU too, that there are no headings
 
     def min_max() -> Tensor:
         return aligned_iou(aligned_A7, aligned_B7)
 
-    _check(CLIPPING, turned(), clipped())
-    _check(MIN_MAX, aligned(), min_max())
-    pairs = f"{num_first}_{num_second}"
-    ours, peer = median_seconds((turned, clipped), repeats, device)
-    note = "float32; the peer in float64 on one CPU core"
-    rows = [Row(f"boxes.iou_{pairs}", 1000 * ours, "ms", CLIPPING, 1000 * peer, note=note)]
-    ours, peer = median_seconds((aligned, min_max), repeats, device)
-    rows.append(Row(f"boxes.iou_aligned_{pairs}", 1000 * ours, "ms", MIN_MAX, 1000 * peer, note="float32"))
+    rows = [row("iou", turned, CLIPPING, clipped, f"{path}; the peer in float64 on one CPU core")]
+    overlap = box3d_overlap
+    if overlap is not None:  # takes float32 and is inexact in it, which is noted
+        corners_A83, corners_B83 = corners_3d(turned_A7), corners_3d(turned_B7)
+
+        def pytorch3d() -> Tensor:
+            return overlap(corners_A83, corners_B83)[1]
+
+        off = _distance(torch.from_numpy(clipped_iou(arrays[0], arrays[1])), pytorch3d())
+        note = f"{path}; the peer is off by up to {off:.2g} from clipping in float64"
+        rows.append(row("iou_pytorch3d", turned, PYTORCH3D, pytorch3d, note))
+    if compiled:
+        rows.append(row("iou_compiled", turned, VECTORISED, vectorised, "float32"))
+    rows.append(row("iou_aligned", aligned, MIN_MAX, min_max, "float32"))
     (ours,) = median_seconds((lambda: box3d_giou(turned_A7, turned_B7),), repeats, device)
-    rows.append(Row(f"boxes.giou_{pairs}", 1000 * ours, "ms", note="float32"))
+    rows.append(Row(f"boxes.giou_{pairs}", 1000 * ours, "ms", note=path))
     return rows
 
 
@@ -132,5 +175,6 @@ def main(argv: Sequence[str] = ()) -> int:
     load = Load(arguments)
     first, second = arguments.boxes
     rows = measure(first, second, arguments.device, arguments.repeats)
-    report("iou", rows, arguments, load, argv=argv, packages=("scipy",))
+    packages = ("scipy",) if box3d_overlap is None else ("scipy", "pytorch3d")
+    report("iou", rows, arguments, load, argv=argv, packages=packages)
     return 0

@@ -1,9 +1,12 @@
 """The record of measured claims, and that each benchmark runs, agrees with its peer and records what it measured."""
 
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from threedr1.benchmarks import BENCHMARKS, _arguments, _measure, results, run_b
 from threedr1.benchmarks.results import FIELDS, Row, merge, read_results, record, render
 
 COMMAND = "python main.py bench ops"
+GATHERS = ("group", "interpolate", "query_and_group")
+OPERATIONS = ("fps", "ball_query", "three_nn", *GATHERS, *(f"{name}_backward" for name in GATHERS))
 
 
 @pytest.fixture
@@ -172,7 +177,7 @@ def test_every_benchmark_explains_itself(name: str, capsys: pytest.CaptureFixtur
         (
             "ops",
             ["--shapes", "2_600_40"],
-            {f"ops.{op}_2_600_40" for op in ("fps", "ball_query", "group", "three_nn", "interpolate")},
+            {f"ops.{op}_2_600_40" for op in OPERATIONS},
         ),
         ("lm_head", ["--shapes", "40_16_300"], {"lm_head.step_40_16_300"}),
         ("iou", ["--boxes", "12", "9"], {"boxes.iou_12_9", "boxes.iou_aligned_12_9", "boxes.giou_12_9"}),
@@ -228,6 +233,62 @@ def test_a_disagreement_is_not_measured(monkeypatch: pytest.MonkeyPatch, path: P
     with pytest.raises(ValueError, match="The LM head differs"):
         run_benchmark("lm_head", ["--shapes", "40_16_300", "--record", str(path)])
     assert not path.exists()
+
+
+def test_a_walk_of_furthest_points_is_checked_wherever_it_begins():
+    from threedr1.benchmarks.ops import shortfall
+
+    points_BN3 = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [4, 0, 0], [10, 0, 0]]])
+    for walk, share in (
+        ([0, 3, 2], 0.0),
+        ([1, 3, 2], 0.0),
+        ([0, 2, 3], 1 - 16 / 100),
+        ([0, 3, 1], 1 - 1 / 16),
+        ([0, 4], math.inf),
+    ):
+        assert shortfall(points_BN3, torch.tensor([walk])) == pytest.approx(share), walk
+
+
+def test_packages_are_rows_where_they_agree_and_are_refused_where_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: Path
+):
+    from threedr1.benchmarks import ops
+    from threedr1.third_party import pointnet2
+
+    class Sampler:
+        @staticmethod
+        def sample_farthest_points(points: torch.Tensor, K: int) -> tuple[None, torch.Tensor]:
+            return None, pointnet2.furthest_point_sample(points, K)
+
+        @staticmethod
+        def ball_query(centers: torch.Tensor, points: torch.Tensor, K: int, **_: object) -> object:
+            raise RuntimeError("no kernel image")
+
+        @staticmethod
+        def knn_points(query: torch.Tensor, points: torch.Tensor, K: int, **_: object) -> object:
+            return SimpleNamespace(idx=torch.zeros(*query.shape[:2], K).int())
+
+    monkeypatch.setattr(ops, "load_packages", lambda *_: {"pytorch3d": Sampler})
+    words = ["--shapes", "1_300_20", "--repeats", "1", "--record", str(path)]
+    assert run_benchmark("ops", [*words, "--ops", "fps", "ball_query", "three_nn"]) == 0
+    rows = {found["name"].partition(".vs_")[0]: found for found in read_results(path) if "pytorch3d" in found["peer"]}
+    assert set(rows) == {"ops.fps_1_300_20"}
+    shown = capsys.readouterr().out
+    assert "ball_query_1_300_20: pytorch3d fails and is not measured: no kernel image" in shown
+    assert "% of the results of pytorch3d differ from ours; it is not measured" in shown
+
+
+def test_the_reference_serves_a_peer_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    from threedr1.benchmarks._ops_data import Data
+    from threedr1.benchmarks.ops import our_way, reference_way, share_different
+
+    data = Data("1_200_10", "cpu")
+    for before in ("", "torch"):
+        monkeypatch.setenv("THREEDR1_OPS", before)
+        for name in OPERATIONS:
+            ours, peer = our_way(name), reference_way(name)
+            assert share_different(ours.read(ours.build(data)()), peer.read(peer.build(data)())) == 0
+        assert os.environ["THREEDR1_OPS"] == before
 
 
 def test_clipping_gives_known_overlaps():

@@ -2,9 +2,10 @@
 
 Squared distances are `(dx*dx + dy*dy) + dz*dz`, each operation rounded to float32 and never fused, so that the indices
 are the same on every machine. Work that needs a distance table is cut into slabs of at most `_SLAB` entries.
-Arguments are checked in ops.py; call these functions through it.
+Arguments are checked in ops.py; call these functions through it. The `…_backward` functions are the gradients that
+library.py registers.
 
-Shapes: B scenes, N points, M centres or samples, S or K neighbours, C channels.
+Shapes: B scenes, N points, M centres or samples, S or K neighbours, C or F channels, P positions, X = 3 + F.
 """
 
 import numpy as np
@@ -97,16 +98,96 @@ def three_nn(query_BN3: Tensor, points_BM3: Tensor) -> tuple[Tensor, Tensor]:
     return squared_BN3.sqrt_(), index_BN3.to(torch.int32)
 
 
-def gather_points(features_BCN: Tensor, idx_BM: Tensor) -> Tensor:
-    num_scenes, channels, _ = features_BCN.shape
-    return features_BCN.gather(2, idx_BM.long()[:, None].expand(num_scenes, channels, idx_BM.shape[1]))
+def _checked(idx: Tensor, num_points: int) -> Tensor:
+    """Indices as int64. A GPU's own gather reports a wrong one; on the CPU we do, as scatter would write anywhere."""
+    if idx.device.type == "cpu" and idx.numel() and (int(idx.min()) < 0 or int(idx.max()) >= num_points):
+        raise IndexError(f"an index lies outside the {num_points} points.")
+    return idx.long()
 
 
-def group_points(features_BCN: Tensor, idx_BMK: Tensor) -> Tensor:
-    grouped_BCX = gather_points(features_BCN, idx_BMK.flatten(1))
-    return grouped_BCX.unflatten(2, idx_BMK.shape[1:])
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums of half-precision features are taken in float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def group_points(features_BCN: Tensor, idx_BP: Tensor) -> Tensor:
+    num_scenes, channels, num_points = features_BCN.shape
+    idx_BCP = _checked(idx_BP, num_points)[:, None].expand(num_scenes, channels, idx_BP.shape[1])
+    return features_BCN.gather(2, idx_BCP)
+
+
+def group_points_backward(grad_BCP: Tensor, idx_BP: Tensor, num_points: int) -> Tensor:
+    num_scenes, channels, positions = grad_BCP.shape
+    sums_BCN = grad_BCP.new_zeros(num_scenes, channels, num_points, dtype=_sum_dtype(grad_BCP.dtype))
+    idx_BCP = _checked(idx_BP, num_points)[:, None].expand(num_scenes, channels, positions)
+    return sums_BCN.scatter_add_(2, idx_BCP, grad_BCP.to(sums_BCN.dtype)).to(grad_BCP.dtype)
 
 
 def three_interpolate(features_BCM: Tensor, idx_BN3: Tensor, weight_BN3: Tensor) -> Tensor:
-    weighted_BCN3 = group_points(features_BCM, idx_BN3) * weight_BN3[:, None]
-    return (weighted_BCN3[..., 0] + weighted_BCN3[..., 1]) + weighted_BCN3[..., 2]
+    near_BCN3 = group_points(features_BCM, idx_BN3.flatten(1)).unflatten(2, idx_BN3.shape[1:])
+    weighted_BCN3 = near_BCN3.to(_sum_dtype(features_BCM.dtype)) * weight_BN3[:, None]
+    mixed_BCN = (weighted_BCN3[..., 0] + weighted_BCN3[..., 1]) + weighted_BCN3[..., 2]
+    return mixed_BCN.to(features_BCM.dtype)
+
+
+def three_interpolate_backward(
+    grad_BCN: Tensor,
+    features_BCM: Tensor,
+    idx_BN3: Tensor,
+    weight_BN3: Tensor,
+    need_features: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_features = grad_BCN.new_empty(0)
+    grad_weight = weight_BN3.new_empty(0)
+    exact_BCN1 = grad_BCN.to(_sum_dtype(grad_BCN.dtype))[..., None]
+    if need_features:
+        spread_BCP = (exact_BCN1 * weight_BN3[:, None]).flatten(2)
+        sums_BCM = group_points_backward(spread_BCP, idx_BN3.flatten(1), features_BCM.shape[2])
+        grad_features = sums_BCM.to(features_BCM.dtype)
+    if need_weight:
+        near_BCN3 = group_points(features_BCM, idx_BN3.flatten(1)).unflatten(2, idx_BN3.shape[1:])
+        grad_weight = (exact_BCN1 * near_BCN3).sum(1).to(weight_BN3.dtype)
+    return grad_features, grad_weight
+
+
+def group_offsets(
+    points_BN3: Tensor, centers_BM3: Tensor, features_BNF: Tensor | None, idx_BMK: Tensor, radius: float
+) -> Tensor:
+    near_BMK3 = _gather_rows(points_BN3, idx_BMK)
+    offset_BMK3 = (near_BMK3 - centers_BM3[:, :, None]) / radius
+    if features_BNF is None:
+        return offset_BMK3
+    return torch.cat([offset_BMK3.to(features_BNF.dtype), _gather_rows(features_BNF, idx_BMK)], -1)
+
+
+def group_offsets_backward(
+    grad_BMKX: Tensor, idx_BMK: Tensor, num_points: int, radius: float, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_points, need_centers, need_features = needs
+    exact = _sum_dtype(grad_BMKX.dtype)
+    grad_points = grad_centers = grad_BMKX.new_empty(0, dtype=exact)
+    grad_features = grad_BMKX.new_empty(0)
+    grad_offset_BMK3 = grad_BMKX[..., :3].to(exact) / radius
+    if need_points:
+        grad_points = _scatter_rows(grad_offset_BMK3, idx_BMK, num_points)
+    if need_centers:
+        grad_centers = -grad_offset_BMK3.sum(2)
+    if need_features:
+        grad_features = _scatter_rows(grad_BMKX[..., 3:].to(exact), idx_BMK, num_points).to(grad_BMKX.dtype)
+    return grad_points, grad_centers, grad_features
+
+
+def _gather_rows(rows_BNF: Tensor, idx_BMK: Tensor) -> Tensor:
+    """Rows [B, M, K, F] at the indices."""
+    num_points, width = rows_BNF.shape[1:]
+    idx_BPF = _checked(idx_BMK, num_points).flatten(1)[..., None].expand(-1, -1, width)
+    return rows_BNF.gather(1, idx_BPF).unflatten(1, idx_BMK.shape[1:])
+
+
+def _scatter_rows(grad_BMKF: Tensor, idx_BMK: Tensor, num_points: int) -> Tensor:
+    """Sums [B, N, F] of the rows that each point received."""
+    grad_BPF = grad_BMKF.flatten(1, 2)
+    sums_BNF = grad_BPF.new_zeros(grad_BPF.shape[0], num_points, grad_BPF.shape[2])
+    idx_BPF = _checked(idx_BMK, num_points).flatten(1)[..., None].expand_as(grad_BPF)
+    return sums_BNF.scatter_add_(1, idx_BPF, grad_BPF)
