@@ -253,7 +253,7 @@ def test_half_precision_numbers_keep_their_value(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_results_are_rounded_to_half_precision_as_torch_does(backend, dtype):
+def test_results_are_rounded_to_the_nearest_even_half_precision_number(backend, dtype):
     """Random float32 bit patterns, exact halves between two results, and both ends of the range."""
     bits = np.random.default_rng(0).integers(-(2**31), 2**31, 1 << 16).astype(np.int32)
     small = np.random.default_rng(1).normal(size=1 << 15).astype(np.float32) * np.float32(2.0) ** np.arange(

@@ -84,7 +84,7 @@ void collect_leaf(const Leaf& leaf, const Place& centre, float radius_squared, H
 }
 
 void collect(const Tree& tree, int level, int64_t number, const Place& centre, float radius_squared, Hits& hits) {
-    const Group& group = tree.group(level, number);
+    const Group& group = tree.group(tree.offset(level) + number);
     alignas(64) float bound[FAN];
     lower_bounds(group, centre, bound);
     for (uint32_t open = lanes_within<FAN, false>(bound, radius_squared); open; open &= open - 1) {
@@ -135,13 +135,14 @@ void approach_leaf(const Leaf& leaf, const Place& query, Nearest& nearest) {
 }
 
 void approach(const Tree& tree, int level, int64_t number, const Place& query, Nearest& nearest) {
-    const Group& group = tree.group(level, number);
+    const Group& group = tree.group(tree.offset(level) + number);
     alignas(64) float bound[FAN];
     lower_bounds(group, query, bound);
     const float limit = std::min(nearest.distance(2), std::numeric_limits<float>::max());
     for (uint32_t open = lanes_within<FAN, true>(bound, limit); open; open &= open - 1) {
         const int slot = __builtin_ctz(open);
         if (bound[slot] > nearest.distance(2)) continue;
+        if (bound[slot] == nearest.distance(2) && group.first[slot] >= nearest.index(2)) continue;
         const int64_t child = number * FAN + slot;
         if (level == 0)
             approach_leaf(tree.leaf(child), query, nearest);

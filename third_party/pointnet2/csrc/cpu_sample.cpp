@@ -1,8 +1,8 @@
 /* Furthest point sampling with exact pruning.
  *
- * Every leaf of the tree keeps its points' distances to the chosen ones, and every group the largest of each child. A
- * new sample changes nothing in a child whose lower bound reaches that maximum, and the next sample is found by
- * following the maximum down. Distances are kept as the bits of floats >= 0, which compare as integers.
+ * Every leaf of the tree keeps its points' distances to the chosen ones, and every group the furthest point of each
+ * child. A new sample changes nothing in a child whose lower bound reaches that point's distance. Distances are kept as
+ * the bits of floats >= 0, which compare as integers.
  */
 #include "cpu_tree.h"
 
@@ -15,9 +15,24 @@ struct alignas(64) Distances {
     int32_t nearest[LEAF_SIZE];
 };
 
-struct alignas(64) Maxima {
-    int32_t top[FAN];
+/* A point of largest distance, the lowest index on ties. */
+struct Furthest {
+    int32_t distance, index;
 };
+
+struct alignas(64) Children {
+    int32_t distance[FAN], index[FAN];
+};
+
+/* The furthest of `count` candidates. */
+template <int COUNT>
+Furthest furthest_of(const int32_t* distance, const int32_t* index) {
+    Furthest found{NONE, NO_POINT};
+    for (int i = 0; i < COUNT; ++i) found.distance = std::max(found.distance, distance[i]);
+    for (int i = 0; i < COUNT; ++i)
+        found.index = std::min(found.index, distance[i] == found.distance ? index[i] : NO_POINT);
+    return found;
+}
 
 class Sampler {
   public:
@@ -25,89 +40,65 @@ class Sampler {
         if (num_samples == 0) return;
         tree_.build(points, num_points, memory_);
         reset(num_points);
-        Place last{points[0], points[1], points[2]};
         idx[0] = 0;
         for (int64_t step = 1; step < num_samples; ++step) {
-            const int32_t top = update_group(tree_.top_level(), 0, last);
-            if (top <= 0) {  // every position is taken, so that all points tie and the lowest index wins
+            const float* last = points + 3 * static_cast<int64_t>(idx[step - 1]);
+            const Furthest next = update_group(tree_.top_level(), 0, {last[0], last[1], last[2]});
+            if (next.distance <= 0) {  // every position is taken, so that all points tie and the lowest index wins
                 std::fill(idx + step, idx + num_samples, 0);
                 return;
             }
-            idx[step] = NO_POINT;
-            find(tree_.top_level(), 0, top, idx[step], last);
+            idx[step] = next.index;
         }
     }
 
   private:
     void reset(int64_t num_points) {
         Distances* distances = distances_.resize(tree_.num_leaves());
-        Maxima* maxima = maxima_.resize(tree_.num_groups());
+        Children* children = children_.resize(tree_.num_groups());
         const int32_t infinite = bits_of(INFINITE);
         for (int64_t leaf = 0; leaf < tree_.num_leaves(); ++leaf)
             for (int i = 0; i < LEAF_SIZE; ++i)
                 distances[leaf].nearest[i] = leaf * LEAF_SIZE + i < num_points ? infinite : NONE;
-        for (int level = 0; level <= tree_.top_level(); ++level) {
-            const int64_t end = level == tree_.top_level() ? tree_.num_groups() : tree_.offset(level + 1);
-            for (int64_t number = tree_.offset(level); number < end; ++number)
-                for (int slot = 0; slot < FAN; ++slot)
-                    maxima[number].top[slot] =
-                        tree_.group(level, number - tree_.offset(level)).first[slot] == NO_POINT ? NONE : infinite;
+        for (int64_t number = 0; number < tree_.num_groups(); ++number) {
+            for (int slot = 0; slot < FAN; ++slot) {
+                const int32_t first = tree_.group(number).first[slot];
+                children[number].distance[slot] = first == NO_POINT ? NONE : infinite;
+                children[number].index[slot] = first;
+            }
         }
     }
 
-    /* The largest distance left below the group. */
-    int32_t update_group(int level, int64_t number, const Place& sample) {
-        int32_t* top = maxima_.get()[tree_.offset(level) + number].top;
+    Furthest update_group(int level, int64_t number, const Place& sample) {
+        const int64_t place = tree_.offset(level) + number;
+        Children& children = children_.get()[place];
         float bound[FAN];
-        lower_bounds(tree_.group(level, number), sample, bound);
+        lower_bounds(tree_.group(place), sample, bound);
         uint32_t open = 0;
-        for (int slot = 0; slot < FAN; ++slot) open |= static_cast<uint32_t>(bits_of(bound[slot]) < top[slot]) << slot;
+        for (int slot = 0; slot < FAN; ++slot)
+            open |= static_cast<uint32_t>(bits_of(bound[slot]) < children.distance[slot]) << slot;
         for (; open; open &= open - 1) {
             const int slot = __builtin_ctz(open);
             const int64_t child = number * FAN + slot;
-            top[slot] = level == 0 ? update_leaf(child, sample) : update_group(level - 1, child, sample);
+            const Furthest found = level == 0 ? update_leaf(child, sample) : update_group(level - 1, child, sample);
+            children.distance[slot] = found.distance;
+            children.index[slot] = found.index;
         }
-        int32_t largest = NONE;
-        for (int slot = 0; slot < FAN; ++slot) largest = std::max(largest, top[slot]);
-        return largest;
+        return furthest_of<FAN>(children.distance, children.index);
     }
 
-    int32_t update_leaf(int64_t number, const Place& sample) {
+    Furthest update_leaf(int64_t number, const Place& sample) {
         const Leaf& leaf = tree_.leaf(number);
         int32_t* nearest = distances_.get()[number].nearest;
-        int32_t largest = NONE;
-        for (int i = 0; i < LEAF_SIZE; ++i) {
-            const int32_t distance = bits_of(squared_distance(leaf.x[i], leaf.y[i], leaf.z[i], sample));
-            nearest[i] = std::min(distance, nearest[i]);
-            largest = std::max(largest, nearest[i]);
-        }
-        return largest;
-    }
-
-    /* The point of lowest index below the group whose distance is `top`, if lower than `best`. */
-    void find(int level, int64_t number, int32_t top, int32_t& best, Place& place) const {
-        const Maxima& maxima = maxima_.get()[tree_.offset(level) + number];
-        for (int slot = 0; slot < FAN; ++slot) {
-            if (maxima.top[slot] != top) continue;
-            const int64_t child = number * FAN + slot;
-            if (level > 0) {
-                find(level - 1, child, top, best, place);
-                continue;
-            }
-            const Leaf& leaf = tree_.leaf(child);
-            const int32_t* nearest = distances_.get()[child].nearest;
-            for (int i = 0; i < LEAF_SIZE; ++i) {
-                if (nearest[i] != top || leaf.index[i] >= best) continue;
-                best = leaf.index[i];
-                place = {leaf.x[i], leaf.y[i], leaf.z[i]};
-            }
-        }
+        for (int i = 0; i < LEAF_SIZE; ++i)
+            nearest[i] = std::min(bits_of(squared_distance(leaf.x[i], leaf.y[i], leaf.z[i], sample)), nearest[i]);
+        return furthest_of<LEAF_SIZE>(nearest, leaf.index);
     }
 
     CurveMemory memory_;
     Tree tree_;
     Buffer<Distances> distances_;
-    Buffer<Maxima> maxima_;
+    Buffer<Children> children_;
 };
 
 }  // namespace

@@ -157,9 +157,9 @@ class Tree {
     int64_t num_groups() const { return num_groups_; }
     /* The level of the root; groups of level 0 hold leaves. */
     int top_level() const { return static_cast<int>(offsets_.size()) - 1; }
-    /* Where the level's groups begin among all groups; child c of its group g is leaf or group g * FAN + c below. */
+    /* Where the level's groups begin among all; child c of its group g is leaf, or group of the level below, g * FAN + c. */
     int64_t offset(int level) const { return offsets_[level]; }
-    const Group& group(int level, int64_t number) const { return groups_.get()[offsets_[level] + number]; }
+    const Group& group(int64_t place) const { return groups_.get()[place]; }
     const Leaf& leaf(int64_t number) const { return leaves_.get()[number]; }
 
   private:
@@ -187,7 +187,7 @@ class Tree {
     }
 
     void enclose_group(int level, int64_t child) {
-        const Group& inner = group(level - 1, child);
+        const Group& inner = groups_.get()[offsets_[level - 1] + child];
         Group& outer = slot_of(level, child);
         const int slot = static_cast<int>(child % FAN);
         for (int axis = 0; axis < 3; ++axis) enclose<FAN>(inner.low[axis], inner.high[axis], outer, axis, slot);
