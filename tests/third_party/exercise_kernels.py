@@ -45,8 +45,10 @@ CLOUDS = (
     "equal",
     "outlier",
 )
-SIZES = (1, 2, 3, 31, 33, 127, 1000, 4097, 40001)
+SIZES = (1, 2, 3, 31, 33, 127, 1000, 4096, 4097, 40001)
 LARGEST = 250_000
+# Scenes and points that the CUDA backend shares out over its blocks in different ways.
+CROWDS = ((300, 2049), (150, 4096), (70, 16384), (20, 100_000), (9, 300_000), (1, 1_700_000))
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 SUM_TOLERANCE = 1e-5  # of the sum of absolute terms: float32 sums in any order
 
@@ -319,10 +321,15 @@ class Cases:
         yield from self.selections("grid", 2, 129, 33, 7)
         yield from self.selections("permuted", 1, 1000, 33, 31)
         yield from self.selections("outlier", 1, 4097, 65, 64)
+        yield from self.selections("equal", 1, 4097, 3, 5)
+        yield from self.selections("uniform", 1, 12_000, 5, 3)
+        yield from self.selections("uniform", 1, LARGEST, 3, 3)
         yield from self.gathers(2, 33, 3, 31, 7, torch.float32)
         yield from self.gathers(1, 127, 5, 3, 1, torch.bfloat16)
         yield from self.gathers(1, 127, 8, 4, 64, torch.int64)
+        yield from self.gathers(16, 33, 16, 64, 64, torch.float32)
         yield from self.sums(2, 1000, 5, 33, 7, torch.float32)
+        yield from self.sums(2, 33, 5, 1000, 7, torch.float32)
         yield from self.sums(1, 33, 3, 31, 1, torch.float16)
         yield from self.bare_offsets(1, 127, 3, 7)
 
@@ -348,6 +355,8 @@ class Cases:
             yield from self.sums(1, 1000, 7, 0, 5, dtype)
         for kind in ("uniform", "equal"):
             yield from self.selections(kind, 1, LARGEST, 65, 64)
+        for num_scenes, num_points in CROWDS:
+            yield from self.selections("uniform", num_scenes, num_points, 17, 64)
         yield from self.gathers(1, LARGEST, 3, 33333, 7, torch.float32)
         yield from self.sums(1, LARGEST, 4, 999, 7, torch.float32)
 

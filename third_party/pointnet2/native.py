@@ -6,6 +6,7 @@ allocated here, so that torch's allocator owns all memory.
 Shapes: B scenes, N points, M centres, S or K neighbours, C or F channels, P positions.
 """
 
+import contextlib
 import ctypes
 from pathlib import Path
 
@@ -78,19 +79,22 @@ class NativeBackend:
         return self._library.pn2_error(code).decode()
 
     def _call(self, name: str, device: torch.device, *arguments: object) -> None:
-        function = getattr(self._library, name)
-        if self._on_gpu:
-            with torch.cuda.device(device):
-                code = function(*arguments, torch.cuda.current_stream(device).cuda_stream)
-        else:
-            code = function(*arguments, torch.get_num_threads())
+        context = torch.cuda.current_stream(device).cuda_stream if self._on_gpu else torch.get_num_threads()
+        with self._current(device):
+            code = getattr(self._library, name)(*arguments, context)
         if code == _BAD_INDEX:
             raise IndexError(f"{name.removeprefix('pn2_')}: {self._message(code)}.")
         if code:
             raise LibraryError(f"{name.removeprefix('pn2_')}: {self._message(code)}.")
 
+    def _current(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        """Makes a GPU the current one: the library computes there."""
+        return torch.cuda.device(device) if self._on_gpu else contextlib.nullcontext()
+
     def _workspace(self, name: str, device: torch.device, *sizes: int) -> Tensor:
-        return torch.empty(getattr(self._library, f"{name}_workspace")(*sizes), dtype=torch.uint8, device=device)
+        with self._current(device):
+            num_bytes = getattr(self._library, f"{name}_workspace")(*sizes)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     def furthest_point_sample(self, points_BN3: Tensor, num_samples: int) -> Tensor:
         name, device = "pn2_furthest_point_sample", points_BN3.device

@@ -20,13 +20,15 @@ inline int64_t align_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 inline cudaStream_t stream_of(intptr_t context) { return reinterpret_cast<cudaStream_t>(context); }
 
+constexpr int kMaxDevices = 64;
+
 struct Device {
-    int major = 0, processors = 0, shared_bytes = 0;
+    int index = 0, major = 0, processors = 0;
+    int shared_bytes = 0;  // that a block may ask for
 };
 
 // Properties of the current device, asked once: cudaGetDeviceProperties takes milliseconds.
 inline cudaError_t current_device(Device* found) {
-    constexpr int kMaxDevices = 64;
     static Device known[kMaxDevices];
     int index = 0;
     cudaError_t error = cudaGetDevice(&index);
@@ -34,6 +36,7 @@ inline cudaError_t current_device(Device* found) {
     if (index >= kMaxDevices) return cudaErrorInvalidDevice;
     Device device = known[index];
     if (device.processors == 0) {
+        device.index = index;
         if ((error = cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index))) return error;
         if ((error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index)))
             return error;
@@ -44,10 +47,13 @@ inline cudaError_t current_device(Device* found) {
     return cudaSuccess;
 }
 
-// Dynamic shared memory beyond 48 KiB has to be allowed first.
+// Left to the variables that kernels declare in shared memory.
+constexpr int kStaticShared = 2 * 1024;
+
+// Shared memory beyond 48 KiB, the kernel's own variables included, has to be allowed first.
 template <typename Kernel>
 cudaError_t allow_shared(Kernel* kernel, int bytes) {
-    if (bytes <= 48 * 1024) return cudaSuccess;
+    if (bytes <= 48 * 1024 - kStaticShared) return cudaSuccess;
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
@@ -75,6 +81,11 @@ template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
 }
+
+// Writes what this launch does not read again, so that it drives nothing out of the cache.
+__device__ __forceinline__ void write_once(float* target, float value) { __stcs(target, value); }
+__device__ __forceinline__ void write_once(__half* target, __half value) { __stcs(target, value); }
+__device__ __forceinline__ void write_once(__nv_bfloat16* target, __nv_bfloat16 value) { __stcs(target, value); }
 
 // Calls `body` with a value of the element type that `dtype` names.
 template <typename Body>

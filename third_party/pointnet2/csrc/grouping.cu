@@ -7,9 +7,9 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kStagedThreads = 1024;
 
-template <typename T>
-struct alignas(4 * sizeof(T)) Four {
-    T value[4];
+template <typename T, int Count>
+struct alignas(Count * sizeof(T)) Several {
+    T value[Count];
 };
 
 // A thread copies four positions of a row: one wide read of indices, four gathers, one wide write. `table` may lie in
@@ -22,7 +22,7 @@ __device__ __forceinline__ void gather_row(const T* table, const int32_t* idx, i
             const int4 i = reinterpret_cast<const int4*>(idx)[p];
             assert((unsigned)i.x < N && (unsigned)i.y < N && (unsigned)i.z < N && (unsigned)i.w < N &&
                    "an index lies outside the points");
-            reinterpret_cast<Four<T>*>(out)[p] = {{table[i.x], table[i.y], table[i.z], table[i.w]}};
+            reinterpret_cast<Several<T, 4>*>(out)[p] = {{table[i.x], table[i.y], table[i.z], table[i.w]}};
         }
     } else {
         for (int64_t p = first; p < P; p += step) {
@@ -87,32 +87,68 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// One element of the result a thread: writes are contiguous, and neighbouring threads read one neighbour's row.
-template <typename T>
+// Division by a number that the host knows, as a product and a shift (Granlund and Montgomery 1994).
+struct Divisor {
+    uint64_t number;
+    uint32_t factor;
+    int shift;
+
+    explicit Divisor(uint64_t number) : number(number), factor(0), shift(0) {
+        if (number > UINT32_MAX) return;
+        while ((uint64_t{1} << shift) < number) ++shift;
+        factor = (uint32_t)(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - number)) / number + 1);
+    }
+
+    __device__ __forceinline__ uint32_t operator()(uint32_t value) const {
+        return (uint32_t)(((uint64_t)__umulhi(value, factor) + value) >> shift);
+    }
+    __device__ __forceinline__ uint64_t operator()(uint64_t value) const { return value / number; }
+};
+
+struct Offsets {
+    Divisor width, neighbors, centers;  // 3 + F, K, M
+    uint64_t count;                     // elements of the result
+    int64_t N;
+    unsigned F;
+    float radius;
+};
+
+// A thread writes a few consecutive elements of the result, together. Neighbouring threads read one neighbour's row. I is
+// the type that counts elements: 32-bit divisions are many times faster.
+template <typename T, typename I>
 __global__ void __launch_bounds__(kThreads)
-    group_offsets(const float* points, const float* centers, const T* features, const int32_t* idx, int64_t N,
-                  int64_t M, unsigned K, unsigned F, float radius, T* out) {
-    const unsigned width = 3 + F;
-    const int64_t scene = blockIdx.y;
-    const int64_t count = M * K * width;
-    out += scene * count, idx += scene * M * K;
-    for (int64_t element = (int64_t)blockIdx.x * kThreads + threadIdx.x; element < count;
-         element += (int64_t)gridDim.x * kThreads) {
-        // 32-bit division where it suffices: the 64-bit one takes some eighty instructions
-        const int64_t position = count <= UINT32_MAX ? (unsigned)element / width : element / width;
-        const unsigned column = element - position * width;
-        const int index = idx[position];
-        assert((unsigned)index < N && "an index lies outside the points");
-        T value;
-        if (column < 3) {
-            const int64_t m = position <= UINT32_MAX ? (unsigned)position / K : position / K;
-            const float offset =
-                __fsub_rn(points[(scene * N + index) * 3 + column], centers[(scene * M + m) * 3 + column]);
-            value = from_float<T>(__fdiv_rn(offset, radius));
-        } else {
-            value = features[(scene * N + index) * F + column - 3];
+    group_offsets(const float* points, const float* centers, const T* features, const int32_t* idx, Offsets sizes,
+                  T* out) {
+    constexpr int kElements = 16 / sizeof(T);
+    const unsigned width = 3 + sizes.F;
+    const I first = ((I)blockIdx.x * kThreads + threadIdx.x) * kElements;
+    if (first >= (I)sizes.count) return;
+    I position = sizes.width(first);
+    unsigned column = (unsigned)(first - position * width);
+    int64_t source = 0;  // row of the point
+    I center = 0;
+    Several<T, kElements> written;
+#pragma unroll
+    for (int element = 0; element < kElements; ++element) {
+        if (element > 0 && ++column == width) column = 0, ++position;
+        if (first + element >= (I)sizes.count) break;
+        if (element == 0 || column == 0) {
+            center = sizes.neighbors(position);
+            const int index = idx[position];
+            assert((unsigned)index < sizes.N && "an index lies outside the points");
+            source = (int64_t)sizes.centers(center) * sizes.N + index;
         }
-        out[element] = value;
+        if (column < 3) {
+            const float offset = __fsub_rn(points[source * 3 + column], centers[(int64_t)center * 3 + column]);
+            written.value[element] = from_float<T>(__fdiv_rn(offset, sizes.radius));
+        } else {
+            written.value[element] = features[source * sizes.F + column - 3];
+        }
+    }
+    if (first + kElements <= (I)sizes.count) {
+        *reinterpret_cast<Several<T, kElements>*>(out + first) = written;
+    } else {
+        for (int element = 0; first + element < (I)sizes.count; ++element) out[first + element] = written.value[element];
     }
 }
 
@@ -211,12 +247,15 @@ int pn2_group_offsets(const float* points, const float* centers, const void* fea
                       int64_t N, int64_t M, int64_t K, int64_t F, float radius, int dtype, void* out,
                       intptr_t context) {
     if (B == 0 || M == 0 || K == 0) return 0;
-    if (B > 65535 || K > UINT32_MAX || F > UINT32_MAX - 3) return cudaErrorInvalidValue;
+    if (B * M > UINT32_MAX || K > UINT32_MAX || F > UINT32_MAX - 3) return cudaErrorInvalidValue;
+    const Offsets sizes{Divisor(3 + F), Divisor(K), Divisor(M), (uint64_t)(B * M * K * (3 + F)), N, (unsigned)F, radius};
     return with_type(dtype, [&](auto type) -> int {
         using T = decltype(type);
-        const dim3 grid(blocks_for(M * K * (3 + F), kThreads * 4, INT32_MAX), B);
-        group_offsets<T><<<grid, kThreads, 0, stream_of(context)>>>(points, centers, static_cast<const T*>(features), idx,
-                                                                    N, M, K, F, radius, static_cast<T*>(out));
+        const int64_t blocks = divide_up(sizes.count, kThreads * 16 / sizeof(T));
+        const bool narrow = sizes.count < UINT32_MAX - kThreads * 16;  // so that no thread's first element wraps around
+        auto* kernel = narrow ? group_offsets<T, uint32_t> : group_offsets<T, uint64_t>;
+        kernel<<<blocks, kThreads, 0, stream_of(context)>>>(points, centers, static_cast<const T*>(features), idx, sizes,
+                                                            static_cast<T*>(out));
         return cudaGetLastError();
     });
 }

@@ -11,7 +11,9 @@
 //
 // A candidate is (distance, index); the larger distance wins, then the lower index. Distances are not negative, so their
 // bits compare as integers; places beyond the last point hold -1.
+#include <algorithm>
 #include <climits>
+#include <limits>
 #include <type_traits>
 
 #include "common.cuh"
@@ -19,13 +21,13 @@
 namespace pn2 {
 namespace {
 
-#ifndef PN2_FPS_THREADS
-#define PN2_FPS_THREADS 512
-#endif
-constexpr int kThreads = PN2_FPS_THREADS;
-constexpr int kWarps = kThreads / 32;
+// Few threads with many places each: what a step costs beside its distances grows with the number of warps.
+constexpr int kThreads = 256;
+constexpr int kMaxPlaces = 50;  // of a thread: 200 of its 255 registers
 constexpr int kMaxCluster = 16;
-static_assert(kWarps <= 32, "one warp reduces the candidates of a block");
+// One block has the whole of a multiprocessor.
+constexpr int kWideThreads = 1024;
+constexpr int kWidePlaces = 10;  // 40 of 64 registers
 
 struct Candidate {
     int distance;  // bits of the float
@@ -42,21 +44,23 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// The block's K * kThreads points; place k of thread t holds point (k * blocks + block) * kThreads + t of the scene.
-template <int K>
+// The block's K * T points; place k of thread t holds point (k * blocks + block) * T + t of the scene.
+template <int T, int K>
 struct Points {
     float x[K], y[K], z[K], nearest[K];
 
+    // Copies of the positions go to shared memory unless that is null.
     __device__ void load(const float* scene, int N, int block, int blocks, float* positions) {
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const int i = (k * blocks + block) * kThreads + threadIdx.x;
+            const int i = (k * blocks + block) * T + threadIdx.x;
             const bool real = i < N;
             x[k] = real ? scene[3 * (int64_t)i] : 0.f;
             y[k] = real ? scene[3 * (int64_t)i + 1] : 0.f;
             z[k] = real ? scene[3 * (int64_t)i + 2] : 0.f;
             nearest[k] = real ? INFINITY : -1.f;
-            float* position = positions + 3 * (k * kThreads + threadIdx.x);
+            if (positions == nullptr) continue;
+            float* position = positions + 3 * (k * T + threadIdx.x);
             position[0] = x[k], position[1] = y[k], position[2] = z[k];
         }
     }
@@ -70,7 +74,7 @@ struct Points {
             const int distance = __float_as_int(nearest[k]);
             if (distance > best) best = distance, best_k = k;
         }
-        return {best, (best_k * blocks + block) * kThreads + (int)threadIdx.x};
+        return {best, (best_k * blocks + block) * T + (int)threadIdx.x};
     }
 };
 
@@ -81,21 +85,23 @@ __device__ __forceinline__ int place_of(int index, int blocks) {
 }
 
 // The block's best candidate, known to every lane of the warps that call this after the barrier.
+template <int T>
 __device__ __forceinline__ Candidate block_best(const Candidate* of_warps) {
+    static_assert(T <= 1024, "one warp reduces the candidates of a block");
     const int lane = threadIdx.x & 31;
-    const Candidate mine = lane < kWarps ? of_warps[lane] : Candidate{INT_MIN, INT_MAX};
+    const Candidate mine = lane < T / 32 ? of_warps[lane] : Candidate{INT_MIN, INT_MAX};
     return warp_best(mine.distance, mine.index);
 }
 
 // ---- one block a scene
 
-template <int K>
-__global__ void __launch_bounds__(kThreads) sample_block(const float* points, int N, int M, int32_t* idx) {
+template <int T, int K>
+__global__ void __launch_bounds__(T) sample_block(const float* points, int N, int M, int32_t* idx) {
     extern __shared__ float positions[];
-    __shared__ Candidate of_warps[2][kWarps];
+    __shared__ Candidate of_warps[2][T / 32];
     const float* scene = points + (int64_t)blockIdx.x * N * 3;
     int32_t* chosen = idx + (int64_t)blockIdx.x * M;
-    Points<K> mine;
+    Points<T, K> mine;
     mine.load(scene, N, 0, 1, positions);
     __syncthreads();
     float cx = positions[0], cy = positions[1], cz = positions[2];
@@ -105,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) sample_block(const float* points, in
         const Candidate of_warp = warp_best(of_thread.distance, of_thread.index);
         if ((threadIdx.x & 31) == 0) of_warps[step & 1][threadIdx.x / 32] = of_warp;
         __syncthreads();  // one a step: the next step writes to the other half of of_warps
-        const Candidate best = block_best(of_warps[step & 1]);
+        const Candidate best = block_best<T>(of_warps[step & 1]);
         const float* position = positions + 3 * best.index;
         cx = position[0], cy = position[1], cz = position[2];
         if (threadIdx.x == 0) chosen[step] = best.index;
@@ -159,7 +165,7 @@ template <int K>
 __global__ void __launch_bounds__(kThreads) sample_cluster(const float* points, int N, int M, int32_t* idx) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     extern __shared__ float positions[];
-    __shared__ Candidate of_warps[kWarps];
+    __shared__ Candidate of_warps[kThreads / 32];
     // Two of each: a block can be one step ahead of another, never two, since it needs that one's candidate to go on.
     __shared__ Message messages[2][kMaxCluster];
     __shared__ int indices[2][kMaxCluster];
@@ -170,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) sample_cluster(const float* points, 
     int32_t* chosen = idx + scene_index * M;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
 
-    Points<K> mine;
+    Points<kThreads, K> mine;
     mine.load(scene, N, rank, blocks, positions);
     float cx = scene[0], cy = scene[1], cz = scene[2];
     if (threadIdx.x == 0) {
@@ -189,7 +195,7 @@ __global__ void __launch_bounds__(kThreads) sample_cluster(const float* points, 
         if (lane == 0) of_warps[warp] = of_warp;
         __syncthreads();
         if (warp == 0) {
-            const Candidate best = block_best(of_warps);
+            const Candidate best = block_best<kThreads>(of_warps);
             if (lane == 0)
                 asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
                              "r"(blocks * (unsigned)(sizeof(Message) + sizeof(int)))
@@ -224,24 +230,45 @@ __global__ void __launch_bounds__(kThreads) sample_cluster(const float* points, 
 
 // ---- a group of blocks a scene, through global memory
 
-// K = 0 keeps points and distances in global memory: any number of points.
+// A candidate as one word, larger for the better one. A word is its own flag: fresh words are zero, and a candidate's is
+// not, as ~index is not. A block without points has distance -1, the least word.
+__device__ __forceinline__ unsigned long long word_of(Candidate best) {
+    return best.distance < 0 ? 1ull : (unsigned long long)best.distance << 32 | (unsigned)~best.index;
+}
+
+// Tells the other blocks this one's candidate and waits for theirs. Called by one warp; all its lanes learn the best.
+__device__ __forceinline__ int exchange(unsigned long long* words, int block, int blocks, Candidate mine) {
+    const int lane = threadIdx.x & 31;
+    if (lane == 0) *(volatile unsigned long long*)(words + block) = word_of(mine);
+    unsigned long long best = 0;
+    for (int other = lane; other < blocks; other += 32) {
+        unsigned long long word;
+        do word = *(volatile unsigned long long*)(words + other);
+        while (word == 0);
+        if (word > best) best = word;
+    }
+    const unsigned distance = __reduce_max_sync(kAllLanes, (unsigned)(best >> 32));
+    return ~__reduce_max_sync(kAllLanes, best >> 32 == distance ? (unsigned)best : 0u);
+}
+
+// K = 0 keeps distances in global memory: any number of points.
 template <int K>
 __global__ void __launch_bounds__(kThreads)
     sample_grid(const float* points, int B, int N, int M, int blocks, int32_t* idx, unsigned long long* words,
                 float* nearest) {
-    __shared__ Candidate of_warps[2][kWarps];
-    extern __shared__ float positions[];
+    __shared__ Candidate of_warps[kThreads / 32];
+    __shared__ float center[3];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int block = blockIdx.x % blocks, groups = gridDim.x / blocks;
     for (int64_t scene_index = blockIdx.x / blocks; scene_index < B; scene_index += groups) {
         const float* scene = points + scene_index * N * 3;
         int32_t* chosen = idx + scene_index * M;
-        Points<K == 0 ? 1 : K> mine;
+        Points<kThreads, K == 0 ? 1 : K> mine;
         float* distances = nearest + scene_index * N;
         if constexpr (K == 0) {
             for (int i = block * kThreads + threadIdx.x; i < N; i += blocks * kThreads) distances[i] = INFINITY;
         } else {
-            mine.load(scene, N, block, blocks, positions);
+            mine.load(scene, N, block, blocks, nullptr);
         }
         float cx = scene[0], cy = scene[1], cz = scene[2];
         if (threadIdx.x == 0 && block == 0) chosen[0] = 0;
@@ -259,60 +286,51 @@ __global__ void __launch_bounds__(kThreads)
                 of_thread = mine.update(cx, cy, cz, block, blocks);
             }
             const Candidate of_warp = warp_best(of_thread.distance, of_thread.index);
-            if (lane == 0) of_warps[step & 1][warp] = of_warp;
+            if (lane == 0) of_warps[warp] = of_warp;
             __syncthreads();
-            // The word is its own flag: fresh words are zero, and a candidate's is not, as ~index is not. A block without
-            // points sends distance -1 as the least possible word.
-            unsigned long long* step_words = words + (scene_index * M + step) * blocks;
-            if (warp == 0) {
-                const Candidate best = block_best(of_warps[step & 1]);
-                const unsigned long long word =
-                    best.distance < 0 ? 1ull
-                                      : (unsigned long long)best.distance << 32 | (unsigned)~best.index;
-                if (lane == 0) *(volatile unsigned long long*)(step_words + block) = word;
+            if (warp == 0) {  // one warp polls: all of them would crowd the cache that holds the words
+                const Candidate of_block = block_best<kThreads>(of_warps);
+                const int best = exchange(words + (scene_index * M + step) * blocks, block, blocks, of_block);
+                if (lane < 3) center[lane] = scene[3 * (int64_t)best + lane];
+                if (lane == 0 && block == 0) chosen[step] = best;
             }
-            int distance = INT_MIN, index = INT_MAX;
-            for (int other = lane; other < blocks; other += 32) {
-                unsigned long long word;
-                do word = *(volatile unsigned long long*)(step_words + other);
-                while (word == 0);
-                const int its_distance = word == 1 ? INT_MIN : (int)(word >> 32);
-                const int its_index = (int)~(unsigned)word;
-                if (its_distance > distance || (its_distance == distance && its_index < index))
-                    distance = its_distance, index = its_index;
-            }
-            const Candidate best = warp_best(distance, index);
-            const float* point = scene + 3 * (int64_t)best.index;
-            cx = point[0], cy = point[1], cz = point[2];
-            if (threadIdx.x == 0 && block == 0) chosen[step] = best.index;
+            __syncthreads();
+            cx = center[0], cy = center[1], cz = center[2];
         }
     }
 }
 
 // ---- choice
 
-constexpr int kMaxPlaces = 25;  // of a thread: 100 of its 128 registers
-
-// Calls `body` with the smallest number of places a thread that is compiled and holds `needed`.
-template <typename Body>
-int with_places(int64_t needed, Body body) {
-    if (needed <= 1) return body(std::integral_constant<int, 1>{});
-    if (needed <= 2) return body(std::integral_constant<int, 2>{});
-    if (needed <= 3) return body(std::integral_constant<int, 3>{});
-    if (needed <= 5) return body(std::integral_constant<int, 5>{});
-    if (needed <= 8) return body(std::integral_constant<int, 8>{});
-    if (needed <= 10) return body(std::integral_constant<int, 10>{});
-    if (needed <= 15) return body(std::integral_constant<int, 15>{});
-    if (needed <= 20) return body(std::integral_constant<int, 20>{});
-    return body(std::integral_constant<int, kMaxPlaces>{});
+// Places of a thread whose positions the block's shared memory holds, at most `most`.
+int64_t most_places(const Device& device, int threads, int64_t most) {
+    const int64_t held = (device.shared_bytes - kStaticShared) / (3 * sizeof(float) * threads);
+    return held < most ? held : most;
 }
 
-template <int K>
+// Calls `body` with the smallest number of places a thread that is compiled and holds `needed`; Most is the largest.
+template <int Most, int First, int... Others, typename Body>
+int with_places_of(int64_t needed, Body body) {
+    if constexpr (sizeof...(Others) == 0) {
+        return body(std::integral_constant<int, Most>{});
+    } else {
+        if (First >= Most) return body(std::integral_constant<int, Most>{});
+        if (needed <= First) return body(std::integral_constant<int, First < Most ? First : Most>{});
+        return with_places_of<Most, Others...>(needed, body);
+    }
+}
+
+template <int Most, typename Body>
+int with_places(int64_t needed, Body body) {
+    return with_places_of<Most, 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, Most>(needed, body);
+}
+
+template <int T, int K>
 int launch_block(const float* points, int64_t B, int64_t N, int64_t M, int32_t* idx, cudaStream_t stream) {
-    const int bytes = K * kThreads * 3 * sizeof(float);
-    const cudaError_t error = allow_shared(sample_block<K>, bytes);
+    const int bytes = K * T * 3 * sizeof(float);
+    const cudaError_t error = allow_shared(sample_block<T, K>, bytes);
     if (error != cudaSuccess) return error;
-    sample_block<K><<<B, kThreads, bytes, stream>>>(points, N, M, idx);
+    sample_block<T, K><<<B, T, bytes, stream>>>(points, N, M, idx);
     return cudaGetLastError();
 }
 
@@ -362,89 +380,97 @@ int launch_cluster(const float* points, int64_t B, int64_t N, int64_t M, int blo
     return cudaLaunchKernelEx(&config, sample_cluster<K>, points, (int)N, (int)M, idx);
 }
 
-// Blocks of a cluster for a scene: the size with the least work on any multiprocessor; 0 where a cluster cannot hold it.
-int choose_cluster(int64_t B, int64_t N) {
-    // One answer a device and number of places; asking takes tens of microseconds. Filled alike by any thread.
-    static int known[64][5][kMaxPlaces + 1];
-    int index = 0;
-    if (cudaGetDevice(&index) != cudaSuccess || index >= 64) return 0;
-    int chosen = 0;
-    int64_t least = INT64_MAX;
-    for (int power = 4; power >= 1; --power) {
-        const int blocks = 1 << power;
-        const int64_t needed = divide_up(N, (int64_t)blocks * kThreads);
-        if (needed > kMaxPlaces) break;
-        int clusters = 0;
-        const int places = with_places(needed, [&](auto K) {
-            int& answer = known[index][power][K.value];
-            if (answer == 0) answer = 1 + active_clusters<K.value>(blocks);
-            clusters = answer - 1;
-            return K.value;
-        });
-        if (clusters == 0) continue;
-        // in units of a step: a place costs about 16 warps' instructions, an exchange about as much as 8 places
-        const int64_t cost = divide_up(B, clusters) * (places + 8);
-        if (cost < least) least = cost, chosen = blocks;
-    }
-    return chosen;
-}
-
 struct GridPlan {
-    int places = 0, blocks = 0, groups = 0;  // places 0: global memory
+    int places = 0, blocks = 0, groups = 0;  // places 0: distances in global memory
 };
 
-// As many blocks as run at once, shared out over the scenes.
-int plan_grid(int64_t B, int64_t N, GridPlan* plan) {
-    Device device;
-    const cudaError_t error = current_device(&device);
-    if (error != cudaSuccess) return error;
-    // one block a multiprocessor: with more, the exchange costs more than the second block's work gains
-    const int64_t useful = divide_up(N, (int64_t)kThreads * 4);
-    const int64_t groups = B < device.processors ? B : device.processors;
-    int64_t blocks = device.processors / groups;
-    if (blocks > useful) blocks = useful;
-    const int64_t needed = divide_up(N, blocks * kThreads);
-    plan->blocks = blocks, plan->groups = groups;
-    plan->places = needed > kMaxPlaces ? 0 : (int)needed;
-    return cudaSuccess;
+// As many blocks as run at once, one a multiprocessor: with more, the exchange costs more than the second block's work gains.
+// They are shared out over the scenes, or over as many of them as their registers hold.
+GridPlan plan_grid(const Device& device, int64_t B, int64_t N) {
+    GridPlan plan;
+    const int64_t least = divide_up(N, (int64_t)kThreads * kMaxPlaces);
+    const int64_t most = divide_up(N, (int64_t)kThreads * 4);
+    const int64_t groups = least <= device.processors ? device.processors / least : 1;
+    plan.groups = B < groups ? B : groups;
+    plan.blocks = device.processors / plan.groups;
+    if (plan.blocks > most) plan.blocks = most;
+    const int64_t needed = divide_up(N, (int64_t)plan.blocks * kThreads);
+    plan.places = needed > kMaxPlaces ? 0 : (int)needed;
+    return plan;
 }
 
 template <int K>
 int launch_grid(const GridPlan& plan, const float* points, int64_t B, int64_t N, int64_t M, int32_t* idx,
                 void* workspace, cudaStream_t stream) {
-    const int bytes = K * kThreads * 3 * sizeof(float);
-    cudaError_t error = allow_shared(sample_grid<K>, bytes);
-    if (error != cudaSuccess) return error;
     const int64_t words_bytes = B * M * plan.blocks * sizeof(unsigned long long);
     auto* words = static_cast<unsigned long long*>(workspace);
     auto* nearest = reinterpret_cast<float*>(static_cast<char*>(workspace) + align_up(words_bytes));
-    if ((error = cudaMemsetAsync(words, 0, words_bytes, stream)) != cudaSuccess) return error;
+    const cudaError_t error = cudaMemsetAsync(words, 0, words_bytes, stream);
+    if (error != cudaSuccess) return error;
     int scenes = B, num_points = N, samples = M, blocks = plan.blocks;
     void* arguments[] = {&points, &scenes, &num_points, &samples, &blocks, &idx, &words, &nearest};
-    return cudaLaunchCooperativeKernel(sample_grid<K>, dim3(plan.blocks * plan.groups), dim3(kThreads), arguments,
-                                       bytes, stream);
+    return cudaLaunchCooperativeKernel(sample_grid<K>, dim3(plan.blocks * plan.groups), dim3(kThreads), arguments, 0,
+                                       stream);
 }
 
-#ifndef PN2_FPS_BLOCK_PLACES
-#define PN2_FPS_BLOCK_PLACES 8
-#endif
+// Which way is the fastest, by estimates of a step in microseconds that were fitted to an H100. Elsewhere all terms change
+// much alike.
 
-enum class Plan { kBlock, kCluster, kGrid };
+enum class Way { kBlock, kCluster, kGrid };
 
-int choose(int64_t B, int64_t N, Plan* plan, int* cluster) {
-    Device device;
-    const cudaError_t error = current_device(&device);
-    if (error != cudaSuccess) return error;
-    *cluster = 0;
-    *plan = Plan::kGrid;
-    const bool small = N <= PN2_FPS_BLOCK_PLACES * kThreads;  // an exchange would cost more than it gains
-    const bool many = B >= 2 * device.processors && N <= (device.major >= 9 ? 15 : 10) * kThreads;
-    if (small || many) {
-        *plan = Plan::kBlock;
-    } else if (device.major >= 9 && (*cluster = choose_cluster(B, N)) > 0) {
-        *plan = Plan::kCluster;
+struct Plan {
+    Way way = Way::kGrid;
+    int blocks = 0;  // of a cluster
+    double step = std::numeric_limits<double>::infinity();
+
+    void consider(Way other, double its_step, int its_blocks = 0) {
+        if (its_step < step) way = other, step = its_step, blocks = its_blocks;
     }
-    return cudaSuccess;
+};
+
+double block_step(const Device& device, int64_t B, int places) {
+    return divide_up(B, device.processors) * (0.21 + 0.061 * places);
+}
+
+double grid_step(const GridPlan& grid, int64_t B) {
+    return divide_up(B, grid.groups) * (grid.places > 0 ? 1.0 + 0.014 * grid.places : 100.0);
+}
+
+// Clusters that share multiprocessors take turns; those that find no room wait for the end of others.
+double cluster_step(const Device& device, int64_t B, int blocks, int places, int active) {
+    const auto together = [&](int64_t clusters) {
+        const double alone = 0.57 + 0.015 * places, turn = 0.14 + 0.023 * places;
+        return std::max(alone, (double)(clusters * blocks) / device.processors * turn);
+    };
+    return B / active * together(active) + (B % active ? together(B % active) : 0.0);
+}
+
+void consider_clusters(const Device& device, int64_t B, int64_t N, Plan* plan) {
+    // One answer a device and number of places; asking takes tens of microseconds. Filled alike by any thread.
+    static int known[kMaxDevices][5][kMaxPlaces + 1];
+    for (int power = 4; power >= 1; --power) {
+        const int blocks = 1 << power;
+        const int64_t needed = divide_up(N, (int64_t)blocks * kThreads);
+        if (needed > kMaxPlaces) break;
+        with_places<kMaxPlaces>(needed, [&](auto K) {
+            int& answer = known[device.index][power][K.value];
+            if (answer == 0) answer = 1 + active_clusters<K.value>(blocks);
+            const int active = answer - 1;
+            if (active > 0)
+                plan->consider(Way::kCluster, cluster_step(device, B, blocks, K.value, active), blocks);
+            return 0;
+        });
+    }
+}
+
+Plan choose(const Device& device, int64_t B, int64_t N) {
+    Plan plan;
+    plan.consider(Way::kGrid, grid_step(plan_grid(device, B, N), B));
+    const int64_t places = divide_up(N, kWideThreads);
+    if (places <= most_places(device, kWideThreads, kWidePlaces))
+        plan.consider(Way::kBlock, block_step(device, B, places));
+    if (device.major >= 9) consider_clusters(device, B, N, &plan);
+    return plan;
 }
 
 }  // namespace
@@ -455,12 +481,9 @@ using namespace pn2;
 extern "C" {
 
 int64_t pn2_furthest_point_sample_workspace(int64_t B, int64_t N, int64_t M) {
-    Plan plan;
-    GridPlan grid;
-    int cluster;
-    if (B == 0 || M == 0 || choose(B, N, &plan, &cluster) != cudaSuccess || plan != Plan::kGrid ||
-        plan_grid(B, N, &grid) != cudaSuccess)
-        return 0;
+    Device device;
+    if (B == 0 || M == 0 || current_device(&device) != cudaSuccess || choose(device, B, N).way != Way::kGrid) return 0;
+    const GridPlan grid = plan_grid(device, B, N);
     const int64_t words = align_up(B * M * grid.blocks * sizeof(unsigned long long));
     return words + (grid.places == 0 ? B * N * sizeof(float) : 0);
 }
@@ -470,21 +493,24 @@ int pn2_furthest_point_sample(const float* points, int64_t B, int64_t N, int64_t
     if (B == 0 || M == 0) return 0;
     if (N > INT_MAX || M > INT_MAX || B > INT_MAX) return cudaErrorInvalidValue;
     const cudaStream_t stream = stream_of(context);
-    Plan plan;
-    int cluster;
-    if (const int error = choose(B, N, &plan, &cluster)) return error;
-    if (plan == Plan::kBlock)
-        return with_places(divide_up(N, kThreads), [&](auto K) {
-            return launch_block<K.value>(points, B, N, M, idx, stream);
+    Device device;
+    if (const int error = current_device(&device)) return error;
+    const Plan plan = choose(device, B, N);
+    if (plan.way == Way::kBlock && N <= 4 * kThreads)
+        return with_places<4>(divide_up(N, kThreads), [&](auto K) {
+            return launch_block<kThreads, K.value>(points, B, N, M, idx, stream);
         });
-    if (plan == Plan::kCluster)
-        return with_places(divide_up(N, (int64_t)cluster * kThreads), [&](auto K) {
-            return launch_cluster<K.value>(points, B, N, M, cluster, idx, stream);
+    if (plan.way == Way::kBlock)
+        return with_places<kWidePlaces>(divide_up(N, kWideThreads), [&](auto K) {
+            return launch_block<kWideThreads, K.value>(points, B, N, M, idx, stream);
         });
-    GridPlan grid;
-    if (const int error = plan_grid(B, N, &grid)) return error;
+    if (plan.way == Way::kCluster)
+        return with_places<kMaxPlaces>(divide_up(N, (int64_t)plan.blocks * kThreads), [&](auto K) {
+            return launch_cluster<K.value>(points, B, N, M, plan.blocks, idx, stream);
+        });
+    const GridPlan grid = plan_grid(device, B, N);
     if (grid.places == 0) return launch_grid<0>(grid, points, B, N, M, idx, workspace, stream);
-    return with_places(grid.places, [&](auto K) {
+    return with_places<kMaxPlaces>(grid.places, [&](auto K) {
         return launch_grid<K.value>(grid, points, B, N, M, idx, workspace, stream);
     });
 }
