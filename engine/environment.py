@@ -1,6 +1,7 @@
 """What this installation can do, for `python main.py doctor`."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -17,14 +18,16 @@ OPTIONAL = {
 
 
 def describe_environment() -> list[tuple[str, str]]:
-    """Name and state of everything that decides what works here."""
+    """Name and state of everything that decides what works here; a row without a name continues the one above."""
     rows = [
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("cpu cores", str(os.cpu_count())),
     ]
     rows += [(name, _version(name) or "missing: pip install -r requirements.txt") for name in REQUIRED]
     rows += [(name, _version(name) or f"absent; needed for {purpose}") for name, purpose in OPTIONAL.items()]
-    rows += [("cuda", describe_cuda()), ("point operations", describe_ops()), ("java", describe_java())]
+    rows.append(("cuda", describe_cuda()))
+    rows += [("" if index else "point operations", line) for index, line in enumerate(describe_ops())]
+    rows += [("box overlap", describe_boxes()), ("java", describe_java())]
     return rows
 
 
@@ -38,14 +41,22 @@ def describe_cuda() -> str:
     return f"CUDA {torch.version.cuda}: {names}"
 
 
-def describe_ops() -> str:
-    """Which backend the PointNet++ operations take, or why none."""
+def describe_ops() -> list[str]:
+    """Which backend the PointNet++ operations take on each kind of device, and why not a faster one: one line each.
+
+    Libraries that can be built here are built by asking.
+    """
     from ..third_party import pointnet2
 
-    try:
-        return pointnet2.backend_name()
-    except ValueError as error:
-        return str(error)
+    return pointnet2.describe_backends()
+
+
+def describe_boxes() -> str:
+    """What computes the overlap of boxes with headings on a CPU."""
+    spec = importlib.util.find_spec("..utils.box_intersection", __package__)
+    if spec is None:
+        return "plain torch (no faster one: utils/box_intersection.pyx is not compiled)"
+    return f"compiled loop ({spec.origin})"
 
 
 def describe_java() -> str:

@@ -149,9 +149,22 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     return make
 
 
-def pip_install(python: Path, *arguments: str | Path) -> None:
-    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
-    checked(sys.executable, "-m", "pip", "--python", python, "install", "--ignore-installed", *options, *arguments)
+OFFLINE = ("--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check")
+
+
+def pip_install(python: Path, *arguments: str | Path, env: dict[str, str] | None = None) -> str:
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--ignore-installed"]
+    done = run([*command, *OFFLINE, *arguments], env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def pip_wheel(folder: Path, checkout: Path, env: dict[str, str] | None = None) -> tuple[Path, set[str]]:
+    """The wheel of a checkout, and the names of the files in it."""
+    checked(sys.executable, "-m", "pip", "wheel", "--quiet", *OFFLINE, "-w", folder, checkout, env=env)
+    wheel = next(folder.glob("threedr1-*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        return wheel, set(archive.namelist())
 
 
 def check_installed(python: Path, expected: Path, cwd: Path) -> None:
@@ -172,11 +185,8 @@ def test_editable_install(environment: Callable[[str], Path], tmp_path: Path):
 
 def test_wheel(environment: Callable[[str], Path], tmp_path: Path):
     checkout = copy_checkout(tmp_path / "checkout")
-    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
-    checked(sys.executable, "-m", "pip", "wheel", *options, "-w", tmp_path, checkout)
-    wheel = next(tmp_path.glob("threedr1-*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
+    wheel, names = pip_wheel(tmp_path, checkout)
+    assert wheel.name.endswith("-none-any.whl") and not [name for name in names if name.endswith(".so")]
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"threedr1"}
     for name in COPIED[:-1]:
@@ -184,10 +194,67 @@ def test_wheel(environment: Callable[[str], Path], tmp_path: Path):
         sources = {f"threedr1/{path.relative_to(checkout)}" for path in (checkout / name).rglob("*.py")}
         assert packaged == sources, f"{name}: a folder without __init__.py is not packaged"
     assert "threedr1/main.py" in names and "threedr1/script/setup.sh" in names
+    compiled = [*checkout.glob("third_party/pointnet2/csrc/*"), *checkout.glob("utils/*.pyx")]
+    assert {f"threedr1/{path.relative_to(checkout)}" for path in compiled} <= names, "what is compiled on first use"
     python = environment("wheel")
     pip_install(python, wheel)
     check_installed(python, python.parents[1], tmp_path)
     check_installed(python, python.parents[1], checkout)
+
+
+@pytest.fixture
+def compiling(tmp_path: Path) -> dict[str, str]:
+    """Variables with which the CPU library is compiled on installation, quickly, and nothing on first use."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler on this machine")
+    quick = tmp_path / "quick-compiler"
+    quick.write_text(f'#!/bin/sh\nexec {compiler} "$@" -O0\n')
+    quick.chmod(0o755)
+    variables = {"THREEDR1_BUILD_OPS": "1", "CXX": str(quick), "CUDA_HOME": str(tmp_path / "no-cuda")}
+    return variables | {"THREEDR1_JIT": "0", "XDG_CACHE_HOME": str(tmp_path / "cache"), "THREEDR1_OPS": ""}
+
+
+USED_LIBRARY = "from threedr1.third_party.pointnet2 import describe_backends; print(describe_backends()[0])"
+
+
+def test_an_editable_install_compiles_the_operations_when_asked(
+    environment: Callable[[str], Path], compiling: dict[str, str], tmp_path: Path
+):
+    checkout = copy_checkout(tmp_path / "checkout")
+    python = environment("editable-ops")
+    told = pip_install(python, "--verbose", "-e", checkout, env=compiling)
+    assert "the CUDA library is not built, as there is no nvcc (set CUDA_HOME)" in told
+    folder = checkout / "third_party" / "pointnet2" / "lib"
+    assert [path.name[:14] for path in folder.iterdir()] == ["pointnet2_cpu-"]
+    assert f"cpu tensors: cpu ({folder}" in checked(python, "-c", USED_LIBRARY, env=compiling)
+
+
+def test_a_wheel_holds_the_compiled_operations_when_asked(
+    environment: Callable[[str], Path], compiling: dict[str, str], tmp_path: Path
+):
+    checkout = copy_checkout(tmp_path / "checkout")
+    wheel, names = pip_wheel(tmp_path / "with", checkout, compiling)
+    assert "-py3-none-" in wheel.name and "-any" not in wheel.name, "a wheel with machine code is for one platform"
+    assert len([name for name in names if name.endswith(".so")]) == 1
+    assert not (checkout / "third_party" / "pointnet2" / "lib").exists()
+    python = environment("wheel-ops")
+    pip_install(python, wheel)
+    assert f"cpu tensors: cpu ({python.parents[1]}" in checked(python, "-c", USED_LIBRARY, cwd=tmp_path, env=compiling)
+    wheel, names = pip_wheel(tmp_path / "without", checkout)  # build/ still has the library
+    assert wheel.name.endswith("-none-any.whl") and not [name for name in names if name.endswith(".so")]
+
+
+def test_a_failed_compilation_fails_the_installation(
+    environment: Callable[[str], Path], compiling: dict[str, str], tmp_path: Path
+):
+    checkout = copy_checkout(tmp_path / "checkout")
+    (checkout / "third_party" / "pointnet2" / "csrc" / "cpu.cpp").write_text("a mistake")
+    command = [sys.executable, "-m", "pip", "--python", environment("failed-ops"), "install", *OFFLINE, "-e", checkout]
+    done = run(command, env=compiling)
+    assert done.returncode != 0 and "cpu.cpp:1:1: error:" in done.stdout + done.stderr
+    done = run(command, env=compiling | {"THREEDR1_BUILD_OPS": "yes"})
+    assert done.returncode != 0 and "THREEDR1_BUILD_OPS=yes is neither 1 nor 0" in done.stdout + done.stderr
 
 
 def test_setup_py_does_not_import_torch(tmp_path: Path):

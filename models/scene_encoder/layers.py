@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...third_party.pointnet2 import ball_query, furthest_point_sample, gather_points, group_points
+from ...third_party.pointnet2 import furthest_point_sample, gather_points, query_and_group
 
 
 def mlp(*widths: int, norm: bool = False) -> nn.Sequential:
@@ -58,12 +58,10 @@ class BallFeatures(nn.Module):
 
     def forward(self, centre_BQ3: Tensor, points_BN3: Tensor, features_BNF: Tensor) -> Tensor:
         """Features [B, Q, D] of the balls around `centre_BQ3`; differentiable in centres and features."""
-        ball_BQK = ball_query(self.radius, self.num_neighbors, points_BN3, centre_BQ3.detach())
-        channels_BXN = torch.cat([points_BN3, features_BNF.to(points_BN3.dtype)], -1).transpose(1, 2).contiguous()
-        grouped_BQKX = group_points(channels_BXN, ball_BQK).permute(0, 2, 3, 1)
-        offset_BQK3 = (grouped_BQKX[..., :3] - centre_BQ3[:, :, None]) / self.radius
-        pooled_BQD = self.network(torch.cat([offset_BQK3, grouped_BQKX[..., 3:]], -1)).amax(2)
-        any_hit_BQ1 = offset_BQK3[:, :, 0].detach().square().sum(-1, keepdim=True) < 1.0 + 1e-4
+        features_BNF = features_BNF.to(points_BN3.dtype)  # the offsets get their type, and need the points' precision
+        grouped_BQKX, _ = query_and_group(self.radius, self.num_neighbors, points_BN3, centre_BQ3, features_BNF)
+        pooled_BQD = self.network(grouped_BQKX).amax(2)
+        any_hit_BQ1 = grouped_BQKX[:, :, 0, :3].detach().square().sum(-1, keepdim=True) < 1.0 + 1e-4
         return pooled_BQD * any_hit_BQ1.to(pooled_BQD.dtype)
 
 

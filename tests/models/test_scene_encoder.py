@@ -21,8 +21,9 @@ from threedr1.models.scene_encoder import (
 )
 from threedr1.models.scene_encoder.criterion import box_losses, owner_centres
 from threedr1.models.scene_encoder.inputs import estimate_normals
-from threedr1.models.scene_encoder.layers import Attention, EncoderLayer
+from threedr1.models.scene_encoder.layers import Attention, BallFeatures, EncoderLayer
 from threedr1.models.scene_encoder.matcher import assign, match_cost
+from threedr1.third_party.pointnet2 import ball_query, group_points
 
 TINY = {
     "num_tokens": 32,
@@ -99,6 +100,40 @@ def test_encoding_does_not_depend_on_the_other_scenes_of_a_batch():
     alone = encoder(points_BN3[1:2], features_BNF[1:2])
     torch.testing.assert_close(together.boxes_BQ7[1:2], alone.boxes_BQ7, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together.tokens_BMD[1:2], alone.tokens_BMD, rtol=1e-4, atol=1e-5)
+
+
+def balls_step_by_step(
+    ball: BallFeatures, centre_BQ3: torch.Tensor, points_BN3: torch.Tensor, features_BNF: torch.Tensor
+) -> torch.Tensor:
+    """BallFeatures from single operations."""
+    idx_BQK = ball_query(ball.radius, ball.num_neighbors, points_BN3, centre_BQ3)
+    channels_BXN = torch.cat([points_BN3, features_BNF.float()], -1).transpose(1, 2).contiguous()
+    grouped_BQKX = group_points(channels_BXN, idx_BQK).permute(0, 2, 3, 1)
+    offset_BQK3 = (grouped_BQKX[..., :3] - centre_BQ3[:, :, None]) / ball.radius
+    hit_BQ1 = (torch.cdist(centre_BQ3, points_BN3) < ball.radius).any(-1, keepdim=True)
+    return ball.network(torch.cat([offset_BQK3, grouped_BQKX[..., 3:]], -1)).amax(2) * hit_BQ1
+
+
+@pytest.mark.parametrize(("feature_dim", "dtype"), [(4, torch.float32), (4, torch.bfloat16), (0, torch.float32)])
+def test_ball_features_equal_the_steps_one_by_one(feature_dim, dtype):
+    torch.manual_seed(0)
+    ball = BallFeatures(feature_dim, 0.5, 8, 16)
+    points_BN3, _, _ = random_batch()
+    centre_BQ3 = points_BN3[:, 10:30] + 0.1 * torch.randn(2, 20, 3)
+    centre_BQ3[:, 3] = 50.0  # far from every point
+    features_BNF = torch.randn(2, 256, feature_dim).to(dtype)
+    leaves = [
+        (centre_BQ3.clone().requires_grad_(), points_BN3, features_BNF.clone().requires_grad_()) for _ in range(2)
+    ]
+    found_BQD, expected_BQD = ball(*leaves[0]), balls_step_by_step(ball, *leaves[1])
+    assert found_BQD.dtype == torch.float32 and not found_BQD[:, 3].any()
+    torch.testing.assert_close(found_BQD, expected_BQD)
+    weight_BQD = torch.randn_like(found_BQD)
+    for pooled_BQD in (found_BQD, expected_BQD):
+        (pooled_BQD * weight_BQD).sum().backward()
+    for leaf in (0, 2):
+        torch.testing.assert_close(leaves[0][leaf].grad, leaves[1][leaf].grad, rtol=1e-4, atol=1e-5)
+    assert leaves[0][0].grad[:, :3].any() and not leaves[0][0].grad[:, 3].any()
 
 
 def test_encoder_attention_stops_at_the_radius():

@@ -9,6 +9,7 @@ setup.py loads this file by its path.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -63,11 +64,29 @@ def library_name(backend: str, architectures: Sequence[str] = ()) -> str:
 
 def find_library(backend: str, architecture: str = "") -> Path | None:
     """A library built earlier, with the package or on first use; `architecture` is the GPU's, as "90"."""
-    names = [library_name(backend)]
-    if backend == "cuda":
-        names = [library_name(backend, CUDA_ARCHITECTURES), library_name(backend, (architecture,))]
-    folders = (PREBUILT, cache_folder())
-    return next((folder / name for folder in folders for name in names if (folder / name).exists()), None)
+    if backend == "cpu":
+        candidates = [folder / library_name(backend) for folder in (PREBUILT, cache_folder())]
+    else:
+        counts = range(len(CUDA_ARCHITECTURES), 0, -1)  # an nvcc of an older CUDA compiled for fewer
+        candidates = [PREBUILT / library_name(backend, CUDA_ARCHITECTURES[:count]) for count in counts]
+        candidates.append(cache_folder() / library_name(backend, (architecture,)))
+    return next(filter(Path.exists, candidates), None)
+
+
+def compilable_architectures() -> tuple[str, ...]:
+    """The first of CUDA_ARCHITECTURES, up to one that this nvcc does not know.
+
+    Raises:
+        BuildError: there is no nvcc, it does not run, or it knows none of them.
+    """
+    compiler = find_compiler("cuda")
+    if compiler is None:
+        raise BuildError("building the cuda library needs nvcc (set CUDA_HOME)")
+    known = _run([str(compiler), "--list-gpu-arch"]).split()
+    found = tuple(itertools.takewhile(lambda number: f"compute_{number}" in known, CUDA_ARCHITECTURES))
+    if not found:
+        raise BuildError(f"{compiler} cannot compile for compute capability {CUDA_ARCHITECTURES[0]}; update CUDA")
+    return found
 
 
 def build(backend: str, folder: Path, architectures: Sequence[str] = ()) -> Path:
@@ -117,13 +136,14 @@ def build_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} did not run to its end: {error}") from error
     if done.returncode:
         raise BuildError(f"{command[0]} failed:\n{(done.stderr or done.stdout).strip()[-2000:]}")
+    return done.stdout
 
 
 def _sources(backend: str) -> list[Path]:
