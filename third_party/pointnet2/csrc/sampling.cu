@@ -13,6 +13,7 @@
 // bits compare as integers; places beyond the last point hold -1.
 #include <algorithm>
 #include <climits>
+#include <cmath>
 #include <limits>
 #include <type_traits>
 
@@ -433,14 +434,16 @@ double block_step(const Device& device, int64_t B, int places) {
 }
 
 double grid_step(const GridPlan& grid, int64_t B) {
-    return divide_up(B, grid.groups) * (grid.places > 0 ? 1.0 + 0.014 * grid.places : 100.0);
+    if (grid.places == 0) return 1000.0 * B;  // the last resort
+    return divide_up(B, grid.groups) * (0.68 + 0.11 * std::sqrt((double)grid.blocks) + 0.0165 * grid.places);
 }
 
 // Clusters that share multiprocessors take turns; those that find no room wait for the end of others.
 double cluster_step(const Device& device, int64_t B, int blocks, int places, int active) {
     const auto together = [&](int64_t clusters) {
+        const double on_each = (double)(clusters * blocks) / device.processors;
         const double alone = 0.57 + 0.015 * places, turn = 0.14 + 0.023 * places;
-        return std::max(alone, (double)(clusters * blocks) / device.processors * turn);
+        return alone + 0.06 * std::min(on_each, 1.0) + turn * std::max(on_each - 1.0, 0.0);
     };
     return B / active * together(active) + (B % active ? together(B % active) : 0.0);
 }
