@@ -1,7 +1,8 @@
 """The checkout is the package `threedr1`: every folder below it is mapped into that one namespace.
 
-`THREEDR1_BUILD_OPS=1` compiles the point operations (third_party/pointnet2): into the checkout for an editable
-install, else into the wheel. Otherwise nothing is compiled.
+`THREEDR1_BUILD_OPS=1` compiles the point operations (third_party/pointnet2) and the loop over boxes
+(utils/box_intersection.pyx): into the checkout for an editable install, else into the wheel. `THREEDR1_BUILD_OPS=cpu`
+leaves out the CUDA library. Otherwise nothing is compiled.
 """
 
 import importlib.util
@@ -12,7 +13,7 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
-from setuptools import Command, find_packages, setup
+from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.build import build
 from setuptools.errors import CompileError
 
@@ -29,12 +30,25 @@ def packages() -> list[str]:
     return ["threedr1", *(f"threedr1.{name}" for name in found)]
 
 
-def building_ops() -> bool:
-    """Whether the environment asks for compiled point operations."""
+def building_ops() -> str:
+    """What the environment asks to compile: "1" for all, "cpu", or "" for nothing."""
     value = os.environ.get("THREEDR1_BUILD_OPS", "")
-    if value not in ("", "0", "1"):
-        raise SystemExit(f"THREEDR1_BUILD_OPS={value} is neither 1 nor 0; set it to 1, or unset it.")
-    return value == "1"
+    if value not in ("", "0", "1", "cpu"):
+        raise SystemExit(f"THREEDR1_BUILD_OPS={value} is not 1, cpu or 0; set it to 1, or unset it.")
+    return "" if value == "0" else value
+
+
+def extensions() -> list[Extension]:
+    """The loop over boxes, where it is asked for and there is Cython."""
+    if not building_ops():
+        return []
+    try:
+        from Cython.Build import cythonize
+    except ImportError:
+        logging.getLogger().warning("box overlap: the loop is not compiled, as there is no Cython (pip install cython)")
+        return []
+    loop = Extension("threedr1.utils.box_intersection", ["utils/box_intersection.pyx"], extra_compile_args=["-O3"])
+    return cythonize([loop], build_dir="build/cython", quiet=True)
 
 
 def load_builder() -> ModuleType:
@@ -47,7 +61,7 @@ def load_builder() -> ModuleType:
 
 
 class BuildOps(Command):
-    """Compiles the libraries of the point operations where `THREEDR1_BUILD_OPS=1`."""
+    """Compiles the libraries of the point operations where `THREEDR1_BUILD_OPS` asks for them."""
 
     description = "compile the point operations (THREEDR1_BUILD_OPS=1)"
     user_options = [("build-lib=", "d", "folder that the wheel is made from")]
@@ -80,6 +94,8 @@ class BuildOps(Command):
             self.announce(f"point operations: built {path}", logging.WARNING)
 
     def build_cuda(self, builder: ModuleType, folder: Path) -> list[Path]:
+        if building_ops() == "cpu":
+            return []
         if builder.find_compiler("cuda") is None:
             self.announce(
                 "point operations: the CUDA library is not built, as there is no nvcc (set CUDA_HOME)", logging.WARNING
@@ -120,8 +136,9 @@ setup(
         "threedr1.third_party.pointnet2": ["csrc/*.h", "csrc/*.cpp", "csrc/*.cuh", "csrc/*.cu"],
         "threedr1.utils": ["*.pyx"],
     },
+    ext_modules=extensions(),
     cmdclass={"build": Build, "build_ops": BuildOps},
-    # the libraries depend on the platform, and on no Python
+    # the libraries of the point operations depend on the platform, and on no Python
     options={"bdist_wheel": {"plat_name": sysconfig.get_platform()}} if building_ops() else {},
     entry_points={"console_scripts": ["threedr1 = threedr1.main:main"]},
     install_requires=[

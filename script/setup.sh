@@ -44,12 +44,12 @@ find_python() {
     fail "No Python 3.10, 3.11 or 3.12 found; install Python 3.11, or name an interpreter: PYTHON=/path/to/python3.11."
 }
 
-# What an up-to-date .venv was made from: the pins, setup.py, the place, the Python version.
+# What an up-to-date .venv was made from: the pins, setup.py and what it compiles, the place, the Python version.
 stamp() {
     "$1" - "$ROOT" <<'PYTHON_CODE'
 import hashlib, pathlib, sys
 root = pathlib.Path(sys.argv[1])
-content = b"".join((root / name).read_bytes() for name in ("requirements.txt", "setup.py"))
+content = b"".join((root / name).read_bytes() for name in ("requirements.txt", "setup.py", "utils/box_intersection.pyx"))
 print(hashlib.sha256(content + f"{root} {sys.version_info[:2]}".encode()).hexdigest())
 PYTHON_CODE
 }
@@ -85,6 +85,12 @@ install_packages() {
     "$PY" -m pip install --disable-pip-version-check "$torch_pin"
     echo "setup: installing the other packages of requirements.txt"
     "$PY" -m pip install --disable-pip-version-check -r requirements.txt
+    if THREEDR1_BUILD_OPS=cpu install_checkout; then return; fi
+    echo "setup: nothing could be compiled here (see above); plain PyTorch will compute the same, more slowly" >&2
+    install_checkout
+}
+
+install_checkout() {
     "$PY" -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 }
 

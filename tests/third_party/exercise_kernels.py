@@ -2,9 +2,8 @@
 
     python tests/third_party/exercise_kernels.py [--device cuda] [--quick]
 
-Prints one line a case; the exit code is 1 after a mismatch. Made for a sanitizer, which sees each kernel of the CUDA
-backend once or more with --quick: `compute-sanitizer --tool memcheck python tests/third_party/exercise_kernels.py
---device cuda --quick`. It also runs where there is no sanitizer.
+Prints one line a case; the exit code is 1 after a mismatch. --quick takes each kernel once or more. For sanitizers there
+is sanitize_kernels.py.
 
 Shapes: B scenes, N points, M centres, S or K neighbours, C or F channels, P positions, X = 3 + F.
 """
@@ -364,7 +363,7 @@ class Cases:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels run (default: cpu)")
-    parser.add_argument("--quick", action="store_true", help="few and small cases, for a sanitizer")
+    parser.add_argument("--quick", action="store_true", help="few and small cases")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)

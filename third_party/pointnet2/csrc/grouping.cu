@@ -169,16 +169,26 @@ __global__ void __launch_bounds__(kThreads)
     if (target == nullptr && !(offset && grad_centers != nullptr)) return;
     const int first = idx[row * K];
     float of_first = 0.f, total = 0.f;
-    for (int64_t k = 0; k < K; ++k) {
-        const int index = idx[row * K + k];
-        assert((unsigned)index < N && "an index lies outside the points");
-        float g = to_float(grad[(row * K + k) * width + column]);
-        if (offset) g = __fdiv_rn(g, radius);
-        total += g;
-        if (index == first)
-            of_first += g;
-        else if (target != nullptr)
-            atomicAdd(target + index * stride, g);
+    constexpr int kAhead = 8;  // loads in flight
+    for (int64_t k = 0; k < K; k += kAhead) {
+        int index[kAhead];
+        float g[kAhead];
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+            const bool real = k + j < K;
+            index[j] = real ? idx[row * K + k + j] : first;
+            g[j] = real ? to_float(grad[(row * K + k + j) * width + column]) : 0.f;
+            assert((unsigned)index[j] < N && "an index lies outside the points");
+        }
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+            const float added = offset ? __fdiv_rn(g[j], radius) : g[j];
+            total += added;
+            if (index[j] == first)
+                of_first += added;
+            else if (target != nullptr)
+                atomicAdd(target + index[j] * stride, added);
+        }
     }
     if (target != nullptr) atomicAdd(target + first * stride, of_first);
     if (offset && grad_centers != nullptr) grad_centers[row * 3 + column] = -total;

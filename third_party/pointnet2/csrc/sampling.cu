@@ -166,8 +166,8 @@ template <int K>
 __global__ void __launch_bounds__(kThreads) sample_cluster(const float* points, int N, int M, int32_t* idx) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     extern __shared__ float positions[];
-    __shared__ Candidate of_warps[kThreads / 32];
     // Two of each: a block can be one step ahead of another, never two, since it needs that one's candidate to go on.
+    __shared__ Candidate of_warps[2][kThreads / 32];
     __shared__ Message messages[2][kMaxCluster];
     __shared__ int indices[2][kMaxCluster];
     __shared__ alignas(8) uint64_t barriers[2];
@@ -193,10 +193,10 @@ __global__ void __launch_bounds__(kThreads) sample_cluster(const float* points, 
         const unsigned parity = ((step - 1) >> 1) & 1, barrier = shared_address(&barriers[half]);
         const Candidate of_thread = mine.update(cx, cy, cz, rank, blocks);
         const Candidate of_warp = warp_best(of_thread.distance, of_thread.index);
-        if (lane == 0) of_warps[warp] = of_warp;
+        if (lane == 0) of_warps[half][warp] = of_warp;
         __syncthreads();
         if (warp == 0) {
-            const Candidate best = block_best<kThreads>(of_warps);
+            const Candidate best = block_best<kThreads>(of_warps[half]);
             if (lane == 0)
                 asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
                              "r"(blocks * (unsigned)(sizeof(Message) + sizeof(int)))
