@@ -14,7 +14,7 @@ namespace pn2 {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t align_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 

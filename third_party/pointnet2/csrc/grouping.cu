@@ -6,6 +6,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kStagedThreads = 1024;
+constexpr int kNeighbors = 8;  // that one thread takes gradients from
 
 template <typename T, int Count>
 struct alignas(Count * sizeof(T)) Several {
@@ -152,16 +153,16 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// A thread sums one column over the neighbours of one centre. What the first neighbour receives, often many times over
-// in a padded row, is summed on the way.
+// A thread sums one column over a few neighbours of one centre. What the first neighbour of the centre receives, often many
+// times over in a padded row, is summed on the way.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     group_offsets_gradient(const T* grad, const int32_t* idx, int64_t N, int64_t M, int64_t K, int64_t F, float radius,
                            float* grad_points, float* grad_centers, float* grad_features) {
-    const int64_t width = 3 + F, scene = blockIdx.y;
+    const int64_t width = 3 + F, scene = blockIdx.y, parts = divide_up(K, kNeighbors);
     const int64_t item = (int64_t)blockIdx.x * kThreads + threadIdx.x;
-    if (item >= M * width) return;
-    const int64_t m = item / width, column = item - m * width, row = scene * M + m;
+    if (item >= M * parts * width) return;
+    const int64_t part = item / width, column = item - part * width, m = part / parts, row = scene * M + m;
     const bool offset = column < 3;
     float* target = offset ? (grad_points == nullptr ? nullptr : grad_points + scene * N * 3 + column)
                            : (grad_features == nullptr ? nullptr : grad_features + scene * N * F + column - 3);
@@ -169,29 +170,20 @@ __global__ void __launch_bounds__(kThreads)
     if (target == nullptr && !(offset && grad_centers != nullptr)) return;
     const int first = idx[row * K];
     float of_first = 0.f, total = 0.f;
-    constexpr int kAhead = 8;  // loads in flight
-    for (int64_t k = 0; k < K; k += kAhead) {
-        int index[kAhead];
-        float g[kAhead];
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
-            const bool real = k + j < K;
-            index[j] = real ? idx[row * K + k + j] : first;
-            g[j] = real ? to_float(grad[(row * K + k + j) * width + column]) : 0.f;
-            assert((unsigned)index[j] < N && "an index lies outside the points");
-        }
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
-            const float added = offset ? __fdiv_rn(g[j], radius) : g[j];
-            total += added;
-            if (index[j] == first)
-                of_first += added;
-            else if (target != nullptr)
-                atomicAdd(target + index[j] * stride, added);
-        }
+    const int64_t begin = (part - m * parts) * kNeighbors, end = min(begin + kNeighbors, K);
+    for (int64_t k = begin; k < end; ++k) {
+        const int index = idx[row * K + k];
+        assert((unsigned)index < N && "an index lies outside the points");
+        float g = to_float(grad[(row * K + k) * width + column]);
+        if (offset) g = __fdiv_rn(g, radius);
+        total += g;
+        if (index == first)
+            of_first += g;
+        else if (target != nullptr)
+            atomicAdd(target + index * stride, g);
     }
-    if (target != nullptr) atomicAdd(target + first * stride, of_first);
-    if (offset && grad_centers != nullptr) grad_centers[row * 3 + column] = -total;
+    if (target != nullptr && of_first != 0.f) atomicAdd(target + first * stride, of_first);
+    if (offset && grad_centers != nullptr) atomicAdd(grad_centers + row * 3 + column, -total);
 }
 
 unsigned blocks_for(int64_t work, int per_block, int64_t most) {
@@ -277,7 +269,7 @@ int pn2_group_offsets_backward(const void* grad, const int32_t* idx, int64_t B, 
     if (B > 65535) return cudaErrorInvalidValue;
     return with_type(dtype, [&](auto type) -> int {
         using T = decltype(type);
-        const dim3 grid(divide_up(M * (3 + F), kThreads), B);
+        const dim3 grid(divide_up(M * divide_up(K, kNeighbors) * (3 + F), kThreads), B);
         group_offsets_gradient<T><<<grid, kThreads, 0, stream_of(context)>>>(
             static_cast<const T*>(grad), idx, N, M, K, F, radius, grad_points, grad_centers, grad_features);
         return cudaGetLastError();
