@@ -70,7 +70,6 @@ _NUMBER_WORDS = {
 # No replacement is itself a word that is replaced, so that one pass over both tables does what LEO's chain does.
 _WORDS = _TYPOS | _NUMBER_WORDS
 _WORD = re.compile(rf"\b(?:{'|'.join(_WORDS)})\b")
-_ENDS = re.compile(r"^ +| +$")
 _DROPPED = re.compile(r"[^a-zA-Z0-9,'\s\-:]+")
 _LAST_RULES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"\bo' +clock\b"), "o'clock"),
@@ -84,11 +83,17 @@ _LAST_RULES: list[tuple[re.Pattern[str], str]] = [
 def clean_answer(text: str) -> str:
     """An answer in the normal form that SQA3D's generative evaluations compare (LEO's rules)."""
     # blanks at the ends go first and once: those that the later rules leave there stay, as published
-    text = re.sub(" {2,}", " ", _ENDS.sub("", text.lower()))
+    text = re.sub(" {2,}", " ", _trim(text.lower()))
     text = _WORD.sub(lambda match: _WORDS[match[0]], _DROPPED.sub("", text))
     for pattern, replacement in _LAST_RULES:
         text = pattern.sub(replacement, text)
     return text
+
+
+def _trim(text: str) -> str:
+    """A text without the blanks at its ends, which for LEO's `$` are also those before a final line break."""
+    end = "\n" if text.endswith("\n") else ""
+    return (text.removesuffix("\n").rstrip(" ") + end).lstrip(" ")
 
 
 def qa_exact(prediction: str, references: Sequence[str]) -> float:
