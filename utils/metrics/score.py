@@ -18,17 +18,15 @@ from pathlib import Path
 
 from ..predictions import Prediction
 from ..text import find_pointers, parse_response, strip_pointers
-from . import dense_caption, grounding, qa
+from . import dense_caption, grounding, qa, qa_variants
 from .caption import MeteorChoice, ngram_scores, rouge_l
 from .files import load_scored_pairs
-from .result import Scores, bootstrap_interval, mean
+from .result import Scores, bootstrap_interval, mean, metric_intervals
 
 Scorer = Callable[[Sequence[Prediction], MeteorChoice], Scores]
 
 QA_TASKS = ("qa", "situated_qa")
 TEXT_TASKS = ("dense_caption", "object_caption", "dialogue", "planning", "scene_description")
-# corpus values that are the mean of their per-item values, so that resampling items gives their interval
-_AGGREGATES = ("BLEU", "METEOR")
 _TAGS = re.compile(r"</?(?:think|answer)>")
 _BOOTSTRAP_SEED = 0
 
@@ -69,8 +67,8 @@ def score_predictions(
     """Score predictions of one task.
 
     Returns {"task", "scorer", "items", "unit" ("percent" or "fraction", of `metrics`), "metrics", "intervals" (95 %,
-    of the metrics that are means over items, same unit), "sample_score" {"mean", "low", "high"} (fraction), "counts",
-    "notes"}; with `per_item` also "per_item", fractions in the order of the items.
+    same unit), "sample_score" {"mean", "low", "high"} (fraction), "counts", "notes"}; with `per_item` also "per_item",
+    fractions in the order of the items.
     """
     table = scorers_of(task)
     name = scorer or DEFAULT_SCORERS[task]
@@ -80,16 +78,17 @@ def score_predictions(
         raise ValueError(f"There is nothing to score: no predictions of task {task}.")
     _check(task, predictions)
     scores = table[name](predictions, meteor)
+    intervals, interval_notes = metric_intervals(scores, _BOOTSTRAP_SEED)
     result = {
         "task": task,
         "scorer": name,
         "items": scores.items,
         "unit": scores.unit,
         "metrics": scores.metrics,
-        "intervals": _intervals(scores),
+        "intervals": intervals,
         "sample_score": _sample_summary(task, predictions),
         "counts": scores.counts,
-        "notes": scores.notes,
+        "notes": scores.notes + interval_notes,
     }
     if per_item:
         result["per_item"] = scores.per_item
@@ -113,15 +112,6 @@ def _check(task: str, predictions: Sequence[Prediction]) -> None:
         if prediction.sample_id in seen:
             raise ValueError(f"Sample {prediction.sample_id} occurs twice; keep one prediction a sample.")
         seen.add(prediction.sample_id)
-
-
-def _intervals(scores: Scores) -> dict[str, list[float]]:
-    factor = 100.0 if scores.unit == "percent" else 1.0
-    return {
-        name: [factor * bound for bound in bootstrap_interval(values, _BOOTSTRAP_SEED)]
-        for name, values in scores.per_item.items()
-        if values and name in scores.metrics and not name.startswith(_AGGREGATES)
-    }
 
 
 def _is_scorable(task: str, prediction: Prediction) -> bool:
@@ -168,12 +158,9 @@ def _exact(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
     return qa.exact(_qa_items(predictions))
 
 
-def _scanqa(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
-    return qa.scanqa(_qa_items(predictions), meteor=meteor)
-
-
-def _scanqa_ll3da(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
-    return qa.scanqa_ll3da(_qa_items(predictions), meteor=meteor)
+def _of_items(score: Callable[..., Scores]) -> Scorer:
+    """A scorer of predictions from one of question-and-answer items."""
+    return lambda predictions, meteor: score(_qa_items(predictions), meteor=meteor)
 
 
 def _sqa3d(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
@@ -246,6 +233,7 @@ def _scan2cap(assignment: dense_caption.Assignment) -> Scorer:
                 merged.metrics |= scores.metrics
                 merged.per_item |= scores.per_item
                 merged.counts |= scores.counts
+                merged.aggregates |= scores.aggregates
         assert merged is not None
         return merged
 
@@ -315,19 +303,28 @@ def _ngrams(tokenizer: str, *, collapse: bool = False) -> Scorer:
             candidates[key] = [qa.collapse_spaces(answer_text(prediction))]
         ngrams = ngram_scores(references, candidates, tokenizer="ptb" if tokenizer == "ptb" else "none", meteor=meteor)
         counts = {"samples": len(predictions), "keys": len(references)}
-        return Scores("fraction", len(references), dict(ngrams.corpus), ngrams.per_item, counts, ngrams.notes)
+        scores = Scores("fraction", len(references), dict(ngrams.corpus), ngrams.per_item, counts, ngrams.notes)
+        scores.aggregates = ngrams.aggregates
+        return scores
 
     return score
 
 
 _GENERATION: dict[str, Scorer] = {"ll3da": _ngrams("none", collapse=True), "ll3da_per_sample": _ngrams("none")}
+_SCANQA: dict[str, Scorer] = {
+    "scanqa": _of_items(qa.scanqa),
+    "scanqa_ll3da": _of_items(qa.scanqa_ll3da),
+    "scanqa_leo": _of_items(qa_variants.scanqa_leo),
+    "scanqa_video3dllm": _of_items(qa_variants.scanqa_video3dllm),
+    "scanqa_chat_scene": _of_items(qa_variants.scanqa_chat_scene),
+}
 
 SCORERS: dict[str, dict[str, Scorer]] = {
     "dense_caption": {"scan2cap_ll3da": _scan2cap("ll3da"), "scan2cap": _scan2cap("scan2cap")},
     "object_caption": {"ngram": _ngrams("none"), "ngram_ptb": _ngrams("ptb")},
     "grounding": {"scanrefer": _scanrefer, "nr3d": _nr3d, "matched": _matched},
-    "qa": {"exact": _exact, "scanqa": _scanqa, "scanqa_ll3da": _scanqa_ll3da},
-    "situated_qa": {"sqa3d": _sqa3d, "exact": _exact, "scanqa": _scanqa, "scanqa_ll3da": _scanqa_ll3da},
+    "qa": {"exact": _exact, **_SCANQA},
+    "situated_qa": {"sqa3d": _sqa3d, "sqa3d_text": _of_items(qa_variants.sqa3d_text), "exact": _exact, **_SCANQA},
     "dialogue": _GENERATION,
     "planning": _GENERATION,
     "scene_description": _GENERATION,
