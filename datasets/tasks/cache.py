@@ -33,7 +33,6 @@ _COLUMNS = (
     "question",
     "answer",
     "think",
-    "references",
     "target_object_ids",
     "situation",
     "question_type",
@@ -99,8 +98,12 @@ def _save(path: Path, key: dict[str, Any], samples: Sequence[Sample], report: Re
     poses = [
         (row, sample.situation_pose_7) for row, sample in enumerate(samples) if sample.situation_pose_7 is not None
     ]
+    # samples about one object share its list of references; kept once each, they cannot grow with its square
+    shared = {id(sample.references): sample.references for sample in samples}
+    numbers = {key: number for number, key in enumerate(shared)}
     header = {
         "key": key,
+        "references": list(shared.values()),
         "columns": {name: [getattr(sample, name) for sample in samples] for name in _COLUMNS},
         "problems": report.problems,
         "notes": report.notes,
@@ -110,6 +113,7 @@ def _save(path: Path, key: dict[str, Any], samples: Sequence[Sample], report: Re
     np.savez(
         buffer,
         header=np.frombuffer(orjson.dumps(header, option=_NUMPY), dtype=np.uint8),
+        reference_rows_S=np.array([numbers[id(sample.references)] for sample in samples], np.int64),
         counts_S=np.array([len(one) for one in boxes], np.int64),
         boxes_M7=np.concatenate([np.zeros((0, 7), np.float32), *boxes]),
         query_rows_Q=np.array([row for row, _ in queries], np.int64),
@@ -136,17 +140,20 @@ def _load(path: Path, key: dict[str, Any], report: Report) -> tuple[list[Sample]
             return None
         report.problems = [Problem(**problem) for problem in header["problems"]]
         report.notes = header["notes"]
-        return _unpack(header["columns"], arrays), report
+        return _unpack(header["columns"], header["references"], arrays), report
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         _log.warning("%s is not readable (%s) and is written anew.", path, error)
         return None
 
 
-def _unpack(columns: dict[str, list[Any]], arrays: dict[str, np.ndarray]) -> list[Sample]:
+def _unpack(columns: dict[str, list[Any]], references: list[list[str]], arrays: dict[str, np.ndarray]) -> list[Sample]:
     ends_S = np.cumsum(arrays["counts_S"])
     boxes = np.split(arrays["boxes_M7"], ends_S[:-1]) if len(ends_S) else []
-    rows = zip(*(columns[name] for name in _COLUMNS), boxes, strict=True)
-    samples = [Sample(**dict(zip(_COLUMNS, row[:-1], strict=True)), target_boxes_K7=row[-1]) for row in rows]
+    own = [references[number] for number in arrays["reference_rows_S"].tolist()]
+    samples = [
+        Sample(**dict(zip(_COLUMNS, row, strict=True)), references=texts, target_boxes_K7=boxes_K7)
+        for *row, texts, boxes_K7 in zip(*(columns[name] for name in _COLUMNS), own, boxes, strict=True)
+    ]
     for row, box_7 in zip(arrays["query_rows_Q"].tolist(), arrays["queries_Q7"], strict=True):
         samples[row].query_box_7 = box_7
     for row, pose_7 in zip(arrays["pose_rows_P"].tolist(), arrays["poses_P7"], strict=True):

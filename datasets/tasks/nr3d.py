@@ -23,7 +23,7 @@ VIEW_WORDS = frozenset(
     ("front", "behind", "back", "right", "left", "facing", "leftmost", "rightmost", "looking", "across")
 )
 EASY_OBJECTS = 2  # at most so many objects of the class, the target included
-_COLUMNS = (
+COLUMNS = (
     "assignmentid",
     "stimulus_id",
     "scan_id",
@@ -67,7 +67,7 @@ def parse_stimulus(text: str) -> Stimulus:
 
 def read_nr3d(root: Path, report: Report) -> Iterator[Row]:
     """Rows of nr3d.csv."""
-    return read_csv(annotation_file(root, FILE), _COLUMNS, report)
+    return read_csv(annotation_file(root, FILE), COLUMNS, report)
 
 
 def tokens_of(row: Row) -> list[str]:

@@ -169,7 +169,7 @@ def test_scene30k_boxes_of_the_answer_become_targets_in_the_world(root, store, c
     assert sample.references == ["it"] and "1 outside the answer grammar" in caplog.text
 
 
-_FILES = {
+ANNOTATION_FILES = {
     "scanrefer": "ScanRefer_filtered_train.json",
     "scan2cap": "ScanRefer_filtered_train.json",
     "object_caption": "ScanRefer_filtered_train.json",
@@ -192,7 +192,7 @@ _FILES = {
 
 @pytest.mark.parametrize("dataset", sorted(LOADERS))
 def test_unknown_scenes_name_file_row_and_remedy(root, store, dataset):
-    path = root / "annotations" / _FILES[dataset]
+    path = root / "annotations" / ANNOTATION_FILES[dataset]
     path.write_text(path.read_text().replace("scene0000_00", "scene0777_00"))
     with (root / "scannetv2_train.txt").open("a") as stream:
         stream.write("scene0777_00\n")
@@ -210,7 +210,7 @@ def test_unknown_scenes_name_file_row_and_remedy(root, store, dataset):
     ],
 )
 def test_unknown_objects_name_file_row_and_remedy(root, store, dataset, old, new):
-    path = root / "annotations" / _FILES[dataset]
+    path = root / "annotations" / ANNOTATION_FILES[dataset]
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=rf"{path.name}, row 1 names object 55.*take the row out"):
@@ -219,7 +219,7 @@ def test_unknown_objects_name_file_row_and_remedy(root, store, dataset, old, new
 
 @pytest.mark.parametrize("dataset", sorted(LOADERS))
 def test_missing_and_broken_files_are_clear(root, store, dataset):
-    path = root / "annotations" / _FILES[dataset]
+    path = root / "annotations" / ANNOTATION_FILES[dataset]
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2 - 5] if path.suffix != ".csv" else b"a,b\n1,2\n")
     with pytest.raises(ValueError, match=path.name.replace(".", r"\.")):
