@@ -71,7 +71,7 @@ def load_samples(
     samples: list[Sample] = []
     found: list[Problem] = []
     for name in datasets:
-        read, report = read_samples(_benchmark(name), name, Path(root), split, scenes)
+        read, report = read_samples(_benchmark(name), name, Path(root), split, scenes, strict=problems is None)
         samples += read
         found += report.problems
         for note in report.notes:

@@ -42,11 +42,14 @@ _log = logging.getLogger(__name__)
 
 
 def read_samples(
-    benchmark: Benchmark, name: str, root: Path, split: str, scenes: Scenes
+    benchmark: Benchmark, name: str, root: Path, split: str, scenes: Scenes, *, strict: bool
 ) -> tuple[list[Sample], Report]:
     """Samples of one data set and split with what was left out, from the cache where it is current.
 
     The cache lies beside the prepared scenes, so only annotations of a SceneStore are kept.
+
+    Args:
+        strict: the caller refuses data with problems; a refused command writes nothing.
     """
     index = as_index(scenes)
     if not isinstance(scenes, SceneStore):
@@ -58,7 +61,8 @@ def read_samples(
     if kept is not None:
         return kept
     samples, report = _read(benchmark, name, root, split, index)
-    _save(path, key, samples, report)
+    if samples and not (strict and report.problems):
+        _save(path, key, samples, report)
     return samples, report
 
 

@@ -87,10 +87,12 @@ def test_touching_any_input_reads_anew(root, store, readings, dataset):
 
 def test_files_that_come_or_go_read_anew(root, store, readings):
     load_samples(root, "train", ["scene30k"], scenes=store)
-    (root / "scannetv2_test.txt").write_text("scene0000_00\n")
-    assert load_samples(root, "train", ["scene30k"], scenes=store) == []
+    (root / "scannetv2_test.txt").write_text("scene0009_00\n")
+    assert len(load_samples(root, "train", ["scene30k"], scenes=store)) == 2 and len(readings) == 2
     (root / "scannetv2_test.txt").unlink()
     assert len(load_samples(root, "train", ["scene30k"], scenes=store)) == 2 and len(readings) == 3
+    (root / "scannetv2_test.txt").write_text("scene0000_00\n")
+    assert load_samples(root, "train", ["scene30k"], scenes=store) == []
 
 
 def test_every_file_that_is_read_is_an_input(root, store, monkeypatch):
@@ -141,6 +143,14 @@ def test_a_folder_that_cannot_be_written_is_a_warning(root, store, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(load_samples(root, "train", ["scanqa"], scenes=store)) == 1
     assert "cannot be written" in caplog.text and "read anew at each start" in caplog.text
+
+
+def test_refused_data_leave_no_cache(root, store):
+    path = root / "annotations" / SCANQA
+    path.write_text(json.dumps(json.loads(path.read_text()) * 2))
+    with pytest.raises(ValueError, match="repeats"):
+        load_samples(root, "train", ["scanqa"], scenes=store)
+    assert not (root / "prepared" / "annotations").exists()
 
 
 def test_scenes_in_memory_leave_no_cache(root, store):
