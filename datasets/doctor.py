@@ -7,7 +7,7 @@ from pathlib import Path
 from .scan_labels import LABEL_MAP_NAME, load_label_map
 from .scannet import PrepareOptions, is_prepared, list_scans, read_split
 from .scene_store import SceneStore
-from .tasks import LOADERS, load_samples
+from .tasks import load_samples
 from .tasks.scene30k import FILE as SCENE30K_FILE
 from .tasks.scene30k import count_leaked
 
@@ -120,7 +120,7 @@ def _annotations(root: Path) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding(ERROR, str(error), f"python main.py prepare --root {root}")
         return
-    for dataset in LOADERS:
+    for dataset in FILES:
         for split in ("train", "val"):
             if dataset == "scene30k" and split == "val":
                 continue

@@ -6,7 +6,10 @@ The assembler (models/inputs.py) replaces OBJECT_PLACEHOLDER by the object that 
 
 import hashlib
 import json
+import logging
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from ..utils.text import format_response
 from .scene import TASKS, Sample
@@ -45,6 +48,7 @@ DEFAULT_MODE = {
     "object_caption": DIRECT,
     "scene_description": DIRECT,
 }
+_log = logging.getLogger(__name__)
 _FIELD = re.compile(r"\{(?:question|situation)\}")
 # What a caption sample carries as its question: read by people, not by the model.
 CAPTION_QUESTION = "Describe the object."
@@ -91,3 +95,46 @@ def prompt_fingerprint() -> str:
     """Hash of every template, stored in checkpoints and results: scores under other prompts are other scores."""
     content = [SYSTEM_PROMPT, TASK_TEMPLATES, MODE_INSTRUCTIONS, DEFAULT_MODE, OBJECT_PLACEHOLDER]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def templates() -> dict[str, str]:
+    """Every template by name (`system`, `task.qa`, `mode.think`, …), as checkpoints store them."""
+    return {
+        "system": SYSTEM_PROMPT,
+        "object": OBJECT_PLACEHOLDER,
+        **{f"task.{task}": text for task, text in TASK_TEMPLATES.items()},
+        **{f"mode.{mode}": text for mode, text in MODE_INSTRUCTIONS.items()},
+        **{f"default_mode.{task}": mode for task, mode in DEFAULT_MODE.items()},
+    }
+
+
+def prompt_record() -> dict[str, Any]:
+    """What a checkpoint keeps of its prompts: `prompts`, their fingerprint, and `templates`, their texts."""
+    return {"prompts": prompt_fingerprint(), "templates": templates()}
+
+
+def check_prompts(where: object, record: Mapping[str, Any]) -> None:
+    """One warning where a checkpoint was trained under other prompts than those in force, naming the templates.
+
+    Args:
+        where: what the checkpoint is called in messages.
+        record: holds what `prompt_record` gave; early versions kept only `prompts`.
+
+    Raises:
+        ValueError: `templates` is not a table.
+    """
+    saved = record.get("templates")
+    if saved is not None and not isinstance(saved, dict):
+        raise ValueError(f"{where}: 'templates' is not a table of texts; copy the model again from its source.")
+    if record.get("prompts") == prompt_fingerprint():
+        return
+    now = templates()
+    if saved is None:
+        changed = "which ones was not kept"
+    else:
+        changed = ", ".join(sorted(name for name in now.keys() | saved.keys() if now.get(name) != saved.get(name)))
+    _log.warning(
+        "%s was trained under other prompts (%s); its answers and scores may differ from those it was saved with.",
+        where,
+        changed,
+    )

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..datasets.prompts import DEFAULT_MODE, SYSTEM_PROMPT, build_question, prompt_fingerprint
+from ..datasets.prompts import DEFAULT_MODE, SYSTEM_PROMPT, build_question, check_prompts, prompt_record
 from ..datasets.scene import Sample, Scene
 from ..utils.files import read_text
 from ..utils.text import parse_response, replace_boxes, resolve_boxes
@@ -377,7 +377,7 @@ class SceneVLM(nn.Module):
             },
             "settings": vars(self.settings),
             "views": self.view_selector.settings() if self.view_selector is not None else None,
-            "prompts": prompt_fingerprint(),
+            **prompt_record(),
         }
         if self.full_language_model:
             save_language_model(self.language, folder / "language_model")
@@ -412,6 +412,7 @@ class SceneVLM(nn.Module):
         """
         folder = Path(folder)
         description = _read_description(folder)
+        check_prompts(folder, description)
         source = language_model or description["language_model"]
         if source == "language_model":
             source = str(folder / "language_model")

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 from plyfile import PlyData, PlyElement
 
+from threedr1.datasets.scene_store import SceneInfo
+
 ALIGN_DEGREES = 30.0
 ALIGN_SHIFT = (-5.0, -3.0, -0.05)
 CHAIR, TABLE, FLOOR, WALLS = 0, 3, 1, 2  # objectIds
@@ -254,6 +256,33 @@ def _write_nr3d(path: Path, scene_ids: list[str]) -> None:
         writer.writerow([*columns.split(), "mentions_target_class"])
         for number, scene in enumerate(scene_ids):
             stimulus = f"{scene}-office chair-2-{CHAIR}-{TABLE}"
-            head = [number, stimulus, scene, CHAIR, "office chair"]
-            for text, mentions in (("the chair left of the table", True), ("the black one", False)):
-                writer.writerow([*head, text, repr(text.split()), "nr3d", True, mentions])
+            tail = [stimulus, scene, CHAIR, "office chair"]
+            for turn, (text, mentions) in enumerate((("the Chair left of the table", True), ("the black one", False))):
+                writer.writerow([2 * number + turn, *tail, text, repr(text.split()), "nr3d", True, mentions])
+
+
+def write_more_annotations(root: Path, scene_id: str = "scene0000_00", split: str = "train") -> None:
+    """The files of the less common data sets, about one scene; it stands for an object of Cap3D as well."""
+    folder = Path(root) / "annotations"
+    question = "### human: I sit on the chair. What is in front of me? ### assistant:"
+    qa = [{"question": question, "answers": ["a table,", "table"], "scene_id": scene_id}]
+    _dump(folder / f"3d_llm_embodied_question_answer_{split}.json", qa)
+    _dump(folder / "scene_caption.json", {scene_id: {"captions": ["A small room.", "A chair and a table."]}})
+    refer = {"scan_id": scene_id, "target_id": CHAIR, "caption": "the tall chair"}
+    _dump(folder / f"scanrefer_{split}_targets.json", [refer])
+    _dump(folder / f"nr3d_{split}_targets.json", [{**refer, "easy": True, "view_dep": False}])
+    _dump(folder / "nr3d_captions_by_scene.json", {scene_id: [["chair", "The tall one"], ["table", "The low one"]]})
+    (folder / "Cap3D_automated_Objaverse_full.csv").write_text(f'{scene_id},"a chair, tall"\n', encoding="utf-8")
+
+
+def fake_index(scene_ids, object_ids=()) -> dict[str, SceneInfo]:
+    """Index entries of scans that are not there, with boxes of no meaning."""
+    numbers = np.array(sorted(object_ids), np.int32)
+    boxes_K7 = np.tile(np.array([0, 0, 0.5, 1, 1, 1, 0], np.float32), (len(numbers), 1))
+    zero_3 = np.zeros(3)
+    labels = ["thing"] * len(numbers)
+    classes_K = np.zeros(len(numbers), np.int32)
+    return {
+        one: SceneInfo(one, numbers, labels, classes_K, boxes_K7, frozenset(), np.eye(4), zero_3, zero_3)
+        for one in scene_ids
+    }

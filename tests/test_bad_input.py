@@ -405,7 +405,7 @@ def test_a_question_without_scene_or_words(change, words: str, refused: Refused,
         (ANNOTATIONS["scanqa"], b"{}", "scanqa", "does not hold a list of records"),
         (ANNOTATIONS["scanqa"], b"[]", "scanqa", "No samples of scanqa in split train"),
         ("Scene-30K.jsonl", b'{"scene', "scene30k", "row 1: not JSON"),
-        ("nr3d.csv", b"\xff\xfe\x00", "nr3d", "is not a whole CSV file"),
+        ("nr3d.csv", b"\xff\xfe\x00", "nr3d", "is not UTF-8 at byte 0"),
         ("nr3d.csv", b"a,b\n1,2\n", "nr3d", "lacks the column"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from ...utils.text import format_box
 from ..rooms.words import counted, joined
 from ..scene_store import SceneInfo
-from ..tasks.common import read_json
+from ..tasks.rows import read_json
 
 CAPTION_FILE = "scene_caption.json"
 

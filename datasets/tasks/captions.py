@@ -1,37 +1,43 @@
-"""Captions of given objects, grouped from ScanRefer's descriptions: shared by scan2cap and object_caption."""
+"""Captions of given objects, grouped from descriptions of them: shared by all readers of object captions."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+
+import numpy as np
 
 from ..prompts import CAPTION_QUESTION
 from ..scene import Sample
-from ..scene_store import as_index
-from .common import Scenes, boxes_of, scene_of
-from .scanrefer import Description, read_descriptions
+from .common import Index, scene_of, target_box
+from .problems import Report
+from .scanrefer import Description
 
 
-def load_captions(
-    root: str | Path, split: str, scenes: Scenes, *, dataset: str, task: str, caption: Callable[[Description], str]
+def to_captions(
+    descriptions: Iterable[Description],
+    split: str,
+    index: Index,
+    report: Report,
+    *,
+    task: str,
+    caption: Callable[[Description], str],
 ) -> list[Sample]:
     """One sample per object, or per description in the training split; references are all captions of the object."""
-    index = as_index(scenes)
-    groups: dict[tuple[str, int], list[Description]] = {}
-    for one in read_descriptions(root, split):
-        groups.setdefault((one.scene_id, one.object_id), []).append(one)
+
+    def find(one: Description) -> tuple[Description, np.ndarray]:
+        return one, target_box(scene_of(index, one.scene_id, one.row), one.object_id, one.row)
+
+    groups: dict[tuple[str, int], list[tuple[Description, np.ndarray]]] = {}
+    for one, boxes_K7 in report.keep(descriptions, find):
+        groups.setdefault((one.scene_id, one.object_id), []).append((one, boxes_K7))
     samples = []
     for (scene_id, object_id), group in groups.items():
-        row = group[0].row
-        boxes_K7 = boxes_of(scene_of(index, scene_id, row), [object_id], row)
-        if len(boxes_K7) == 0:
-            raise ValueError(f"{row.place} describes object {object_id}, a wall, floor or ceiling without a box.")
-        references = [caption(one) for one in group]
-        for one in group if split == "train" else group[:1]:
+        references = [caption(one) for one, _ in group]
+        for one, boxes_K7 in group if split == "train" else group[:1]:
             suffix = f"-{one.ann_id}" if split == "train" else ""
             samples.append(
                 Sample(
-                    sample_id=f"{dataset}-{scene_id}-{object_id}{suffix}",
+                    sample_id=f"{report.dataset}-{scene_id}-{object_id}{suffix}",
                     task=task,
-                    dataset=dataset,
+                    dataset=report.dataset,
                     scene_id=scene_id,
                     question=CAPTION_QUESTION,
                     answer=caption(one),
@@ -43,3 +49,8 @@ def load_captions(
                 )
             )
     return samples
+
+
+def joined_tokens(one: Description) -> str:
+    """Scan2Cap's form of a caption: the tokens joined by blanks."""
+    return " ".join(one.tokens)

@@ -4,7 +4,7 @@ Record: scene_id, object_id (text), object_name ("coffee_table"), ann_id (text),
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from ...utils.labels import DETECTION_CLASSES, OTHERS
 from ...utils.text import format_box
 from ..scannet import LABEL_MAP_NAME
 from ..scene import Sample
-from ..scene_store import as_index
-from .common import Row, Scenes, annotation_file, boxes_of, read_rows, scene_of
+from .common import Benchmark, Index, Inputs, scene_of, target_box
+from .problems import Report
+from .rows import Row, annotation_file, first_time, read_rows
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,24 @@ class Description:
     tokens: list[str]
 
 
-def read_descriptions(root: str | Path, split: str) -> Iterator[Description]:
-    """Records of one split, in file order."""
-    for row in read_rows(annotation_file(root, f"ScanRefer_filtered_{split}.json")):
-        yield Description(
+def read_descriptions(path: Path, report: Report) -> list[Description]:
+    """Records of a file in ScanRefer's schema, in file order."""
+    seen: dict[Hashable, int] = {}
+
+    def read(row: Row) -> Description:
+        scene_id, object_id, ann_id = row.filled("scene_id"), row.integer("object_id"), row.name("ann_id")
+        first_time(seen, (scene_id, object_id, ann_id), row, "scene, object_id and ann_id")
+        return Description(
             row=row,
-            scene_id=row.filled("scene_id"),
-            object_id=row.integer("object_id"),
+            scene_id=scene_id,
+            object_id=object_id,
             object_name=row.text("object_name").replace("_", " "),
-            ann_id=str(row.get("ann_id", object)),
+            ann_id=ann_id,
             text=row.filled("description"),
-            tokens=[str(token) for token in row.get("token", list)],
+            tokens=row.strings("token"),
         )
+
+    return report.keep(read_rows(path, report), read)
 
 
 def load_name_classes(path: str | Path) -> dict[str, int]:
@@ -83,44 +90,46 @@ def unique_lookup(
     return {key: (len(members[key[0], number]) > 1, number) for key, number in classes.items()}
 
 
-def load(root: str | Path, split: str, scenes: Scenes) -> list[Sample]:
+def file_of(split: str) -> str:
+    """Name of a split's file in `annotations/`."""
+    return f"ScanRefer_filtered_{split}.json"
+
+
+def load(root: Path, split: str, index: Index, report: Report) -> list[Sample]:
     """Grounding samples of one split; question_type is `unique` or `multiple`.
 
     The answer names the object and gives its box in the model frame. Meta: object_name, ann_id, multiple, others.
     """
-    index = as_index(scenes)
-    descriptions = list(read_descriptions(root, split))
+    descriptions = read_descriptions(annotation_file(root, file_of(split)), report)
     lookup = unique_lookup(
         ((one.scene_id, one.object_id, one.object_name) for one in descriptions),
-        load_name_classes(Path(root) / LABEL_MAP_NAME),
+        load_name_classes(root / LABEL_MAP_NAME),
     )
-    samples = []
-    for one in descriptions:
+
+    def read(one: Description) -> Sample:
         info = scene_of(index, one.scene_id, one.row)
-        boxes_K7 = boxes_of(info, [one.object_id], one.row)
-        if len(boxes_K7) == 0:
-            raise ValueError(
-                f"{one.row.place} describes object {one.object_id}, a wall, floor or ceiling without a box."
-            )
+        boxes_K7 = target_box(info, one.object_id, one.row)
         multiple, number = lookup[one.scene_id, one.object_id]
-        samples.append(
-            Sample(
-                sample_id=f"scanrefer-{one.scene_id}-{one.object_id}-{one.ann_id}",
-                task="grounding",
-                dataset="scanrefer",
-                scene_id=one.scene_id,
-                question=one.text,
-                answer=f"{one.object_name} {format_box(info.to_model(boxes_K7)[0].tolist())}",
-                references=[one.object_name],
-                target_object_ids=[one.object_id],
-                target_boxes_K7=boxes_K7,
-                question_type="multiple" if multiple else "unique",
-                meta={
-                    "object_name": one.object_name,
-                    "ann_id": one.ann_id,
-                    "multiple": multiple,
-                    "others": number == OTHERS,
-                },
-            )
+        return Sample(
+            sample_id=f"scanrefer-{one.scene_id}-{one.object_id}-{one.ann_id}",
+            task="grounding",
+            dataset="scanrefer",
+            scene_id=one.scene_id,
+            question=one.text,
+            answer=f"{one.object_name} {format_box(info.to_model(boxes_K7)[0].tolist())}",
+            references=[one.object_name],
+            target_object_ids=[one.object_id],
+            target_boxes_K7=boxes_K7,
+            question_type="multiple" if multiple else "unique",
+            meta={
+                "object_name": one.object_name,
+                "ann_id": one.ann_id,
+                "multiple": multiple,
+                "others": number == OTHERS,
+            },
         )
-    return samples
+
+    return report.keep(descriptions, read)
+
+
+BENCHMARK = Benchmark(load, lambda split: Inputs((f"annotations/{file_of(split)}", LABEL_MAP_NAME)))

@@ -12,7 +12,10 @@ from threedr1.datasets.prompts import (
     OBJECT_PLACEHOLDER,
     build_question,
     build_target,
+    check_prompts,
     prompt_fingerprint,
+    prompt_record,
+    templates,
     training_mode,
 )
 from threedr1.datasets.scene import TASKS, Sample
@@ -76,3 +79,26 @@ def test_samples_hold_no_arrays_in_common():
     one, two = sample("qa"), sample("qa")
     one.target_boxes_K7 = np.ones((1, 7), np.float32)
     assert two.target_boxes_K7.shape == (0, 7)
+
+
+def test_checkpoints_keep_every_template():
+    record = prompt_record()
+    assert record["prompts"] == prompt_fingerprint() and record["templates"] == templates()
+    assert templates()["task.qa"] == "{question}" and templates()["default_mode.dense_caption"] == "direct"
+    assert {f"task.{task}" for task in TASKS} <= set(templates())
+
+
+def test_changed_prompts_are_named_in_one_warning(monkeypatch, caplog):
+    record = prompt_record()
+    check_prompts("model", record)
+    assert caplog.text == ""
+    monkeypatch.setitem(prompts.TASK_TEMPLATES, "qa", "{question} please")
+    monkeypatch.setattr(prompts, "SYSTEM_PROMPT", "another")
+    check_prompts("runs/a", record)
+    (warned,) = caplog.messages
+    assert warned.startswith("runs/a was trained under other prompts (system, task.qa);")
+    caplog.clear()
+    check_prompts("runs/a", {"prompts": record["prompts"]})
+    assert "which ones was not kept" in caplog.text
+    with pytest.raises(ValueError, match="'templates' is not a table"):
+        check_prompts("runs/a", {**record, "templates": "text"})

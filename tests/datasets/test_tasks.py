@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 
 from threedr1.datasets.doctor import examine
 from threedr1.datasets.prompts import CAPTION_QUESTION
-from threedr1.datasets.scannet import LABEL_MAP_NAME, prepare_scans
+from threedr1.datasets.scannet import LABEL_MAP_NAME
 from threedr1.datasets.scene_store import INDEX_NAME, SceneInfo, SceneStore, as_index
 from threedr1.datasets.tasks import LOADERS, load_samples
 from threedr1.datasets.tasks.nr3d import parse_stimulus
@@ -22,30 +22,6 @@ from threedr1.datasets.tasks.sqa3d import facing, from_world_pose, question_type
 from threedr1.utils.text import find_pointers
 
 from .. import data_factory as factory
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    root = factory.write_root(tmp_path_factory.mktemp("root"))
-    assert prepare_scans(root, workers=1) == []
-    return root
-
-
-@pytest.fixture
-def root(prepared, tmp_path):
-    """A data root of one's own, to break."""
-    for name in ("annotations", "prepared"):
-        (tmp_path / name).mkdir()
-        for path in (prepared / name).iterdir():
-            (tmp_path / name / path.name).write_bytes(path.read_bytes())
-    for path in prepared.glob("scannetv2*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
-
-
-@pytest.fixture
-def store(root):
-    return SceneStore(root / "prepared")
 
 
 def shifted(store: SceneStore) -> dict[str, SceneInfo]:
@@ -193,7 +169,7 @@ def test_scene30k_boxes_of_the_answer_become_targets_in_the_world(root, store, c
     assert sample.references == ["it"] and "1 outside the answer grammar" in caplog.text
 
 
-_FILES = {
+ANNOTATION_FILES = {
     "scanrefer": "ScanRefer_filtered_train.json",
     "scan2cap": "ScanRefer_filtered_train.json",
     "object_caption": "ScanRefer_filtered_train.json",
@@ -204,12 +180,19 @@ _FILES = {
     "scene_description": "3d_llm_scene_description_train.json",
     "scene30k": "Scene-30K.jsonl",
     "nr3d": "nr3d.csv",
+    "scan2cap_nr3d": "nr3d.csv",
+    "embodied_qa": "3d_llm_embodied_question_answer_train.json",
+    "scene30k_captions": "scene_caption.json",
+    "scanrefer_targets": "scanrefer_train_targets.json",
+    "nr3d_targets": "nr3d_train_targets.json",
+    "nr3d_captions": "nr3d_captions_by_scene.json",
+    "cap3d": "Cap3D_automated_Objaverse_full.csv",
 }
 
 
 @pytest.mark.parametrize("dataset", sorted(LOADERS))
 def test_unknown_scenes_name_file_row_and_remedy(root, store, dataset):
-    path = root / "annotations" / _FILES[dataset]
+    path = root / "annotations" / ANNOTATION_FILES[dataset]
     path.write_text(path.read_text().replace("scene0000_00", "scene0777_00"))
     with (root / "scannetv2_train.txt").open("a") as stream:
         stream.write("scene0777_00\n")
@@ -227,7 +210,7 @@ def test_unknown_scenes_name_file_row_and_remedy(root, store, dataset):
     ],
 )
 def test_unknown_objects_name_file_row_and_remedy(root, store, dataset, old, new):
-    path = root / "annotations" / _FILES[dataset]
+    path = root / "annotations" / ANNOTATION_FILES[dataset]
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=rf"{path.name}, row 1 names object 55.*take the row out"):
@@ -236,9 +219,9 @@ def test_unknown_objects_name_file_row_and_remedy(root, store, dataset, old, new
 
 @pytest.mark.parametrize("dataset", sorted(LOADERS))
 def test_missing_and_broken_files_are_clear(root, store, dataset):
-    path = root / "annotations" / _FILES[dataset]
+    path = root / "annotations" / ANNOTATION_FILES[dataset]
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2 - 5] if dataset != "nr3d" else b"a,b\n1,2\n")
+    path.write_bytes(content[: len(content) // 2 - 5] if path.suffix != ".csv" else b"a,b\n1,2\n")
     with pytest.raises(ValueError, match=path.name.replace(".", r"\.")):
         load_samples(root, "train", [dataset], scenes=store)
     path.unlink()
@@ -311,26 +294,13 @@ def test_doctor_finds_what_is_wrong_and_says_how_to_mend_it(prepared, root):
     assert [finding.level for finding in examine(root / "nowhere")] == ["error"]
 
 
-def fake_index(scene_ids, object_ids=()) -> dict[str, SceneInfo]:
-    """Index entries of scans that are not there, with boxes of no meaning."""
-    numbers = np.array(sorted(object_ids), np.int32)
-    boxes_K7 = np.tile(np.array([0, 0, 0.5, 1, 1, 1, 0], np.float32), (len(numbers), 1))
-    zero_3 = np.zeros(3)
-    labels = ["thing"] * len(numbers)
-    classes_K = np.zeros(len(numbers), np.int32)
-    return {
-        one: SceneInfo(one, numbers, labels, classes_K, boxes_K7, frozenset(), np.eye(4), zero_3, zero_3)
-        for one in scene_ids
-    }
-
-
 @pytest.mark.real
 def test_official_files_load_whole(real_data):
     folder = real_data / "annotations"
     scene_ids = {path.stem for path in (real_data / "scannet_instances").glob("*.npz")}
     for path in folder.glob("*_val.json"):
         scene_ids |= {row["scene_id"] for row in json.loads(path.read_text())}
-    index = fake_index(scene_ids, range(400))
+    index = factory.fake_index(scene_ids, range(400))
     counts = {
         name: len(load_samples(real_data, "val", [name], scenes=index)) for name in ("scanqa", "dialogue", "planning")
     }
@@ -338,7 +308,9 @@ def test_official_files_load_whole(real_data):
     descriptions = load_samples(real_data, "val", ["scene_description"], scenes=index)
     assert len(descriptions) == 121
     questions = json.loads((folder / "v1_balanced_questions_test_scannetv2.json").read_text())["questions"]
-    situated = load_samples(real_data, "test", ["sqa3d"], scenes=fake_index({row["scene_id"] for row in questions}))
+    situated = load_samples(
+        real_data, "test", ["sqa3d"], scenes=factory.fake_index({row["scene_id"] for row in questions})
+    )
     assert len(situated) == 3519
     kinds = {
         kind: sum(sample.question_type == kind for sample in situated)
@@ -358,13 +330,13 @@ def test_official_poses_stand_where_their_situations_say(real_data):
             raw_K6, labels = scan["boxes_min_max"].astype(float), scan["labels"].tolist()
         align_44 = np.array(matrices[path.stem]).reshape(4, 4)
         middle_3 = (raw_K6[:, :3].min(0) + raw_K6[:, 3:].max(0)) / 2
-        empty = fake_index([path.stem])[path.stem].__dict__
+        empty = factory.fake_index([path.stem])[path.stem].__dict__
         index[path.stem] = SceneInfo(**{**empty, "axis_align_44": align_44, "raw_middle_3": middle_3})
         centre_K3 = (raw_K6[:, :3] + raw_K6[:, 3:]) / 2
         boxes[path.stem] = centre_K3 @ align_44[:3, :3].T + align_44[:3, 3]
         names[path.stem] = labels
     questions = json.loads((folder / "v1_balanced_questions_test_scannetv2.json").read_text())["questions"]
-    index.update(fake_index({row["scene_id"] for row in questions} - set(index)))
+    index.update(factory.fake_index({row["scene_id"] for row in questions} - set(index)))
     near, ahead = [], []
     for sample in load_samples(real_data, "test", ["sqa3d"], scenes=index):
         if sample.scene_id not in boxes:

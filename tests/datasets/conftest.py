@@ -1,0 +1,35 @@
+"""A small prepared data root with every data set's files, for the tests of readers."""
+
+from pathlib import Path
+
+import pytest
+
+from threedr1.datasets.scannet import prepare_scans
+from threedr1.datasets.scene_store import SceneStore
+
+from .. import data_factory as factory
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    root = factory.write_root(tmp_path_factory.mktemp("root"))
+    factory.write_more_annotations(root)
+    assert prepare_scans(root, workers=1) == []
+    return root
+
+
+@pytest.fixture
+def root(prepared, tmp_path) -> Path:
+    """A data root of one's own, to break."""
+    for name in ("annotations", "prepared"):
+        (tmp_path / name).mkdir()
+        for path in (path for path in (prepared / name).iterdir() if path.is_file()):
+            (tmp_path / name / path.name).write_bytes(path.read_bytes())
+    for path in prepared.glob("scannetv2*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def store(root) -> SceneStore:
+    return SceneStore(root / "prepared")
