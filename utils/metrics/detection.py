@@ -13,6 +13,10 @@ import torch
 
 from ..boxes import ArrayLike, as_boxes, box3d_iou, nms_3d, points_in_boxes
 from ..labels import DETECTION_CLASSES
+from .result import Scores
+
+THRESHOLDS = (0.25, 0.5)
+MIN_POINTS = 5
 
 
 @dataclass
@@ -75,11 +79,11 @@ def keep_detections(
 def evaluate_detections(
     predictions: Sequence[SceneDetections],
     ground_truth: Sequence[SceneObjects],
-    iou_thresholds: Sequence[float] = (0.25, 0.5),
+    iou_thresholds: Sequence[float] = THRESHOLDS,
     *,
     class_names: Sequence[str] = DETECTION_CLASSES,
     nms_iou: float | None = 0.25,
-    min_points: int = 5,
+    min_points: int = MIN_POINTS,
     min_objectness: float = 0.05,
     per_class_proposals: bool = True,
     average_over: str = "seen",
@@ -129,6 +133,27 @@ def evaluate_detections(
             "recall": {class_names[c]: values[c][1] for c in chosen},
         }
     return result
+
+
+def detection_scores(predictions: Sequence[SceneDetections], ground_truth: Sequence[SceneObjects]) -> Scores:
+    """`evaluate_detections` as the scorers have it: fractions, `mAP@k` and `AR@k`, and `AP@k/class` of each class.
+
+    Where a scene comes without its points, empty boxes are not removed, which a note says.
+    """
+    without_points = any(scene.points_P3 is None for scene in predictions)
+    result = evaluate_detections(predictions, ground_truth, min_points=0 if without_points else MIN_POINTS)
+    metrics: dict[str, float | None] = {}
+    for threshold in THRESHOLDS:
+        values = result[str(threshold)]
+        metrics |= {f"mAP@{threshold}": values["mAP"], f"AR@{threshold}": values["AR"]}
+        metrics |= {f"AP@{threshold}/{name}": value for name, value in values["AP"].items()}
+    counts = {
+        "scenes": result["items"],
+        "detections": result["num_detections"],
+        "objects": sum(len(truth.classes_G) for truth in ground_truth),
+    }
+    note = "Boxes without points inside are kept: no points were given. 3DETR's numbers drop them first."
+    return Scores("fraction", result["items"], metrics, counts=counts, notes=[note] if without_points else [])
 
 
 def _flatten(
