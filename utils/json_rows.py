@@ -64,29 +64,36 @@ class _Repeated(dict):
     keys_repeated: list[str]
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) == len(pairs):
-        return row
-    repeated, seen = _Repeated(row), set()
-    repeated.keys_repeated = list(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
-    return repeated
+class _Reader:
+    """Parses JSON, and remembers whether a key occurred twice in one object, which is rare and dear to look for."""
+
+    def __init__(self) -> None:
+        self.repeated = False
+        self.decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> Row:
+        row = dict(pairs)
+        if len(row) == len(pairs):
+            return row
+        self.repeated = True
+        repeated, seen = _Repeated(row), set()
+        repeated.keys_repeated = list(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
+        return repeated
+
+    def parse(self, text: str) -> Any:
+        """A JSON document; ValueError, without the file's name, where it is not one."""
+        try:
+            return self.decoder.decode(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error.msg}, line {error.lineno} column {error.colno}") from None
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        except ValueError:  # Python's limit on the digits of a whole number
+            raise ValueError("a number has too many digits") from None
 
 
-def parse_json(text: str) -> Any:
-    """A JSON document; ValueError, without the file's name, where it is not one."""
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg}, line {error.lineno} column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except ValueError:  # Python's limit on the digits of a whole number
-        raise ValueError("a number has too many digits") from None
-
-
-def repeated_keys(value: Any) -> list[str]:
-    """Keys that occur twice in one object, anywhere in a value that `parse_json` returned."""
+def _repeated_keys(value: Any) -> list[str]:
+    """Keys that occur twice in one object, anywhere in a value that a reader returned."""
     found, waiting = [], [value]
     while waiting:
         current = waiting.pop()
@@ -121,7 +128,9 @@ class Document:
 
 
 def read_document(path: str | Path, problems: list[Problem], missing: str) -> Document:
-    """Read a JSON document or JSON lines. Lines that are not JSON are added to `problems` and left out.
+    """Read a JSON document or JSON lines.
+
+    Lines that are not JSON are added to `problems` and left out; keys that occur twice in one object are added too.
 
     Args:
         missing: the sentence for a file that is not there.
@@ -129,31 +138,40 @@ def read_document(path: str | Path, problems: list[Problem], missing: str) -> Do
     Raises:
         ValueError: no file, a folder, not UTF-8, or neither a JSON document nor JSON lines.
     """
-    path = Path(path)
-    text = read_text(path, missing)
+    path, reader = Path(path), _Reader()
+    document = _parse(path, read_text(path, missing), reader, problems)
+    if reader.repeated:
+        for place, value in document.rows() or [(str(path), document.value)]:
+            message = "occurs twice in one object; keep one"
+            problems += [Problem(place, message, field=shown(key)[1:-1]) for key in _repeated_keys(value)]
+    return document
+
+
+def _parse(path: Path, text: str, reader: _Reader, problems: list[Problem]) -> Document:
     in_lines = path.suffix in _LINE_SUFFIXES
     try:
-        value = parse_json(text)
+        value = reader.parse(text)
     except ValueError as error:
         if not in_lines and not _is_object(next(filter(str.strip, text.split("\n")), "")):
             raise ValueError(f"{path} is not whole JSON ({error}); copy it again, or write it again.") from None
-        return Document(path, lines=list(_lines(path, text, problems)))
+        reader.repeated = False
+        return Document(path, lines=list(_lines(path, text, reader, problems)))
     return Document(path, value) if isinstance(value, list) or not in_lines else Document(path, lines=[(1, value)])
 
 
 def _is_object(line: str) -> bool:
     try:
-        return isinstance(parse_json(line), dict)
+        return isinstance(_Reader().parse(line), dict)
     except ValueError:
         return False
 
 
-def _lines(path: Path, text: str, problems: list[Problem]) -> Iterator[tuple[int, Any]]:
+def _lines(path: Path, text: str, reader: _Reader, problems: list[Problem]) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            yield number, parse_json(line)
+            yield number, reader.parse(line)
         except ValueError as error:
             message = str(error).replace(", line 1 column", ", column")
             problems.append(
@@ -167,7 +185,7 @@ def text_fault(value: Any, *, empty: bool = True) -> str | None:
         return f"must be a text, not {shown(value)}"
     if not empty and not value.strip():
         return "must not be empty"
-    if _HALF_CHARACTER.search(value):
+    if not value.isascii() and _HALF_CHARACTER.search(value):
         return "holds half a character (a lone surrogate); write the file again as UTF-8"
     return None
 

@@ -15,7 +15,6 @@ from .json_rows import (
     id_fault,
     read_document,
     refuse,
-    repeated_keys,
     shown,
     text_fault,
     texts_fault,
@@ -135,9 +134,7 @@ def _faults(row: Row) -> Iterator[tuple[str, str]]:
     if missing:
         yield "", f"missing {', '.join(missing)}"
     if unknown:
-        yield "", f"unknown {', '.join(map(shown_name, unknown[:8]))} (put extras under meta)"
-    for key in repeated_keys(row):
-        yield shown_name(key), "occurs twice in one object; keep one"
+        yield "", f"unknown {', '.join(shown(name)[1:-1] for name in unknown[:8])} (put extras under meta)"
     for name in row:
         fault = _FAULTS.get(name, text_fault)(row[name]) if name in _FIELDS else None
         if fault:
@@ -147,11 +144,6 @@ def _faults(row: Row) -> Iterator[tuple[str, str]]:
         fault = _META_FAULTS[name](meta[name]) if meta.get(name) is not None else None
         if fault:
             yield f"meta.{name}", fault
-
-
-def shown_name(name: str) -> str:
-    """A key of a file as it stands in a message."""
-    return shown(name)[1:-1]
 
 
 def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:

@@ -13,12 +13,11 @@ from ..json_rows import (
     boxes_fault,
     id_fault,
     read_document,
-    repeated_keys,
     seven,
     text_fault,
     texts_fault,
 )
-from ..predictions import REQUIRED, Prediction, from_row, shown_name
+from ..predictions import REQUIRED, Prediction, from_row
 from .detection_rows import detection_faults
 
 QA_TASKS = ("qa", "situated_qa")
@@ -81,8 +80,7 @@ def report(
         record: the row's name, where `row_id` is not it.
     """
     name = record if isinstance(record, str) and record else row_id(row)
-    pairs = [*faults, *((shown_name(key), "occurs twice in one object; keep one") for key in repeated_keys(row))]
-    found = [Problem(place, message, name, field) for field, message in pairs if message]
+    found = [Problem(place, message, name, field) for field, message in faults if message]
     problems += found
     return not found
 
@@ -103,8 +101,6 @@ def id_faults(row: Row) -> list[tuple[str, str | None]]:
 
 def _read_mapping(task: str, mapping: Row, path: str, problems: list[Problem]) -> Answers:
     entries = []
-    repeated = repeated_keys(mapping)
-    problems += [Problem(path, "occurs twice as an id; keep one", key) for key in repeated]
     for key, value in mapping.items():
         fault = text_fault(key, empty=False)
         fault = f"an id {fault}" if fault else _mapped_fault(task, value)
