@@ -140,8 +140,10 @@ def _faults(row: Row) -> Iterator[tuple[str, str]]:
         if fault:
             yield name, fault
     meta = row.get("meta")
-    for name in _META_FAULTS if isinstance(meta, dict) else ():
-        fault = _META_FAULTS[name](meta[name]) if meta.get(name) is not None else None
+    if not isinstance(meta, dict):
+        return
+    for name, check in _META_FAULTS.items():
+        fault = check(meta[name]) if meta.get(name) is not None else None
         if fault:
             yield f"meta.{name}", fault
 

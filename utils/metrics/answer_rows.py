@@ -107,19 +107,14 @@ def _read_mapping(task: str, mapping: Row, path: str, problems: list[Problem]) -
         if fault:
             problems.append(Problem(path, fault, key))
             continue
-        texts = [value] if isinstance(value, str) else value
-        grounding = task == "grounding"
-        entries.append(
-            Prediction(
-                sample_id=key,
-                task=task,
-                scene_id="",
-                question="",
-                text="" if grounding else texts[0],
-                boxes=[seven(value)] if grounding and value else [],
-                meta={"answer_top10": texts} if isinstance(value, list) and not grounding else {},
-            )
-        )
+        entry = Prediction(sample_id=key, task=task, scene_id="", question="", text="")
+        if isinstance(value, str):
+            entry.text = value
+        elif task == "grounding":
+            entry.boxes = [seven(value)] if value else []
+        else:
+            entry.text, entry.meta = value[0], {"answer_top10": value}
+        entries.append(entry)
     return Answers(entries, mapping=True)
 
 

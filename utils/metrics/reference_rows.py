@@ -43,6 +43,7 @@ def _annotated(task: str, row: Row, place: str, problems: list[Problem]) -> Pred
     kind = row.get("question_type", "")
     if not report(row, place, [*id_faults(row), ("answers", fault), ("question_type", text_fault(kind))], problems):
         return None
+    assert isinstance(answers, list)
     return Prediction(
         sample_id=row_id(row),
         task=task,
