@@ -294,3 +294,28 @@ class TestOwnFiles:
     def test_a_list_reads_like_lines(self, write):
         path = write("p.json", [vars(own(index, "qa", references=["x"])) for index in range(2)])
         assert [entry.sample_id for entry in read_predictions(path)] == ["s0", "s1"]
+
+
+class TestOfficialAnnotations:
+    @pytest.mark.parametrize(
+        "task, scorer, name, items",
+        [
+            ("qa", "exact", "ScanQA_v1.0_val.json", 4675),
+            ("situated_qa", "sqa3d", "v1_balanced_sqa_annotations_test_scannetv2.json", 3519),
+            ("dialogue", "ll3da_per_sample", "3d_llm_embodied_dialogue_filtered_val.json", 1222),
+            ("planning", "ll3da_per_sample", "3d_llm_embodied_planning_filtered_val.json", 2282),
+            ("qa", "exact", "3d_llm_embodied_question_answer_val.json", 1938),
+        ],
+    )
+    def test_an_object_of_right_answers_scores_full(self, write, real_data, task, scorer, name, items):
+        path = real_data / "annotations" / name
+        rows = json.loads(path.read_text())
+        if isinstance(rows, dict):
+            answers = {str(row["question_id"]): row["answers"][0]["answer"] for row in rows["annotations"]}
+        else:
+            answers = {str(row.get("question_id", number)): row["answers"][0] for number, row in enumerate(rows, 1)}
+        result = score_file(task, scorer, path, write("p.json", answers), meteor=False)
+        assert result["items"] == items
+        metrics = result["metrics"]
+        # not ROUGE-L: the scorer folds double blanks of answers, as published, and not those of references
+        assert metrics["EM"] == 100 if "EM" in metrics else metrics["BLEU-4"] == pytest.approx(1)
