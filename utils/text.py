@@ -8,14 +8,16 @@ else but white space. An answer points at things in two ways, both resolved to b
   two decimals, with an optional seventh number, the heading in radians, counter-clockwise seen from above.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _TAG = re.compile(r"</?(?:think|answer)>")
-_WELL_FORMED = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+_LAYOUT = ["<think>", "</think>", "<answer>", "</answer>"]
+# bounded, and with one way only to match a text: longer runs of digits made the search quadratic
+_NUMBER = r"[-+]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})"
 _BOX = re.compile(rf"<box>\s*({_NUMBER}(?:\s*,\s*{_NUMBER}){{5,6}})\s*</box>")
 _NAME = re.compile(r"<obj(\d{1,4})>")
 _POINTER = re.compile(rf"{_BOX.pattern}|{_NAME.pattern}")
@@ -36,19 +38,21 @@ def parse_response(text: str) -> Response:
     A response that is not well formed still yields the best reading of its answer, so that evaluation does not
     punish format twice: the text after the last `<answer>`, or else all text outside the thought.
     """
-    match = _WELL_FORMED.fullmatch(text)
-    if match and not _TAG.search(match["think"]) and not _TAG.search(match["answer"]):
-        return Response(match["think"].strip(), match["answer"].strip(), True)
-    think = ""
-    opened = re.search(r"<think>(.*?)(?:</think>|$)", text, re.DOTALL)
-    if opened:
-        think = opened[1].strip()
-    answer = (
-        text.rpartition("<answer>")[2]
-        if "<answer>" in text
-        else re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.DOTALL)
-    )
+    tags = list(itertools.islice(_TAG.finditer(text), len(_LAYOUT) + 1))
+    if [tag[0] for tag in tags] == _LAYOUT:
+        edges = [0, *(edge for tag in tags for edge in tag.span()), len(text)]
+        before, think, between, answer, after = (text[edges[i] : edges[i + 1]] for i in range(0, len(edges), 2))
+        if not (before + between + after).strip():
+            return Response(think.strip(), answer.strip(), True)
+    think = text.partition("<think>")[2].partition("</think>")[0].strip()
+    answer = text.rpartition("<answer>")[2] if "<answer>" in text else _outside_thoughts(text)
     return Response(think, _TAG.sub("", answer.partition("</answer>")[0]).strip(), False)
+
+
+def _outside_thoughts(text: str) -> str:
+    """A text without what stands between `<think>` and the next `</think>`, or the end."""
+    before, *thoughts = text.split("<think>")
+    return before + "".join(thought.partition("</think>")[2] for thought in thoughts)
 
 
 def format_response(think: str, answer: str) -> str:
@@ -89,7 +93,7 @@ def resolve_boxes(text: str, proposals: Sequence[Sequence[float]]) -> list[list[
 
     Names of proposals that do not exist and boxes without positive finite sizes are left out.
     """
-    boxes: list[list[float]] = []
+    boxes: dict[tuple[float, ...], list[float]] = {}
     for pointer in find_pointers(text):
         if isinstance(pointer, int):
             if pointer >= len(proposals):
@@ -97,9 +101,9 @@ def resolve_boxes(text: str, proposals: Sequence[Sequence[float]]) -> list[list[
             box = [float(value) for value in proposals[pointer]]
         else:
             box = pointer
-        if all(map(math.isfinite, box)) and min(box[3:6]) > 0 and box not in boxes:
-            boxes.append(box)
-    return boxes
+        if all(map(math.isfinite, box)) and min(box[3:6]) > 0:
+            boxes.setdefault(tuple(box), box)
+    return list(boxes.values())
 
 
 def replace_boxes(text: str, replace: Callable[[list[float]], str]) -> str:

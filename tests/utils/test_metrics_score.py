@@ -48,6 +48,7 @@ class TestRegistry:
             assert set(aliases.values()) <= set(SCORERS[task]), task
             assert not set(aliases) & set(SCORERS[task]), "an alias would hide a scorer of its name"
         assert scorer_name("qa", "official") == "scanqa" and scorer_name("qa", "ll3da") == "scanqa_ll3da"
+        assert scorer_name("qa", "leo") == "scanqa_leo" and scorer_name("qa", "video3dllm") == "scanqa_video3dllm"
         assert scorer_name("dense_caption", "detect") == scorer_name("dense_caption", None) == "scan2cap_ll3da"
         # of the tasks that have a scorer of that name it stays what it is
         assert scorer_name("dialogue", "ll3da") == "ll3da"

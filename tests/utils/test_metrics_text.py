@@ -129,7 +129,8 @@ class TestNgrams:
         no_java(monkeypatch)
         candidates = {key: ["a chair"] for key in self.references}
         with pytest.raises(ValueError, match="scanqa_ll3da or exact"):
-            ngram_scores(self.references, candidates, tokenizer="ptb", meteor=False)
+            ptb_tokenize(["a chair"])
+        assert set(ngram_scores(self.references, candidates, tokenizer="ptb", meteor=False).corpus.values()) == {None}
         with pytest.raises(ValueError, match="meteor=False"):
             ngram_scores(self.references, candidates, tokenizer="none", meteor=True)
         scores = ngram_scores(self.references, candidates, tokenizer="none", meteor="auto")

@@ -1,8 +1,8 @@
 """N-gram scores of captions and answers: BLEU-1..4, METEOR, ROUGE-L and CIDEr by pycocoevalcap's own scorers.
 
-BLEU and METEOR of a corpus are aggregates: they are not the mean of the per-item values. CIDEr weighs n-grams by how
-rare they are among the references that are scored together, so that a value belongs to its set of items; one item
-alone always gives 0.
+BLEU and METEOR of a corpus are aggregates: they are not the mean of the per-item values, and are resampled by their
+sufficient statistics. CIDEr weighs n-grams by how rare they are among the references that are scored together, so
+that a value belongs to its set of items; one item alone always gives 0.
 """
 
 import re
@@ -11,17 +11,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from .java import java_available, meteor_scores, ptb_tokenize
+from .java import MeteorScores, java_available, meteor_scores, ptb_tokenize
+from .ngram_statistics import METEOR_COLUMNS, bleu_aggregates, meteor_aggregate
+from .result import Aggregate
 
 Tokenizer = Literal["ptb", "none"]
 # True: METEOR or an error; False: not asked for; "auto": METEOR where Java is, else null with a note
 MeteorChoice = bool | Literal["auto"]
 
-NO_JAVA_NOTE = "METEOR is null: it needs Java (17 or later), which was not found."
+NO_JAVA_NOTE = "METEOR is n/a: it needs Java (17 or later), which was not found."
+NO_TOKENIZER_NOTE = "{names} are n/a: this scorer's PTB tokenizer needs Java (17 or later), which was not found."
+BLEU_NAMES = tuple(f"BLEU-{order}" for order in range(1, 5))
 _WORDS = re.compile(r"[\w']+")
 
 
@@ -32,6 +36,7 @@ class NgramScores:
     corpus: dict[str, float | None]
     per_item: dict[str, list[float]]
     notes: list[str] = field(default_factory=list)
+    aggregates: dict[str, Aggregate] = field(default_factory=dict, compare=False)
 
 
 def ngram_scores(
@@ -44,8 +49,9 @@ def ngram_scores(
     """Score one candidate a key against one or more references a key.
 
     `tokenizer="ptb"` lower-cases, splits and drops punctuation on both sides (needs Java); `"none"` takes the strings
-    as they are, split at spaces. ValueError where keys differ, where a key has no reference or not exactly one
-    candidate, and where Java is needed but missing.
+    as they are, split at spaces. Without Java all scores after the PTB tokenizer are None, with one note. ValueError
+    where keys differ, where a key has no reference or not exactly one candidate, and where METEOR is demanded
+    but Java is missing.
     """
     keys = _checked_keys(references, candidates)
     if tokenizer not in ("ptb", "none"):
@@ -55,6 +61,10 @@ def ngram_scores(
             "METEOR needs Java (17 or later), which was not found; install it, or ask for meteor=False "
             '(or "auto", which reports METEOR as null with a note).'
         )
+    if tokenizer == "ptb" and not java_available():
+        names = [*BLEU_NAMES, *(["METEOR"] if meteor else []), "ROUGE-L", "CIDEr"]
+        note = NO_TOKENIZER_NOTE.format(names=f"{', '.join(names[:-1])} and {names[-1]}")
+        return NgramScores(dict.fromkeys(names), {}, [note])
     golden = {key: list(references[key]) for key in keys}
     guesses = {key: list(candidates[key]) for key in keys}
     if tokenizer == "ptb":
@@ -97,24 +107,30 @@ def _tokenize_both(
 
 def _score(golden: dict[str, list[str]], guesses: dict[str, list[str]], meteor: MeteorChoice) -> NgramScores:
     notes: list[str] = []
-    pending: Future[tuple[float, list[float]]] | None = None
+    pending: Future[MeteorScores] | None = None
+    bleu = BleuScorer(n=len(BLEU_NAMES))
     with ThreadPoolExecutor(max_workers=1) as pool:
         # METEOR runs in its own process: start it first, and score the rest meanwhile
         if meteor is True or (meteor == "auto" and java_available()):
             pending = pool.submit(meteor_scores, golden, guesses)
-        bleu, bleu_items = Bleu(4).compute_score(golden, guesses, verbose=0)
+        for key in golden:
+            bleu += (guesses[key][0], golden[key])
+        bleu_corpus, bleu_items = bleu.compute_score(option="closest")
         rouge, rouge_items = Rouge().compute_score(golden, guesses)
         cider, cider_items = Cider().compute_score(golden, guesses)
-    corpus: dict[str, float | None] = {f"BLEU-{order}": float(bleu[order - 1]) for order in range(1, 5)}
-    per_item = {f"BLEU-{order}": [float(value) for value in bleu_items[order - 1]] for order in range(1, 5)}
+    corpus: dict[str, float | None] = dict(zip(BLEU_NAMES, map(float, bleu_corpus), strict=True))
+    per_item = {name: [float(value) for value in values] for name, values in zip(BLEU_NAMES, bleu_items, strict=True)}
+    aggregates = bleu_aggregates(bleu)
     if pending is not None:
-        corpus["METEOR"], per_item["METEOR"] = pending.result()
+        corpus["METEOR"], per_item["METEOR"], counts_NS = pending.result()
+        if counts_NS.shape[1] == METEOR_COLUMNS:
+            aggregates["METEOR"] = meteor_aggregate(counts_NS)
     elif meteor == "auto":
         corpus["METEOR"] = None
         notes.append(NO_JAVA_NOTE)
     corpus["ROUGE-L"], per_item["ROUGE-L"] = float(rouge), [float(value) for value in rouge_items]
     corpus["CIDEr"], per_item["CIDEr"] = float(cider), [float(value) for value in cider_items]
-    return NgramScores(corpus, per_item, notes)
+    return NgramScores(corpus, per_item, notes, aggregates)
 
 
 def simple_words(text: str) -> list[str]:

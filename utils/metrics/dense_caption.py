@@ -175,4 +175,5 @@ def scan2cap(
         {"objects": len(references), "objects_matched": matched, "objects_captioned": captioned},
         ngrams.notes,
         {"candidates": {keys[key]: caption for key, caption in candidates.items()}},
+        {f"{name}@{min_iou}": aggregate for name, aggregate in ngrams.aggregates.items()},
     )

@@ -17,7 +17,7 @@ import torch
 
 from ..boxes import ArrayLike, as_boxes, extents, match_boxes, paired_iou
 from ..labels import OTHERS
-from .result import Scores, mean
+from .result import Scores, group_means, mean
 
 THRESHOLDS = (0.25, 0.5)
 _OFFICIAL_EPSILON = 1e-8
@@ -75,7 +75,9 @@ def scanrefer(items: Sequence[GroundingItem]) -> Scores:
     notes = []
     if len(masks) == 1:
         notes.append("unique/multiple is not given: the items do not say whether other objects share the class.")
-    return Scores("percent", len(items), metrics, per_item | {"mIoU": ious.tolist()}, counts, notes)
+    aggregates = group_means(per_item, {name: mask for name, mask in masks.items() if name})
+    per_item["mIoU"] = ious.tolist()
+    return Scores("percent", len(items), metrics, per_item, counts, notes, aggregates=aggregates)
 
 
 def _item_ious(items: Sequence[GroundingItem]) -> np.ndarray:
@@ -186,7 +188,7 @@ def _by_groups(per_item: dict[str, list[float]], groups: Mapping[str, Sequence[b
         for name, values in per_item.items():
             chosen = [value for value, inside in zip(values, mask, strict=True) if inside]
             metrics[f"{name}/{group}"] = 100 * mean(chosen) if chosen else None
-    return Scores("percent", items, metrics, per_item, counts)
+    return Scores("percent", items, metrics, per_item, counts, aggregates=group_means(per_item, groups or {}))
 
 
 def matched_iou(predicted_K7: ArrayLike, target_T7: ArrayLike) -> float:

@@ -13,8 +13,9 @@ import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
+import numpy as np
 import pycocoevalcap.meteor.meteor as meteor_module
 import pycocoevalcap.tokenizer.ptbtokenizer as tokenizer_module
 
@@ -61,10 +62,16 @@ def ptb_tokenize(texts: Sequence[str]) -> list[str]:
     return [" ".join(word for word in line.rstrip().split(" ") if word not in _PUNCTUATION) for line in lines[:-1]]
 
 
-def meteor_scores(
-    references: Mapping[str, Sequence[str]], candidates: Mapping[str, Sequence[str]]
-) -> tuple[float, list[float]]:
-    """METEOR of the corpus and of each item, as fractions, by meteor-1.5.jar with its usual options.
+class MeteorScores(NamedTuple):
+    """METEOR of the corpus and of each item, as fractions, and the counts [N, 23] that it is computed from."""
+
+    corpus: float
+    per_item: list[float]
+    statistics_NS: np.ndarray
+
+
+def meteor_scores(references: Mapping[str, Sequence[str]], candidates: Mapping[str, Sequence[str]]) -> MeteorScores:
+    """METEOR by meteor-1.5.jar with its usual options.
 
     The jar answers every SCORE line with statistics, and the EVAL line with one value an item and the corpus value.
     Its start takes seconds, so one process is kept for the life of this one.
@@ -83,7 +90,8 @@ def meteor_scores(
             _stop_meteor(process)
             raise
     scores = [float(value) for value in values]
-    return scores[-1], scores[:-1]
+    counts = np.array([line.split() for line in statistics], dtype=np.float64)
+    return MeteorScores(scores[-1], scores[:-1], counts)
 
 
 _METEOR_LOCK = threading.Lock()

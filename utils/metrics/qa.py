@@ -4,14 +4,16 @@
 - `scanqa_ll3da`: Open3DA/LL3DA eval_utils/evaluate_qa.py. N-grams on the strings as they are, no EM; fractions.
 - `sqa3d`: LaVi-Lab/Video-3D-LLM llava/eval/eval_sqa3d.py for EM, 3D-LLaVA (after LEO) for EM-R; percent.
 - `exact`: EM on raw strings, after `clean_answer`, and EM-R; no n-grams, no Java; percent.
+
+`qa_variants` has the ways in which other papers score the same files.
 """
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .caption import MeteorChoice, NgramScores, ngram_scores
+from .caption import MeteorChoice, Tokenizer, ngram_scores
 from .result import Scores, grouped_percent, mean
 
 
@@ -70,7 +72,6 @@ _NUMBER_WORDS = {
 # No replacement is itself a word that is replaced, so that one pass over both tables does what LEO's chain does.
 _WORDS = _TYPOS | _NUMBER_WORDS
 _WORD = re.compile(rf"\b(?:{'|'.join(_WORDS)})\b")
-_ENDS = re.compile(r"^ +| +$")
 _DROPPED = re.compile(r"[^a-zA-Z0-9,'\s\-:]+")
 _LAST_RULES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"\bo' +clock\b"), "o'clock"),
@@ -84,11 +85,17 @@ _LAST_RULES: list[tuple[re.Pattern[str], str]] = [
 def clean_answer(text: str) -> str:
     """An answer in the normal form that SQA3D's generative evaluations compare (LEO's rules)."""
     # blanks at the ends go first and once: those that the later rules leave there stay, as published
-    text = re.sub(" {2,}", " ", _ENDS.sub("", text.lower()))
+    text = re.sub(" {2,}", " ", _trim(text.lower()))
     text = _WORD.sub(lambda match: _WORDS[match[0]], _DROPPED.sub("", text))
     for pattern, replacement in _LAST_RULES:
         text = pattern.sub(replacement, text)
     return text
+
+
+def _trim(text: str) -> str:
+    """A text without the blanks at its ends, which for LEO's `$` are also those before a final line break."""
+    end = "\n" if text.endswith("\n") else ""
+    return (text.removesuffix("\n").rstrip(" ") + end).lstrip(" ")
 
 
 def qa_exact(prediction: str, references: Sequence[str]) -> float:
@@ -127,18 +134,15 @@ def sqa3d_question_type(question: str) -> str:
 
 def scanqa(items: Sequence[QaItem], *, meteor: MeteorChoice = "auto") -> Scores:
     """ScanQA's official score.py; percent. EM@10 is given where every item has ten answers."""
-    _check(items)
-    first = [float(_first(item) in item.references) for item in items]
-    per_item = {"EM@1": first}
-    metrics: dict[str, float | None] = {"EM@1": 100 * mean(first)}
+    check_items(items)
+    exact_measures = {"EM@1": [float(first_answer(item) in item.references) for item in items]}
     if all(len(item.answers) >= 10 for item in items):
-        per_item["EM@10"] = [float(any(answer in item.references for answer in item.answers[:10])) for item in items]
-        metrics["EM@10"] = 100 * mean(per_item["EM@10"])
+        exact_measures["EM@10"] = [
+            float(any(answer in item.references for answer in item.answers[:10])) for item in items
+        ]
     references = {item.key: list(item.references) for item in items}
-    candidates = {item.key: [_first(item)] for item in items}
-    ngrams = ngram_scores(references, candidates, tokenizer="ptb", meteor=meteor)
-    metrics |= percent(ngrams)
-    return Scores("percent", len(items), metrics, per_item | ngrams.per_item, notes=ngrams.notes)
+    candidates = {item.key: first_answer(item) for item in items}
+    return percent_scores(exact_measures, references, candidates, tokenizer="ptb", meteor=meteor)
 
 
 def scanqa_ll3da(items: Sequence[QaItem], *, meteor: MeteorChoice = "auto") -> Scores:
@@ -146,19 +150,21 @@ def scanqa_ll3da(items: Sequence[QaItem], *, meteor: MeteorChoice = "auto") -> S
 
     Its corpus key is question id and question together, which only matters where ids repeat.
     """
-    _check(items)
+    check_items(items)
     references = {f"{item.key}-{item.question}": list(item.references) for item in items}
-    candidates = {f"{item.key}-{item.question}": [collapse_spaces(_first(item))] for item in items}
+    candidates = {f"{item.key}-{item.question}": [collapse_spaces(first_answer(item))] for item in items}
     ngrams = ngram_scores(references, candidates, tokenizer="none", meteor=meteor)
-    return Scores("fraction", len(references), dict(ngrams.corpus), ngrams.per_item, notes=ngrams.notes)
+    scores = Scores("fraction", len(references), dict(ngrams.corpus), ngrams.per_item, notes=ngrams.notes)
+    scores.aggregates = ngrams.aggregates
+    return scores
 
 
 def sqa3d(items: Sequence[QaItem]) -> Scores:
     """EM and EM-R after `clean_answer` on both sides, overall and by question type; percent."""
-    _check(items)
+    check_items(items)
     per_item = {
-        "EM": [exact_match(_first(item), item.references) for item in items],
-        "EM-R": [qa_refined(_first(item), item.references) for item in items],
+        "EM": [exact_match(first_answer(item), item.references) for item in items],
+        "EM-R": [qa_refined(first_answer(item), item.references) for item in items],
     }
     kinds = [sqa3d_question_type(item.question) for item in items]
     return grouped_percent(per_item, kinds)
@@ -166,18 +172,31 @@ def sqa3d(items: Sequence[QaItem]) -> Scores:
 
 def exact(items: Sequence[QaItem]) -> Scores:
     """EM on raw strings, EM after `clean_answer`, and EM-R; by question type where items name one; percent."""
-    _check(items)
+    check_items(items)
     per_item = {
-        "EM": [exact_match(_first(item), item.references) for item in items],
-        "EM-raw": [float(_first(item) in item.references) for item in items],
-        "EM-R": [qa_refined(_first(item), item.references) for item in items],
+        "EM": [exact_match(first_answer(item), item.references) for item in items],
+        "EM-raw": [float(first_answer(item) in item.references) for item in items],
+        "EM-R": [qa_refined(first_answer(item), item.references) for item in items],
     }
     return grouped_percent(per_item, [item.question_type for item in items])
 
 
-def percent(ngrams: NgramScores) -> dict[str, float | None]:
-    """Corpus n-gram scores times 100; null stays null."""
-    return {name: None if value is None else 100 * value for name, value in ngrams.corpus.items()}
+def percent_scores(
+    exact_measures: Mapping[str, list[float]],
+    references: Mapping[str, Sequence[str]],
+    candidates: Mapping[str, str],
+    *,
+    tokenizer: Tokenizer,
+    meteor: MeteorChoice,
+) -> Scores:
+    """Exact-match measures (1 or 0 an item, in the order of the keys) and n-gram scores side by side; percent."""
+    ngrams = ngram_scores(
+        references, {key: [text] for key, text in candidates.items()}, tokenizer=tokenizer, meteor=meteor
+    )
+    metrics: dict[str, float | None] = {name: 100 * mean(values) for name, values in exact_measures.items()}
+    metrics |= {name: None if value is None else 100 * value for name, value in ngrams.corpus.items()}
+    per_item = {**exact_measures, **ngrams.per_item}
+    return Scores("percent", len(references), metrics, per_item, notes=ngrams.notes, aggregates=ngrams.aggregates)
 
 
 def collapse_spaces(text: str) -> str:
@@ -185,11 +204,13 @@ def collapse_spaces(text: str) -> str:
     return " ".join(filter(None, text.split(" ")))
 
 
-def _first(item: QaItem) -> str:
+def first_answer(item: QaItem) -> str:
+    """The best answer of an item."""
     return item.answers[0]
 
 
-def _check(items: Sequence[QaItem]) -> None:
+def check_items(items: Sequence[QaItem]) -> None:
+    """ValueError for no items, for an item without an answer or a reference, and for a key that comes twice."""
     if not items:
         raise ValueError("There is nothing to score: the list of answers is empty.")
     seen: set[str] = set()

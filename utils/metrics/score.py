@@ -19,19 +19,16 @@ import numpy as np
 
 from ..labels import NUM_CLASSES
 from ..predictions import Prediction
-from . import dense_caption, dense_oracle, detection, grounding, qa
+from . import dense_caption, dense_oracle, detection, grounding, qa, qa_variants
 from .answer_rows import QA_TASKS
 from .caption import MeteorChoice, ngram_scores, rouge_l
 from .detection_rows import detection_faults, truth_faults
 from .files import load_scored_pairs
-from .result import Scores, bootstrap_interval, mean
+from .result import Scores, bootstrap_interval, mean, metric_intervals
 from .rows import answer_text, caption_box, captioned_scenes, grounding_item, nr3d_groups, oracle_captions
 
 Scorer = Callable[[Sequence[Prediction], MeteorChoice], Scores]
 
-TEXT_TASKS = ("dense_caption", "object_caption", "dialogue", "planning", "scene_description")
-# corpus values that are the mean of their per-item values, so that resampling items gives their interval
-_AGGREGATES = ("BLEU", "METEOR")
 _BOOTSTRAP_SEED = 0
 
 
@@ -62,24 +59,25 @@ def score_predictions(
     """Score predictions of one task.
 
     Returns {"task", "scorer", "items", "unit" ("percent" or "fraction", of `metrics`), "metrics", "intervals" (95 %,
-    of the metrics that are means over items, same unit), "sample_score" {"mean", "low", "high"} (fraction), "counts",
-    "notes"}; with `per_item` also "per_item", fractions in the order of the items.
+    same unit), "sample_score" {"mean", "low", "high"} (fraction), "counts", "notes"}; with `per_item` also "per_item",
+    fractions in the order of the items.
     """
     name = scorer_name(task, scorer)
     if not predictions:
         raise ValueError(f"There is nothing to score: no predictions of task {task}.")
     _check(task, predictions)
     scores = SCORERS[task][name](predictions, meteor)
+    intervals, interval_notes = metric_intervals(scores, _BOOTSTRAP_SEED)
     result = {
         "task": task,
         "scorer": name,
         "items": scores.items,
         "unit": scores.unit,
         "metrics": scores.metrics,
-        "intervals": _intervals(scores),
+        "intervals": intervals,
         "sample_score": _sample_summary(task, predictions),
         "counts": scores.counts,
-        "notes": scores.notes,
+        "notes": scores.notes + interval_notes,
     }
     if per_item:
         result["per_item"] = scores.per_item
@@ -113,15 +111,6 @@ def _check(task: str, predictions: Sequence[Prediction]) -> None:
         if prediction.sample_id in seen:
             raise ValueError(f"Sample {prediction.sample_id} occurs twice; keep one prediction a sample.")
         seen.add(prediction.sample_id)
-
-
-def _intervals(scores: Scores) -> dict[str, list[float]]:
-    factor = 100.0 if scores.unit == "percent" else 1.0
-    return {
-        name: [factor * bound for bound in bootstrap_interval(values, _BOOTSTRAP_SEED)]
-        for name, values in scores.per_item.items()
-        if values and name in scores.metrics and not name.startswith(_AGGREGATES)
-    }
 
 
 def _is_scorable(task: str, prediction: Prediction) -> bool:
@@ -165,12 +154,9 @@ def _exact(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
     return qa.exact(_qa_items(predictions))
 
 
-def _scanqa(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
-    return qa.scanqa(_qa_items(predictions), meteor=meteor)
-
-
-def _scanqa_ll3da(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
-    return qa.scanqa_ll3da(_qa_items(predictions), meteor=meteor)
+def _of_items(score: Callable[..., Scores]) -> Scorer:
+    """A scorer of predictions from one of question-and-answer items."""
+    return lambda predictions, meteor: score(_qa_items(predictions), meteor=meteor)
 
 
 def _sqa3d(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
@@ -246,6 +232,9 @@ def _at_thresholds(score_at: Callable[[float], Scores]) -> Scores:
             merged.metrics |= scores.metrics
             merged.per_item |= scores.per_item
             merged.counts |= scores.counts
+            merged.aggregates |= scores.aggregates
+            # what holds at both thresholds is said once
+            merged.notes += [note for note in scores.notes if note not in merged.notes]
     assert merged is not None
     return merged
 
@@ -299,12 +288,21 @@ def _ngrams(tokenizer: str, *, collapse: bool = False) -> Scorer:
             candidates[key] = [qa.collapse_spaces(answer_text(prediction))]
         ngrams = ngram_scores(references, candidates, tokenizer="ptb" if tokenizer == "ptb" else "none", meteor=meteor)
         counts = {"samples": len(predictions), "keys": len(references)}
-        return Scores("fraction", len(references), dict(ngrams.corpus), ngrams.per_item, counts, ngrams.notes)
+        scores = Scores("fraction", len(references), dict(ngrams.corpus), ngrams.per_item, counts, ngrams.notes)
+        scores.aggregates = ngrams.aggregates
+        return scores
 
     return score
 
 
 _GENERATION: dict[str, Scorer] = {"ll3da": _ngrams("none", collapse=True), "ll3da_per_sample": _ngrams("none")}
+_SCANQA: dict[str, Scorer] = {
+    "scanqa": _of_items(qa.scanqa),
+    "scanqa_ll3da": _of_items(qa.scanqa_ll3da),
+    "scanqa_leo": _of_items(qa_variants.scanqa_leo),
+    "scanqa_video3dllm": _of_items(qa_variants.scanqa_video3dllm),
+    "scanqa_chat_scene": _of_items(qa_variants.scanqa_chat_scene),
+}
 
 SCORERS: dict[str, dict[str, Scorer]] = {
     "dense_caption": {
@@ -316,8 +314,8 @@ SCORERS: dict[str, dict[str, Scorer]] = {
     },
     "object_caption": {"ngram": _ngrams("none"), "ngram_ptb": _ngrams("ptb")},
     "grounding": {"scanrefer": _scanrefer, "nr3d": _nr3d, "nr3d_nearest": _nr3d_nearest, "matched": _matched},
-    "qa": {"exact": _exact, "scanqa": _scanqa, "scanqa_ll3da": _scanqa_ll3da},
-    "situated_qa": {"sqa3d": _sqa3d, "exact": _exact, "scanqa": _scanqa, "scanqa_ll3da": _scanqa_ll3da},
+    "qa": {"exact": _exact, **_SCANQA},
+    "situated_qa": {"sqa3d": _sqa3d, "sqa3d_text": _of_items(qa_variants.sqa3d_text), "exact": _exact, **_SCANQA},
     "dialogue": _GENERATION,
     "planning": _GENERATION,
     "scene_description": _GENERATION,
@@ -326,7 +324,12 @@ SCORERS: dict[str, dict[str, Scorer]] = {
 
 # Short names; results carry the name on the right.
 ALIASES: dict[str, dict[str, str]] = {
-    "qa": {"official": "scanqa", "ll3da": "scanqa_ll3da"},
+    "qa": {
+        "official": "scanqa",
+        "ll3da": "scanqa_ll3da",
+        "leo": "scanqa_leo",
+        "video3dllm": "scanqa_video3dllm",
+    },
     "dense_caption": {"detect": "scan2cap_ll3da"},
 }
 
@@ -347,6 +350,6 @@ def score_file(
 
     Without `references_path` the prediction file itself must hold the references.
     """
-    scorers_of(task)
+    scorer = scorer_name(task, scorer)  # a wrong name shows before long files are read
     predictions = load_scored_pairs(task, references_path, predictions_path)
     return score_predictions(task, predictions, scorer, meteor=meteor, per_item=per_item)
