@@ -113,6 +113,14 @@ class TestOracleRows:
         assert result["metrics"]["ROUGE-L@0.25"] == pytest.approx(1)
         assert 0.5 < result["metrics"]["ROUGE-L@0.5"] < 1
         assert result["intervals"]["CIDEr@0.5"][0] < result["metrics"]["CIDEr@0.5"]
+        assert set(result["intervals"]) == set(result["metrics"]) and result["notes"] == []
+
+    def test_without_java_the_tokenized_form_is_not_available(self, monkeypatch):
+        for module in (java, caption):
+            monkeypatch.setattr(module, "java_available", lambda: False)
+        result = score_predictions("dense_caption", [row(0)], "oracle_chat_scene")
+        assert set(result["metrics"].values()) == {None} and result["intervals"] == {}
+        assert len(result["notes"]) == 1 and "Java" in result["notes"][0]
 
     def test_objects_without_a_caption(self):
         rows = [row(0), row(1, boxes=[], answer="", meta={"object_id": 1})]

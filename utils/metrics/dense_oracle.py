@@ -112,4 +112,6 @@ def oracle(
     if rules.drops_missing and missing:
         notes.append(f"{missing} of {len(items)} annotated objects have no caption; this form leaves them out.")
     metrics = {f"{name}@{min_iou}": value for name, value in ngrams.corpus.items()}
-    return Scores("fraction", len(scored), metrics, ngrams.per_item, counts, notes, {"candidates": candidates})
+    aggregates = {f"{name}@{min_iou}": aggregate for name, aggregate in ngrams.aggregates.items()}
+    details = {"candidates": candidates}
+    return Scores("fraction", len(scored), metrics, ngrams.per_item, counts, notes, details, aggregates)

@@ -7,13 +7,15 @@ G ground-truth boxes, P points of one scene.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from ..boxes import ArrayLike, as_boxes, box3d_iou, nms_3d, points_in_boxes
 from ..labels import DETECTION_CLASSES
-from .result import Scores
+from .detection_resamples import RankedClass, mean_over_seen
+from .result import Aggregate, Scores
 
 THRESHOLDS = (0.25, 0.5)
 # 3DETR's settings
@@ -163,7 +165,37 @@ def detection_scores(predictions: Sequence[SceneDetections], ground_truth: Seque
         "objects": sum(len(truth.classes_G) for truth in ground_truth),
     }
     note = "Boxes without points inside are kept: no points were given. 3DETR's numbers drop them first."
-    return Scores("fraction", len(predictions), metrics, counts=counts, notes=[note] if without_points else [])
+    notes = [note] if without_points else []
+    aggregates = _aggregates(flat, totals_SC)
+    return Scores("fraction", len(predictions), metrics, counts=counts, notes=notes, aggregates=aggregates)
+
+
+def _aggregates(flat: Sequence[_Flat], totals_SC: np.ndarray) -> dict[str, Aggregate]:
+    """Each metric of `detection_scores` as a function of how often every scene was drawn."""
+    scenes_SS = np.eye(len(totals_SC))
+    aggregates = {}
+    for threshold in THRESHOLDS:
+        classes = []
+        for entry, totals_S in zip(flat, totals_SC.T, strict=True):
+            order, hits = _ranked(entry, threshold)
+            classes.append(RankedClass(entry.scene[order], hits, totals_S))
+        aggregates[f"mAP@{threshold}"] = Aggregate(scenes_SS, partial(_mean_resampled, classes, 0))
+        aggregates[f"AR@{threshold}"] = Aggregate(scenes_SS, partial(_mean_resampled, classes, 1))
+        for name, ranked in zip(DETECTION_CLASSES, classes, strict=True):
+            aggregates[f"AP@{threshold}/{name}"] = Aggregate(scenes_SS, partial(_resampled, ranked))
+    return aggregates
+
+
+def _mean_resampled(classes: Sequence[RankedClass], which: int, weights_RS: np.ndarray) -> np.ndarray:
+    """mAP (`which` 0) or AR (1) of each resample, over the classes that it has."""
+    parts = [ranked.resample(weights_RS) for ranked in classes]
+    return mean_over_seen(np.stack([part[which] for part in parts]), np.stack([part[2] for part in parts]))
+
+
+def _resampled(ranked: RankedClass, weights_RS: np.ndarray) -> np.ndarray:
+    """AP of one class in each resample; NaN where the class does not occur."""
+    ap_R, _, seen_R = ranked.resample(weights_RS)
+    return np.where(seen_R, ap_R, np.nan)
 
 
 def _flatten(
