@@ -393,15 +393,6 @@ def test_score_prints_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert seen == {"task": "qa", "scorer": None, "references": None, "predictions": "p.jsonl"}
 
 
-def test_score_prints_what_could_not_be_computed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    from threedr1.utils.metrics import score
-
-    monkeypatch.setattr(score, "score_file", lambda *_: {"metrics": {"METEOR": None, "CIDEr": 0.25}, "items": 2})
-    assert cli.main(["score", "--task", "qa", "--predictions", "p.jsonl"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines == [["metrics.METEOR", "n/a"], ["metrics.CIDEr", "0.2500"], ["items", "2"]]
-
-
 def test_main_runs_twice_in_one_process():
     namespace = runpy.run_path(str(ROOT / "main.py"), run_name="again")
     assert namespace["__package__"] == "threedr1"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from threedr1 import main as cli
 from threedr1.datasets.scene import TASKS
 from threedr1.utils.metrics import caption, java
 from threedr1.utils.metrics.score import (
@@ -342,3 +343,15 @@ class TestFiles:
             score_file("qa", "exact", tmp_path / "absent.json", broken)
         with pytest.raises(ValueError, match="without answers"):
             score_file("qa", "exact", self.write(tmp_path / "t.json", [{"question_id": "1"}]), broken)
+
+    def test_the_command_prints_what_is_not_available(self, tmp_path, monkeypatch, capsys):
+        for module in (java, caption):
+            monkeypatch.setattr(module, "java_available", lambda: False)
+        references = self.write(tmp_path / "r.json", [{"question_id": "1", "question": "q", "answers": ["x"]}])
+        answers = self.write(tmp_path / "p.json", {"1": "x"})
+        options = ["--scorer", "official", "--references", str(references), "--predictions", str(answers)]
+        assert cli.main(["score", "--task", "qa", *options]) == 0
+        lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        assert lines["scorer"] == "scanqa" and lines["metrics.EM@1"] == "100.0000"
+        assert lines["metrics.METEOR"] == lines["metrics.CIDEr"] == "n/a"
+        assert "None" not in lines.values()
