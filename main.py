@@ -38,12 +38,13 @@ def say(text: str) -> None:
 
 
 def show_table(values: dict[str, Any], prefix: str = "") -> None:
-    """Nested results, one number a line."""
+    """Nested results, one number a line; n/a for what could not be computed."""
     for name, value in values.items():
         if isinstance(value, dict):
             show_table(value, f"{prefix}{name}.")
         else:
-            say(f"{prefix + name:28} {value:.4f}" if isinstance(value, float) else f"{prefix + name:28} {value}")
+            shown = "n/a" if value is None else f"{value:.4f}" if isinstance(value, float) else value
+            say(f"{prefix + name:28} {shown}")
 
 
 def run_rooms(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def read_text(path: str | Path, missing: str) -> str:
-    """Content of a UTF-8 text file.
+    """Content of a UTF-8 text file, without a byte order mark.
 
     Args:
         missing: the sentence for a file that is not there.
@@ -14,7 +14,7 @@ def read_text(path: str | Path, missing: str) -> str:
     """
     path = Path(path)
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(missing) from None
     except IsADirectoryError:

@@ -1,13 +1,24 @@
 """`predictions.jsonl`: the one file between a model and its scores, reports and viewers. Documented in docs/."""
 
 import json
-import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from .files import read_text
+from .json_rows import (
+    Problem,
+    Row,
+    box_fault,
+    boxes_fault,
+    id_fault,
+    read_document,
+    refuse,
+    shown,
+    text_fault,
+    texts_fault,
+)
 
 
 @dataclass
@@ -33,77 +44,108 @@ class Prediction:
     meta: dict = field(default_factory=dict)
 
 
+Fault = Callable[[Any], str | None]
+
+REQUIRED = ("sample_id", "task", "scene_id", "question", "text")
 _FIELDS = {entry.name for entry in fields(Prediction)}
-_LIST, _FLAG = (list, "a list"), (bool, "true or false")
-_KINDS: dict[str, tuple[type, str]] = {  # every other field is a text
-    "well_formed": _FLAG,
-    "truncated": _FLAG,
-    "boxes": _LIST,
-    "references": _LIST,
-    "target_boxes": _LIST,
-    "views": _LIST,
-    "scores": (dict, "an object"),
-    "meta": (dict, "an object"),
+
+
+def _flag_fault(value: Any) -> str | None:
+    return None if isinstance(value, bool) else f"must be true or false, not {shown(value)}"
+
+
+def _object_fault(value: Any) -> str | None:
+    return None if isinstance(value, dict) else f"must be an object, not {shown(value)}"
+
+
+def _flat_boxes_fault(value: Any) -> str | None:
+    return boxes_fault(value, flat=True)
+
+
+def _flat_box_fault(value: Any) -> str | None:
+    return box_fault(value, flat=True)
+
+
+def _ten_fault(value: Any) -> str | None:
+    return texts_fault(value, empty=False)
+
+
+def _id_text_fault(value: Any) -> str | None:
+    return text_fault(value, empty=False)
+
+
+_FAULTS: dict[str, Fault] = {  # every other field is a text
+    "sample_id": _id_text_fault,
+    "well_formed": _flag_fault,
+    "truncated": _flag_fault,
+    "boxes": boxes_fault,
+    "target_boxes": _flat_boxes_fault,
+    "references": texts_fault,
+    "views": texts_fault,
+    "scores": _object_fault,
+    "meta": _object_fault,
 }
-_REQUIRED = ("sample_id", "task", "scene_id", "question", "text")
+# what scorers read of `meta`; null says that it is not known
+_META_FAULTS: dict[str, Fault] = {
+    "answer_top10": _ten_fault,
+    "query_box": _flat_box_fault,
+    "distractor_boxes": _flat_boxes_fault,
+    "multiple": _flag_fault,
+    "others": _flag_fault,
+    "view_dependent": _flag_fault,
+    "object_id": id_fault,
+    "chosen_object_id": id_fault,
+    "target_object_id": id_fault,
+}
 
 
 def read_predictions(path: str | Path) -> list[Prediction]:
-    """Read a prediction file; a broken line is an error that names the line."""
-    predictions = []
-    text = read_text(path, f"There is no prediction file at {path}; run eval or infer first, or check the path.")
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: not JSON ({error.msg}); write the file again, or take the line out."
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object; write one prediction a line.")
-        missing = [name for name in _REQUIRED if name not in row]
-        unknown = sorted(set(row) - _FIELDS)
-        if missing or unknown:
-            raise ValueError(
-                f"{path}, line {number}: "
-                + "; ".join(
-                    part
-                    for part in (
-                        f"missing {', '.join(missing)}" if missing else "",
-                        f"unknown {', '.join(unknown)} (put extras under meta)" if unknown else "",
-                    )
-                    if part
-                )
-                + "."
-            )
-        predictions.append(from_row(row, f"{path}, line {number}"))
+    """Read a prediction file; ValueError with the number of broken lines and the first five, each by its number."""
+    problems: list[Problem] = []
+    missing = f"There is no prediction file at {path}; run eval or infer first, or check the path."
+    document = read_document(path, problems, missing)
+    rows = document.rows()
+    if rows is None:
+        rows = [(f"{path}, line 1", document.value)]
+    predictions = [entry for place, row in rows if (entry := from_row(row, place, problems)) is not None]
+    refuse(problems)
     return predictions
 
 
-def from_row(row: dict, where: str) -> Prediction:
-    """A prediction from its fields; ValueError where one is of the wrong kind.
+def from_row(row: Any, place: str, problems: list[Problem]) -> Prediction | None:
+    """A prediction from its fields; None, with what is wrong added to `problems`, where it is not one.
 
     Args:
-        where: file and line, for the message.
+        place: file and row, for the messages.
     """
-    for name, value in row.items():
-        kind, described = _KINDS.get(name, (str, "a text"))
-        if not isinstance(value, kind):
-            raise ValueError(f"{where}: {name!r} must be {described}, not {value!r}.")
-    for name in ("references", "views"):
-        if not all(isinstance(text, str) for text in row.get(name, [])):
-            raise ValueError(f"{where}: {name!r} must be a list of texts.")
-    for name in ("boxes", "target_boxes"):
-        for box in row.get(name, []):
-            if not isinstance(box, list) or len(box) not in (6, 7) or not all(map(_is_number, box)):
-                raise ValueError(f"{where}: {name!r} must hold boxes of 6 or 7 finite numbers, not {box!r}.")
-    return Prediction(**row)
+    if not isinstance(row, dict):
+        problems.append(Problem(place, "not a JSON object; write one prediction a line"))
+        return None
+    record = row["sample_id"] if isinstance(row.get("sample_id"), str) else ""
+    found = [Problem(place, message, record, name) for name, message in _faults(row)]
+    problems += found
+    return None if found else Prediction(**row)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _faults(row: Row) -> Iterator[tuple[str, str]]:
+    """(field, message) of everything that is wrong with a row."""
+    missing = [name for name in REQUIRED if name not in row]
+    unknown = sorted(set(row) - _FIELDS)
+    if missing:
+        yield "", f"missing {', '.join(missing)}"
+    if unknown:
+        yield "", f"unknown {', '.join(shown(name)[1:-1] for name in unknown[:8])} (put extras under meta)"
+    for name in row:
+        fault = _FAULTS.get(name, text_fault)(row[name]) if name in _FIELDS else None
+        if fault:
+            yield name, fault
+    meta = row.get("meta")
+    if not isinstance(meta, dict):
+        return
+    for name, check in _META_FAULTS.items():
+        fault = check(meta[name]) if meta.get(name) is not None else None
+        if fault:
+            yield f"meta.{name}", fault
 
 
 def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:

@@ -88,6 +88,7 @@ class TestScanRefer:
         scores = nr3d([1, 2, None], [1, 3, 4], ious=[0.25, 0.2, 0.9], groups={"hard": [True, True, False]})
         assert scores.metrics["Acc"] == pytest.approx(100 / 3)
         assert scores.metrics["Acc@0.25"] == pytest.approx(200 / 3)
+        assert scores.metrics["Acc@0.5"] == pytest.approx(100 / 3)
         assert scores.metrics["Acc/hard"] == 50 and scores.counts == {"overall": 3, "hard": 2}
         with pytest.raises(ValueError, match="object ids"):
             nr3d(None, None)

@@ -4,15 +4,18 @@ import json
 
 import pytest
 
+from threedr1 import main as cli
 from threedr1.datasets.scene import TASKS
 from threedr1.utils.metrics import caption, java
 from threedr1.utils.metrics.score import (
+    ALIASES,
     DEFAULT_SCORERS,
     SCORERS,
     answer_text,
     sample_score,
     score_file,
     score_predictions,
+    scorer_name,
 )
 from threedr1.utils.predictions import Prediction, write_predictions
 
@@ -38,7 +41,22 @@ def prediction(index=0, task="qa", **fields):
 
 class TestRegistry:
     def test_covers_all_tasks(self):
-        assert set(SCORERS) == set(DEFAULT_SCORERS) == set(TASKS)
+        # no sample asks for a detection: it is a task of the scorers alone
+        assert set(SCORERS) == set(DEFAULT_SCORERS) == {*TASKS, "detection"}
+
+    def test_short_names_lead_to_scorers(self):
+        for task, aliases in ALIASES.items():
+            assert set(aliases.values()) <= set(SCORERS[task]), task
+            assert not set(aliases) & set(SCORERS[task]), "an alias would hide a scorer of its name"
+        assert scorer_name("qa", "official") == "scanqa" and scorer_name("qa", "ll3da") == "scanqa_ll3da"
+        assert scorer_name("qa", "leo") == "scanqa_leo" and scorer_name("qa", "video3dllm") == "scanqa_video3dllm"
+        assert scorer_name("dense_caption", "detect") == scorer_name("dense_caption", None) == "scan2cap_ll3da"
+        # of the tasks that have a scorer of that name it stays what it is
+        assert scorer_name("dialogue", "ll3da") == "ll3da"
+
+    def test_results_carry_the_canonical_name(self):
+        result = score_predictions("qa", [prediction()], "ll3da", meteor=False)
+        assert result["scorer"] == "scanqa_ll3da"
 
     @pytest.mark.parametrize("task", TASKS)
     def test_defaults_need_no_java_and_reward_perfection(self, task, monkeypatch):
@@ -131,6 +149,32 @@ class TestGroundingScorers:
         assert result["counts"] == {"overall": 3, "easy": 2, "hard": 1, "view_dependent": 1, "view_independent": 2}
         assert result["metrics"]["Acc/hard"] == 100 and result["metrics"]["Acc/easy"] == 0
         assert result["metrics"]["Acc@0.25"] == 100 and result["metrics"]["Acc/view_independent"] == 50
+
+    def test_nr3d_keeps_selection_and_overlap_apart(self):
+        half = [*BOX[:3], 0.4, 1, 1, 0]  # IoU 0.4 with the target
+        meta = {"chosen_object_id": "4", "target_object_id": 4}
+        picked = [prediction(index, "grounding", boxes=[], meta=meta) for index in range(2)]
+        result = score_predictions("grounding", picked, "nr3d")
+        assert result["metrics"] == {"Acc": 100} and "not boxes" in result["notes"][0]
+        boxes = [
+            prediction(0, "grounding", boxes=[half], meta={}),
+            prediction(1, "grounding", boxes=[half], meta=meta),
+        ]
+        result = score_predictions("grounding", boxes, "nr3d")
+        assert result["metrics"] == {"Acc@0.25": 100, "Acc@0.5": 0} and "1 of 2 predictions" in result["notes"][0]
+
+    def test_nr3d_nearest(self):
+        near = [BOX[0] + 0.2, *BOX[1:]]
+        rows = [
+            prediction(0, "grounding", boxes=[near], meta={"distractor_boxes": [FAR]}),
+            prediction(1, "grounding", boxes=[near], meta={"distractor_boxes": [FAR, near]}),
+            prediction(2, "grounding", boxes=[BOX], meta={"distractor_boxes": [BOX]}),  # a tie is no choice
+            prediction(3, "grounding", boxes=[], meta={"distractor_boxes": []}),
+        ]
+        result = score_predictions("grounding", rows, "nr3d_nearest")
+        assert result["metrics"] == {"Acc-nearest": 25} and result["intervals"]["Acc-nearest"][1] > 25
+        with pytest.raises(ValueError, match="sample4 has no meta"):
+            score_predictions("grounding", [prediction(4, "grounding")], "nr3d_nearest")
 
     def test_several_targets(self):
         entries = [prediction(0, "grounding", target_boxes=[BOX, FAR])]
@@ -276,8 +320,8 @@ class TestFiles:
             ([{"question_id": "1", "answer": "x"}], "lacks 1 of 2 answers, for instance 2"),
             ([{"question_id": i, "answer": "x"} for i in "123"], "holds 1 answers that .* does not ask for"),
             ([{"question_id": i, "answer": "x"} for i in "122"], "2 occurs 2 times"),
-            ([{"question_id": "1"}], "row 1 has no answer"),
-            ([{"question_id": "1", "answer": 3}], "must be a string"),
+            ([{"question_id": "1"}], r"row 1 \(1\), answer: there is no answer"),
+            ([{"question_id": "1", "answer": 3}], "must be a text, not 3"),
             ([], "holds no predictions"),
             ("text", "list of JSON objects"),
         ],
@@ -299,3 +343,15 @@ class TestFiles:
             score_file("qa", "exact", tmp_path / "absent.json", broken)
         with pytest.raises(ValueError, match="without answers"):
             score_file("qa", "exact", self.write(tmp_path / "t.json", [{"question_id": "1"}]), broken)
+
+    def test_the_command_prints_what_is_not_available(self, tmp_path, monkeypatch, capsys):
+        for module in (java, caption):
+            monkeypatch.setattr(module, "java_available", lambda: False)
+        references = self.write(tmp_path / "r.json", [{"question_id": "1", "question": "q", "answers": ["x"]}])
+        answers = self.write(tmp_path / "p.json", {"1": "x"})
+        options = ["--scorer", "official", "--references", str(references), "--predictions", str(answers)]
+        assert cli.main(["score", "--task", "qa", *options]) == 0
+        lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        assert lines["scorer"] == "scanqa" and lines["metrics.EM@1"] == "100.0000"
+        assert lines["metrics.METEOR"] == lines["metrics.CIDEr"] == "n/a"
+        assert "None" not in lines.values()

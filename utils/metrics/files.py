@@ -1,55 +1,100 @@
 """Reading what `score` compares: prediction files and reference files, ours or others', joined into predictions.
 
-Predictions, as a JSON list or as JSON lines:
-- our own rows (docs/predictions.md), or
+Predictions (answer_rows.py):
+- our own rows (docs/predictions.md), as a JSON list or JSON lines;
+- one JSON object of {id: answer}: a text, for questions also a list of texts, best first (EM@10 needs ten), for
+  grounding one box of 6 or 7 numbers, or [] for none;
 - any rows with an id (`sample_id` or `question_id`) and an answer: `answer_top10` (ScanQA's submission format),
   `prediction`, `pred`, `answer` or `text`, and for grounding `boxes` (a list) or `pred_box` / `box` (one), in metres.
-  Rows without an id are joined by `scene_id` and `question`, equal ones in their order.
+  Rows without an id are joined by `scene_id` and `question`, equal ones in their order;
+- detection: one row a scene, {"scene_id", "boxes": [box, …], "class_probs": [[18 in 0..1], …], "objectness": [0..1]}.
 
-References: our own rows, or an official annotation file: ScanQA (`answers`), SQA3D (`v1_balanced_sqa_annotations_…`;
-the questions are read from the `v1_balanced_questions_…` file beside it, or taken from the predictions), 3D-LLM
-dialogue, planning and scene description (`question`, `answers`, `scene_id`).
+References (reference_rows.py): our own rows, or an official annotation file: ScanQA (`answers`), SQA3D
+(`v1_balanced_sqa_annotations_…`; the questions are read from the `v1_balanced_questions_…` file beside it, or taken
+from the predictions), 3D-LLM dialogue, planning and scene description (`question`, `answers`, `scene_id`; in an object
+of {id: answer} their ids are row numbers, from 1); for detection {"scene_id", "boxes", "classes": [0..17, …]}.
+`join` takes references that were made elsewhere, for instance from samples with their boxes.
+
+Every fault of both files is reported together, by file, row, id and field.
 """
 
-import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ..files import read_text
-from ..predictions import Prediction, from_row, read_predictions
+from ..json_rows import Problem, refuse
+from ..predictions import Prediction, read_predictions
+from .answer_rows import Answers, read_answers
+from .reference_rows import read_references
 
-_ID_KEYS = ("sample_id", "question_id")
-_TEXT_KEYS = ("prediction", "pred", "answer", "text")
-_BOX_KEYS = ("pred_box", "box")
-_SQA3D_PREFIX = "sqa3d-"
-_OWN_KEYS = {"sample_id", "task", "scene_id", "question", "text"}
+# our samples carry the data set's name before the official id
+_PREFIX = re.compile(r"^(?:sqa3d|nr3d|scanrefer)-")
+# ids that our readers give to rows of files without ids: task, split, row number
+_ROW_ID = re.compile(r"^[a-z0-9_]+-[a-z_]+-(\d+)$")
+# parts of `meta` that are an answer, and parts that are the truth
+_ANSWER_META = ("answer_top10", "chosen_object_id", "class_probs", "objectness")
+_TRUTH_META = ("multiple", "others", "view_dependent", "object_id", "target_object_id", "distractor_boxes", "classes")
 
-Row = dict[str, Any]
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """References or predictions: keys in the order of the entries, and how messages call them."""
+
+    keys: list[Key]
+    name: str
+    source: str
 
 
 def load_scored_pairs(task: str, references_path: str | Path | None, predictions_path: str | Path) -> list[Prediction]:
     """Predictions of one task with their references, in the order of the references.
 
-    Every reference needs a prediction and the other way round; ValueError says how many do not match.
+    Every reference needs a prediction and the other way round; ValueError says how many do not match, and names the
+    rows of either file that cannot be read. Without `references_path` the predictions hold their references.
     """
     if references_path is None:
-        return [entry for entry in _read_own(predictions_path) if entry.task == task]
-    references = _read_references(task, references_path)
-    predictions = _read_answers(task, predictions_path)
-    with_ids = all(entry.sample_id for entry in (*references, *predictions))
-    reference_keys, prediction_keys = _keys(references, with_ids), _keys(predictions, with_ids)
-    by_key = dict(zip(prediction_keys, predictions, strict=True))
-    _check_keys(reference_keys, prediction_keys, references_path, predictions_path)
-    return [
-        _merge(reference, by_key[key], "|".join(key))
-        for key, reference in zip(reference_keys, references, strict=True)
-    ]
+        return [entry for entry in read_predictions(predictions_path) if entry.task == task]
+    problems: list[Problem] = []
+    references = read_references(task, references_path, problems)
+    answers = read_answers(task, predictions_path, problems)
+    refuse(problems)
+    return _join(references, answers, str(references_path), str(predictions_path))
+
+
+def join(
+    references: Sequence[Prediction], predictions_path: str | Path, *, source: str = "the reference data"
+) -> list[Prediction]:
+    """Predictions of a file with references made elsewhere, in the order of the references, which are of one task.
+
+    Args:
+        references: rows without answers: sample_id, task, scene_id, question, and what the scorer compares with.
+        source: what messages call the references.
+
+    Raises:
+        ValueError: as `load_scored_pairs`, and where references are of several tasks or there are none.
+    """
+    tasks = {entry.task for entry in references}
+    if len(tasks) != 1:
+        raise ValueError(f"{source} must hold references of exactly one task, not of {len(tasks)}.")
+    problems: list[Problem] = []
+    answers = read_answers(tasks.pop(), predictions_path, problems)
+    refuse(problems)
+    return _join(references, answers, source, str(predictions_path))
+
+
+def _join(references: Sequence[Prediction], answers: Answers, source: str, path: str) -> list[Prediction]:
+    keys, answer_keys = _keys(references, answers)
+    _check_keys(_Side(keys, "references", source), _Side(answer_keys, "predictions", path))
+    by_key = dict(zip(answer_keys, answers.entries, strict=True))
+    return [_merge(entry, by_key[key], "|".join(key)) for key, entry in zip(keys, references, strict=True)]
 
 
 def _merge(reference: Prediction, prediction: Prediction, key: str) -> Prediction:
+    given = {name: value for name, value in reference.meta.items() if name not in _ANSWER_META}
+    truth = {name: value for name, value in given.items() if name in _TRUTH_META}
     return replace(
         reference,
         sample_id=reference.sample_id or key,
@@ -59,18 +104,34 @@ def _merge(reference: Prediction, prediction: Prediction, key: str) -> Predictio
         think=prediction.think,
         answer=prediction.answer,
         well_formed=prediction.well_formed,
+        truncated=prediction.truncated,
         boxes=prediction.boxes,
         views=prediction.views,
         model=prediction.model,
-        meta=reference.meta | prediction.meta,
+        scores=prediction.scores,
+        meta=given | prediction.meta | truth,
     )
 
 
-def _keys(entries: Sequence[Prediction], with_ids: bool) -> list[tuple[str, ...]]:
-    """Join keys: ids where both sides have them, else scene, question and running number of equal ones."""
-    if with_ids:
-        # our SQA3D samples carry the data set's name before the official question id
-        return [(entry.sample_id.removeprefix(_SQA3D_PREFIX),) for entry in entries]
+def _keys(references: Sequence[Prediction], answers: Answers) -> tuple[list[Key], list[Key]]:
+    """Join keys of both sides: ids where both have them; row numbers where only a mapping's answers have them; else
+    scene, question and running number of equal ones."""
+    if all(entry.sample_id for entry in (*references, *answers.entries)):
+        return _id_keys(references), _id_keys(answers.entries)
+    if answers.mapping:
+        matches = ((_ROW_ID.match(entry.sample_id), entry.sample_id) for entry in answers.entries)
+        return (
+            [(str(number),) for number in range(1, len(references) + 1)],
+            [(match[1] if match else sample_id,) for match, sample_id in matches],
+        )
+    return _question_keys(references), _question_keys(answers.entries)
+
+
+def _id_keys(entries: Sequence[Prediction]) -> list[Key]:
+    return [(_PREFIX.sub("", entry.sample_id),) for entry in entries]
+
+
+def _question_keys(entries: Sequence[Prediction]) -> list[Key]:
     seen: Counter[tuple[str, str]] = Counter()
     keys = []
     for entry in entries:
@@ -80,171 +141,30 @@ def _keys(entries: Sequence[Prediction], with_ids: bool) -> list[tuple[str, ...]
     return keys
 
 
-def _check_keys(
-    references: list[tuple[str, ...]],
-    predictions: list[tuple[str, ...]],
-    references_path: str | Path,
-    predictions_path: str | Path,
-) -> None:
-    for name, keys, path in (
-        ("references", references, references_path),
-        ("predictions", predictions, predictions_path),
-    ):
-        key, count = Counter(keys).most_common(1)[0] if keys else ((), 0)
-        if count == 0:
-            raise ValueError(f"{path} holds no {name} of this task.")
-        if count > 1:
-            raise ValueError(f"{path}: {'|'.join(key)} occurs {count} times among the {name}; keep one.")
-    missing, unknown = set(references) - set(predictions), set(predictions) - set(references)
+def _check_keys(references: _Side, predictions: _Side) -> None:
+    """ValueError that names every way in which the two sides do not fit."""
+    faults = []
+    for side in (references, predictions):
+        if not side.keys:
+            raise ValueError(f"{side.source} holds no {side.name} of this task.")
+        repeated = [(key, count) for key, count in Counter(side.keys).items() if count > 1]
+        if repeated:
+            key, count = repeated[0]
+            more = f", and {len(repeated) - 1} more are repeated" if len(repeated) > 1 else ""
+            faults.append(
+                f"{side.source}: {'|'.join(key)} occurs {count} times among the {side.name}{more}; keep one."
+            )
+    asked, answered = set(references.keys), set(predictions.keys)
+    missing, unknown = asked - answered, answered - asked
     if missing:
-        raise ValueError(
-            f"{predictions_path} lacks {len(missing)} of {len(references)} answers, for instance "
+        faults.append(
+            f"{predictions.source} lacks {len(missing)} of {len(asked)} answers, for instance "
             f"{'|'.join(min(missing))}; every reference needs a prediction (an empty string counts)."
         )
     if unknown:
-        raise ValueError(
-            f"{predictions_path} holds {len(unknown)} answers that {references_path} does not ask for, for instance "
-            f"{'|'.join(min(unknown))}; check that both belong to the same split."
+        faults.append(
+            f"{predictions.source} holds {len(unknown)} answers that {references.source} does not ask for, for "
+            f"instance {'|'.join(min(unknown))}; check that both belong to the same split."
         )
-
-
-def read_rows(path: str | Path) -> list[Row] | Row:
-    """A JSON document, or a JSON-lines file as a list of rows."""
-    path = Path(path)
-    text = read_text(path, f"There is no file {path}; check the path.")
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError:
-        return _read_lines(path, text)
-    # a JSON-lines file of one line is a document too
-    return [document] if isinstance(document, dict) and path.suffix == ".jsonl" else document
-
-
-def _read_lines(path: Path, text: str) -> list[Row]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: neither a JSON document nor JSON lines ({error.msg}).") from None
-        rows.append(row)
-    return rows
-
-
-def _row_list(path: str | Path) -> list[Row]:
-    rows = read_rows(path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} must hold a list of JSON objects, or one JSON object a line.")
-    return rows
-
-
-def _read_own(path: str | Path) -> list[Prediction]:
-    """Our own rows, from JSON lines (any error names the line) or from a JSON list."""
-    if Path(path).suffix == ".jsonl":
-        return read_predictions(path)
-    known = {entry.name for entry in fields(Prediction)}
-    predictions = []
-    for number, row in enumerate(_row_list(path), 1):
-        wrong = sorted(_OWN_KEYS - row.keys()) or sorted(row.keys() - known)
-        if wrong:
-            raise ValueError(f"{path}, row {number}: missing or unknown {', '.join(wrong)} (put extras under meta).")
-        predictions.append(from_row(row, f"{path}, row {number}"))
-    return predictions
-
-
-def _is_own(rows: Sequence[Row]) -> bool:
-    return bool(rows) and rows[0].keys() >= _OWN_KEYS
-
-
-def _read_answers(task: str, path: str | Path) -> list[Prediction]:
-    """A prediction file in any of the accepted forms; of our own files only the rows of the task."""
-    rows = _row_list(path)
-    if _is_own(rows):
-        return [entry for entry in _read_own(path) if entry.task == task]
-    return [_foreign_answer(task, row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
-
-
-def _foreign_answer(task: str, row: Row, where: str) -> Prediction:
-    boxes = row.get("boxes") or [row[key] for key in _BOX_KEYS if key in row]
-    top10 = row.get("answer_top10")
-    text = top10[0] if top10 else next((row[key] for key in _TEXT_KEYS if key in row), None)
-    if text is None and not (task == "grounding" and boxes):
-        raise ValueError(f"{where} has no answer; give one of answer_top10, {', '.join(_TEXT_KEYS)}.")
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"{where}: the answer must be a string, not {type(text).__name__}.")
-    return Prediction(
-        sample_id=_row_id(row),
-        task=task,
-        scene_id=str(row.get("scene_id", "")),
-        question=str(row.get("question", "")),
-        text=text or "",
-        answer="",
-        boxes=[_box(box, where) for box in boxes],
-        meta={"answer_top10": list(top10)} if top10 else {},
-    )
-
-
-def _row_id(row: Row) -> str:
-    return str(next((row[key] for key in _ID_KEYS if key in row), ""))
-
-
-def _box(box: Any, where: str) -> list[float]:
-    if not isinstance(box, list) or len(box) not in (6, 7) or not all(isinstance(x, (int, float)) for x in box):
-        raise ValueError(f"{where}: a box must be a list of 6 or 7 numbers (centre, size, heading), not {box!r}.")
-    return [*map(float, box), 0.0][:7]
-
-
-def _read_references(task: str, path: str | Path) -> list[Prediction]:
-    document = read_rows(path)
-    if isinstance(document, dict) and "annotations" in document:
-        return list(_sqa3d_references(task, document["annotations"], Path(path)))
-    rows = _row_list(path)
-    if _is_own(rows):
-        return [entry for entry in _read_own(path) if entry.task == task]
-    if task == "grounding":
-        raise ValueError(
-            f"{path}: ScanRefer's and Nr3D's annotation files hold no boxes; give a prediction-format file whose rows "
-            "carry target_boxes as the references (any earlier predictions.jsonl of the same questions will do)."
-        )
-    return [_annotated(task, row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
-
-
-def _annotated(task: str, row: Row, where: str) -> Prediction:
-    """A row of ScanQA's or 3D-LLM's annotation files."""
-    answers = row.get("answers")
-    if answers is None and isinstance(row.get("answer"), str):
-        answers = [row["answer"]]
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"{where} has no `answers` (a list of strings); test files without answers cannot be scored.")
-    return Prediction(
-        sample_id=_row_id(row),
-        task=task,
-        scene_id=str(row.get("scene_id", "")),
-        question=str(row.get("question", "")),
-        text="",
-        references=answers,
-        question_type=str(row.get("question_type", "")),
-    )
-
-
-def _sqa3d_references(task: str, annotations: Iterable[Row], path: Path) -> Iterable[Prediction]:
-    """SQA3D's annotations; questions come from the official file beside them where it is."""
-    beside = path.with_name(path.name.replace("_sqa_annotations_", "_questions_"))
-    questions: dict[str, str] = {}
-    if beside != path and beside.exists():
-        document = read_rows(beside)
-        if isinstance(document, dict):
-            questions = {str(row["question_id"]): row["question"] for row in document.get("questions", [])}
-    for number, row in enumerate(annotations, 1):
-        if not row.keys() >= {"question_id", "scene_id", "answers"}:
-            raise ValueError(f"{path}, annotation {number}: question_id, scene_id or answers is missing.")
-        yield Prediction(
-            sample_id=str(row["question_id"]),
-            task=task,
-            scene_id=row["scene_id"],
-            question=questions.get(str(row["question_id"]), ""),
-            text="",
-            references=[entry["answer"] for entry in row["answers"]],
-        )
+    if faults:
+        raise ValueError(" ".join(faults))

@@ -3,7 +3,9 @@
 - `scanrefer`: daveredrum/ScanRefer lib/eval_helper.py and scripts/eval.py. Accuracy at IoU >= 0.25 and 0.5 with the
   official epsilon in the denominator, by unique / multiple and by class (`others` is the class outside the 18).
 - `nr3d`: referit3d. Accuracy of picking the target among given objects (by id); for systems that predict boxes, the
-  share with IoU >= 0.25 (the "det" setting of BUTD-DETR and EDA), reported under its own name.
+  shares with IoU >= 0.25 (the "det" setting of BUTD-DETR and EDA) and 0.5, reported under their own names.
+- `nr3d_nearest`: the predicted box picks, among the target and its distractors, the object that it overlaps most.
+  Not an official number: easier than IoU accuracy, and not the selection by id that papers report.
 - `matched_iou`: the per-sample score that rewards and evaluation share; several boxes allowed.
 """
 
@@ -131,28 +133,57 @@ def unique_multiple_lookup(
 
 
 def nr3d(
-    predicted_ids: Sequence[int | None] | None,
-    target_ids: Sequence[int] | None,
+    predicted_ids: Sequence[int | str | None] | None,
+    target_ids: Sequence[int | str] | None,
     *,
     ious: Sequence[float] | None = None,
     groups: Mapping[str, Sequence[bool]] | None = None,
 ) -> Scores:
-    """Nr3D accuracy in percent: by object id where ids are given, and IoU >= 0.25 where boxes are.
+    """Nr3D accuracy in percent: `Acc` by object id where ids are given, `Acc@0.25` and `Acc@0.5` where IoUs are.
 
     `groups` names boolean masks over the items, for instance easy/hard and view-dependent/-independent.
     """
     per_item: dict[str, list[float]] = {}
     if predicted_ids is not None and target_ids is not None:
         pairs = zip(predicted_ids, target_ids, strict=True)
-        per_item["Acc"] = [float(predicted is not None and predicted == target) for predicted, target in pairs]
-    if ious is not None:
-        per_item["Acc@0.25"] = [float(iou >= THRESHOLDS[0]) for iou in ious]
+        per_item["Acc"] = [
+            float(predicted is not None and str(predicted) == str(target)) for predicted, target in pairs
+        ]
+    for threshold in THRESHOLDS if ious is not None else ():
+        per_item[f"Acc@{threshold}"] = [float(iou >= threshold) for iou in ious or ()]
     if not per_item or not next(iter(per_item.values())):
         raise ValueError("Nr3D needs chosen and target object ids, or IoUs of predicted boxes, of at least one item.")
+    return _by_groups(per_item, groups or {})
+
+
+def nr3d_nearest(
+    predicted_boxes: Sequence[Sequence[float] | None],
+    target_boxes: Sequence[Sequence[float]],
+    distractor_boxes: Sequence[Sequence[Sequence[float]]],
+    *,
+    groups: Mapping[str, Sequence[bool]] | None = None,
+) -> Scores:
+    """`Acc-nearest` in percent: the box overlaps the target, and no distractor as much. A missing box is wrong."""
+    hits = []
+    for predicted, target, distractors in zip(predicted_boxes, target_boxes, distractor_boxes, strict=True):
+        if predicted is None:
+            hits.append(0.0)
+            continue
+        candidates = np.array([_seven(box) for box in (target, *distractors)], dtype=np.float64)
+        repeated = np.broadcast_to(np.array(_seven(predicted), dtype=np.float64), candidates.shape)
+        iou, *others = official_iou(repeated.copy(), candidates)
+        hits.append(float(iou > max(others, default=0.0) and iou > 0))
+    if not hits:
+        raise ValueError("There is nothing to score: the list of grounding items is empty.")
+    return _by_groups({"Acc-nearest": hits}, groups or {})
+
+
+def _by_groups(per_item: dict[str, list[float]], groups: Mapping[str, Sequence[bool]]) -> Scores:
+    """Percent of each measure over all items, and over each group; null for a group without items."""
     metrics: dict[str, float | None] = {name: 100 * mean(values) for name, values in per_item.items()}
     items = len(next(iter(per_item.values())))
     counts = {"overall": items}
-    for group, mask in (groups or {}).items():
+    for group, mask in groups.items():
         counts[group] = sum(map(bool, mask))
         for name, values in per_item.items():
             chosen = [value for value, inside in zip(values, mask, strict=True) if inside]

@@ -6,45 +6,37 @@ evaluation runs, which never needs Java. `sample_score` is the cheap score in [0
 What a prediction must carry: `references` for text tasks; `target_boxes` and `boxes` for grounding. Further, where
 known: `meta["multiple"]`, `meta["others"]` (bool) for ScanRefer's groups (or `question_type` unique / multiple),
 `question_type` easy / hard and `meta["view_dependent"]` for Nr3D's, `meta["chosen_object_id"]` and
-`meta["target_object_id"]` where a system picks among given objects;
+`meta["target_object_id"]` where a system picks among given objects, `meta["distractor_boxes"]` for `nr3d_nearest`;
 `meta["object_id"]` and `meta["query_box"]` (the box whose object was captioned) for dense captioning, where a row
-with a target box but without references is an object that nobody annotated.
+with a target box but without references is an object that nobody annotated. Detection has one row a scene: `boxes`,
+`meta["class_probs"]`, `meta["objectness"]`, `target_boxes` and `meta["classes"]` (detection_rows.py).
 """
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from ..labels import NUM_CLASSES
 from ..predictions import Prediction
-from ..text import find_pointers, parse_response, strip_pointers
-from . import dense_caption, grounding, qa, qa_variants
+from . import dense_caption, dense_oracle, detection, grounding, qa, qa_variants
+from .answer_rows import QA_TASKS
 from .caption import MeteorChoice, ngram_scores, rouge_l
+from .detection_rows import detection_faults, truth_faults
 from .files import load_scored_pairs
 from .result import Scores, bootstrap_interval, mean, metric_intervals
+from .rows import answer_text, caption_box, captioned_scenes, grounding_item, nr3d_groups, oracle_captions
 
 Scorer = Callable[[Sequence[Prediction], MeteorChoice], Scores]
 
-QA_TASKS = ("qa", "situated_qa")
-TEXT_TASKS = ("dense_caption", "object_caption", "dialogue", "planning", "scene_description")
-_TAGS = re.compile(r"</?(?:think|answer)>")
 _BOOTSTRAP_SEED = 0
-
-
-def answer_text(prediction: Prediction) -> str:
-    """The words of an answer that scorers compare: pointers removed.
-
-    A text without pointers is left as it is, to the last blank: official scorers see what the model wrote.
-    """
-    text = prediction.answer
-    if not text:
-        text = parse_response(prediction.text).answer if _TAGS.search(prediction.text) else prediction.text
-    return strip_pointers(text) if find_pointers(text) else text
 
 
 def sample_score(task: str, prediction: Prediction) -> float:
     """The score in [0, 1] of one sample: QA exact match, IoU of matched boxes, or ROUGE-L of texts."""
     scorers_of(task)
+    if task == "detection":
+        raise ValueError("Detection is scored over all scenes; a single scene has no score of its own.")
     if task == "grounding":
         if not prediction.target_boxes:
             raise ValueError(f"Sample {prediction.sample_id} has no target box; it cannot be scored as grounding.")
@@ -70,14 +62,11 @@ def score_predictions(
     same unit), "sample_score" {"mean", "low", "high"} (fraction), "counts", "notes"}; with `per_item` also "per_item",
     fractions in the order of the items.
     """
-    table = scorers_of(task)
-    name = scorer or DEFAULT_SCORERS[task]
-    if name not in table:
-        raise ValueError(f"Task {task} has no scorer {name!r}; its scorers are {', '.join(table)}.")
+    name = scorer_name(task, scorer)
     if not predictions:
         raise ValueError(f"There is nothing to score: no predictions of task {task}.")
     _check(task, predictions)
-    scores = table[name](predictions, meteor)
+    scores = SCORERS[task][name](predictions, meteor)
     intervals, interval_notes = metric_intervals(scores, _BOOTSTRAP_SEED)
     result = {
         "task": task,
@@ -102,6 +91,16 @@ def scorers_of(task: str) -> dict[str, Scorer]:
     return SCORERS[task]
 
 
+def scorer_name(task: str, scorer: str | None) -> str:
+    """The canonical name of a scorer: short names resolved, the task's default for none; ValueError lists them."""
+    table, aliases = scorers_of(task), ALIASES.get(task, {})
+    name = aliases.get(scorer, scorer) if scorer else DEFAULT_SCORERS[task]
+    if name not in table:
+        names = ", ".join([*table, *(f"{alias} (= {target})" for alias, target in aliases.items())])
+        raise ValueError(f"Task {task} has no scorer {name!r}; its scorers are {names}.")
+    return name
+
+
 def _check(task: str, predictions: Sequence[Prediction]) -> None:
     seen: set[str] = set()
     for prediction in predictions:
@@ -115,16 +114,13 @@ def _check(task: str, predictions: Sequence[Prediction]) -> None:
 
 
 def _is_scorable(task: str, prediction: Prediction) -> bool:
+    if task == "detection":
+        return False
     if task == "grounding":
         return bool(prediction.target_boxes)
     # of dense captioning's rows some are objects without a caption, others captions of unannotated proposals
-    captioned = task != "dense_caption" or _caption_box(prediction) is not None
+    captioned = task != "dense_caption" or caption_box(prediction) is not None
     return captioned and bool(prediction.references)
-
-
-def _caption_box(prediction: Prediction) -> list[float] | None:
-    """The box whose object a dense caption describes."""
-    return prediction.meta.get("query_box") or (prediction.boxes[0] if prediction.boxes else None)
 
 
 def _sample_summary(task: str, predictions: Sequence[Prediction]) -> dict[str, float] | None:
@@ -170,40 +166,46 @@ def _sqa3d(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
 
 def _scanrefer(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
     del meteor
-    return grounding.scanrefer([_grounding_item(prediction) for prediction in predictions])
-
-
-def _grounding_item(prediction: Prediction) -> grounding.GroundingItem:
-    if len(prediction.target_boxes) != 1:
-        raise ValueError(
-            f"Sample {prediction.sample_id} has {len(prediction.target_boxes)} target boxes; ScanRefer and Nr3D "
-            "score exactly one. Use the scorer `matched` for several."
-        )
-    multiple = prediction.meta.get("multiple")
-    if multiple is None and prediction.question_type in ("unique", "multiple"):
-        multiple = prediction.question_type == "multiple"
-    first = prediction.boxes[0] if prediction.boxes else None
-    return grounding.GroundingItem(first, prediction.target_boxes[0], multiple, prediction.meta.get("others"))
+    return grounding.scanrefer([grounding_item(prediction) for prediction in predictions])
 
 
 def _nr3d(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
     del meteor
-    ious = grounding.scanrefer([_grounding_item(prediction) for prediction in predictions]).per_item["mIoU"]
-    chosen, target = None, None
-    if all("chosen_object_id" in entry.meta and "target_object_id" in entry.meta for entry in predictions):
-        chosen = [entry.meta["chosen_object_id"] for entry in predictions]
-        target = [entry.meta["target_object_id"] for entry in predictions]
-    groups: dict[str, list[bool]] = {}
-    if all(entry.question_type in ("easy", "hard") for entry in predictions):
-        for name in ("easy", "hard"):
-            groups[name] = [entry.question_type == name for entry in predictions]
-    if all("view_dependent" in entry.meta for entry in predictions):
-        groups["view_dependent"] = [bool(entry.meta["view_dependent"]) for entry in predictions]
-        groups["view_independent"] = [not inside for inside in groups["view_dependent"]]
-    scores = grounding.nr3d(chosen, target, ious=ious, groups=groups)
+    items = [grounding_item(prediction) for prediction in predictions]
+    known = [
+        "chosen_object_id" in entry.meta and entry.meta.get("target_object_id") is not None for entry in predictions
+    ]
+    chosen = [entry.meta["chosen_object_id"] for entry in predictions] if all(known) else None
+    target = [entry.meta["target_object_id"] for entry in predictions] if all(known) else None
+    # a system that only picks objects has no boxes to compare: IoU accuracy of 0 would be a lie
+    has_boxes = chosen is None or any(item.predicted_box is not None for item in items)
+    ious = grounding.scanrefer(items).per_item["mIoU"] if has_boxes else None
+    scores = grounding.nr3d(chosen, target, ious=ious, groups=nr3d_groups(predictions))
     if chosen is None:
-        scores.notes.append("Acc by object id is not given: predictions carry boxes, not chosen object ids.")
+        scores.notes.append(
+            f"Acc by object id is not given: {sum(known)} of {len(known)} predictions carry chosen_object_id and "
+            "target_object_id in meta."
+        )
+    if ious is None:
+        scores.notes.append("Acc@0.25 and Acc@0.5 are not given: predictions carry chosen object ids, not boxes.")
     return scores
+
+
+def _nr3d_nearest(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
+    del meteor
+    for entry in predictions:
+        if entry.meta.get("distractor_boxes") is None:
+            raise ValueError(
+                f"Sample {entry.sample_id} has no meta['distractor_boxes'] (a list, [] for none), which nr3d_nearest "
+                "chooses among."
+            )
+    items = [grounding_item(prediction) for prediction in predictions]
+    return grounding.nr3d_nearest(
+        [item.predicted_box for item in items],
+        [item.target_box for item in items],
+        [entry.meta["distractor_boxes"] for entry in predictions],
+        groups=nr3d_groups(predictions),
+    )
 
 
 def _matched(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
@@ -217,79 +219,62 @@ def _matched(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
     return Scores("percent", len(ious), metrics, per_item)
 
 
+def _at_thresholds(score_at: Callable[[float], Scores]) -> Scores:
+    """Scores at IoU 0.25 and 0.5 as one."""
+    merged: Scores | None = None
+    for threshold in grounding.THRESHOLDS:
+        scores = score_at(threshold)
+        scores.per_item = {f"{name}@{threshold}": values for name, values in scores.per_item.items()}
+        scores.counts = {f"{name}@{threshold}": count for name, count in scores.counts.items()}
+        if merged is None:
+            merged = scores
+        else:
+            merged.metrics |= scores.metrics
+            merged.per_item |= scores.per_item
+            merged.counts |= scores.counts
+            merged.aggregates |= scores.aggregates
+            # what holds at both thresholds is said once
+            merged.notes += [note for note in scores.notes if note not in merged.notes]
+    assert merged is not None
+    return merged
+
+
 def _scan2cap(assignment: dense_caption.Assignment) -> Scorer:
     def score(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
-        scenes, references = _captioned_scenes(predictions)
-        merged: Scores | None = None
-        for threshold in grounding.THRESHOLDS:
-            scores = dense_caption.scan2cap(
-                scenes, references, min_iou=threshold, assignment=assignment, meteor=meteor
-            )
-            scores.per_item = {f"{name}@{threshold}": values for name, values in scores.per_item.items()}
-            scores.counts = {f"{name}@{threshold}": count for name, count in scores.counts.items()}
-            if merged is None:
-                merged = scores
-            else:
-                merged.metrics |= scores.metrics
-                merged.per_item |= scores.per_item
-                merged.counts |= scores.counts
-                merged.aggregates |= scores.aggregates
-        assert merged is not None
-        return merged
+        scenes, references = captioned_scenes(predictions)
+
+        def score_at(threshold: float) -> Scores:
+            return dense_caption.scan2cap(scenes, references, min_iou=threshold, assignment=assignment, meteor=meteor)
+
+        return _at_thresholds(score_at)
 
     return score
 
 
-@dataclass
-class _SceneRows:
-    """One scene's part of a prediction file: captioned boxes, and objects."""
-
-    boxes: list[list[float]] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-    object_boxes: list[list[float]] = field(default_factory=list)
-    object_ids: list[str] = field(default_factory=list)
-
-
-def _captioned_scenes(
-    predictions: Sequence[Prediction],
-) -> tuple[list[dense_caption.CaptionedScene], dict[tuple[str, str], list[str]]]:
-    scenes: dict[str, _SceneRows] = {}
-    references: dict[tuple[str, str], list[str]] = {}
-    for prediction in predictions:
-        scene = scenes.setdefault(prediction.scene_id, _SceneRows())
-        box = _caption_box(prediction)
-        if box is not None:
-            scene.boxes.append(box)
-            scene.captions.append(_spaced_caption(prediction))
-        if prediction.references and not prediction.target_boxes:
-            raise ValueError(
-                f"Sample {prediction.sample_id} has reference captions but no target box; dense captioning needs both."
-            )
-        for target in prediction.target_boxes[:1]:
-            object_id = str(prediction.meta.get("object_id", target))
-            if object_id not in scene.object_ids:
-                scene.object_ids.append(object_id)
-                scene.object_boxes.append(target)
-            if prediction.references:
-                references[(prediction.scene_id, object_id)] = [
-                    text if text.startswith("sos ") else dense_caption.wrap_reference(text)
-                    for text in prediction.references
-                ]
-    if not any(scene.captions for scene in scenes.values()):
-        raise ValueError(
-            "No prediction says which box its caption describes; record the box in `boxes` or in meta['query_box']."
+def _oracle(form: dense_oracle.Form) -> Scorer:
+    def score(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
+        items = oracle_captions(predictions)
+        return _at_thresholds(
+            lambda threshold: dense_oracle.oracle(items, form=form, min_iou=threshold, meteor=meteor)
         )
-    captioned = [
-        dense_caption.CaptionedScene(scene_id, rows.boxes, rows.captions, rows.object_boxes, rows.object_ids)
-        for scene_id, rows in scenes.items()
-    ]
-    return captioned, references
+
+    return score
 
 
-def _spaced_caption(prediction: Prediction) -> str:
-    """The caption; where pointers were cut out of it, punctuation is set apart again as Scan2Cap's tokens are."""
-    text = answer_text(prediction)
-    return re.sub(r" *([.,]) *", r" \1 ", text).strip() if find_pointers(prediction.answer) else text
+def _detection(predictions: Sequence[Prediction], meteor: MeteorChoice) -> Scores:
+    del meteor
+    found, truth = [], []
+    for entry in predictions:
+        faults = detection_faults({"boxes": entry.boxes, **entry.meta})
+        wanted = truth_faults({"boxes": entry.target_boxes, "classes": entry.meta.get("classes")})
+        fault = next(((name, fault) for name, fault in (*faults, *wanted) if fault), None)
+        if fault:
+            raise ValueError(f"Scene {entry.scene_id}, {fault[0]}: {fault[1]}.")
+        probabilities_KC = np.asarray(entry.meta["class_probs"], dtype=np.float64).reshape(-1, NUM_CLASSES)
+        objectness_K = np.asarray(entry.meta["objectness"], dtype=np.float64)
+        found.append(detection.SceneDetections(entry.boxes, probabilities_KC, objectness_K))
+        truth.append(detection.SceneObjects(entry.target_boxes, np.asarray(entry.meta["classes"], dtype=np.int64)))
+    return detection.detection_scores(found, truth)
 
 
 def _ngrams(tokenizer: str, *, collapse: bool = False) -> Scorer:
@@ -320,14 +305,32 @@ _SCANQA: dict[str, Scorer] = {
 }
 
 SCORERS: dict[str, dict[str, Scorer]] = {
-    "dense_caption": {"scan2cap_ll3da": _scan2cap("ll3da"), "scan2cap": _scan2cap("scan2cap")},
+    "dense_caption": {
+        "scan2cap_ll3da": _scan2cap("ll3da"),
+        "scan2cap": _scan2cap("scan2cap"),
+        "oracle_leo": _oracle("leo"),
+        "oracle_chat_scene": _oracle("chat_scene"),
+        "oracle_video3dllm": _oracle("video3dllm"),
+    },
     "object_caption": {"ngram": _ngrams("none"), "ngram_ptb": _ngrams("ptb")},
-    "grounding": {"scanrefer": _scanrefer, "nr3d": _nr3d, "matched": _matched},
+    "grounding": {"scanrefer": _scanrefer, "nr3d": _nr3d, "nr3d_nearest": _nr3d_nearest, "matched": _matched},
     "qa": {"exact": _exact, **_SCANQA},
     "situated_qa": {"sqa3d": _sqa3d, "sqa3d_text": _of_items(qa_variants.sqa3d_text), "exact": _exact, **_SCANQA},
     "dialogue": _GENERATION,
     "planning": _GENERATION,
     "scene_description": _GENERATION,
+    "detection": {"3detr": _detection},  # a task of the scorers alone: no sample asks for it
+}
+
+# Short names; results carry the name on the right.
+ALIASES: dict[str, dict[str, str]] = {
+    "qa": {
+        "official": "scanqa",
+        "ll3da": "scanqa_ll3da",
+        "leo": "scanqa_leo",
+        "video3dllm": "scanqa_video3dllm",
+    },
+    "dense_caption": {"detect": "scan2cap_ll3da"},
 }
 
 # Evaluation's choice; none of these needs Java.
@@ -347,6 +350,6 @@ def score_file(
 
     Without `references_path` the prediction file itself must hold the references.
     """
-    scorers_of(task)
+    scorer = scorer_name(task, scorer)  # a wrong name shows before long files are read
     predictions = load_scored_pairs(task, references_path, predictions_path)
     return score_predictions(task, predictions, scorer, meteor=meteor, per_item=per_item)
