@@ -55,19 +55,20 @@ def read_arrays(path: Path, *, mapped: bool = False) -> dict[str, np.ndarray]:
     Raises:
         ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error: not a whole .npz file.
     """
-    with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-        memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if mapped else None
-        arrays = {}
-        for member in archive.filelist:
-            array = _mapped(member, memory) if memory is not None else None
-            if array is None:
-                try:
-                    content = archive.read(member)
-                except RuntimeError as error:  # encrypted, or compressed in a way that zipfile does not know
-                    raise ValueError(str(error)) from None
-                array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-            arrays[member.filename.removesuffix(".npy")] = array
-        return arrays
+    try:
+        with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+            memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if mapped else None
+            members = {member.filename.removesuffix(".npy"): member for member in archive.filelist}
+            return {name: _array(archive, member, memory) for name, member in members.items()}
+    except RuntimeError as error:  # zipfile's word for encryption and versions that it does not know
+        raise ValueError(str(error)) from None
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, memory: mmap.mmap | None) -> np.ndarray:
+    array = _mapped(member, memory) if memory is not None else None
+    if array is not None:
+        return array
+    return np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)
 
 
 def _mapped(member: zipfile.ZipInfo, memory: mmap.mmap) -> np.ndarray | None:
@@ -86,7 +87,11 @@ def _mapped(member: zipfile.ZipInfo, memory: mmap.mmap) -> np.ndarray | None:
     except (tokenize.TokenError, SyntaxError) as error:  # NumPy parses the header as Python
         raise ValueError(f"{member.filename} has a broken header: {error}") from None
     size, offset = math.prod(shape), memory.tell()
-    if dtype.hasobject or min(shape, default=0) < 0 or offset + size * dtype.itemsize > start + member.file_size:
+    if (
+        dtype.kind not in "biuf"
+        or min(shape, default=0) < 0
+        or offset + size * dtype.itemsize > start + member.file_size
+    ):
         raise ValueError(f"{member.filename} is cut short or holds no numbers")
     if size == 0 or offset % dtype.alignment:
         return None

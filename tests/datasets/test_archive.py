@@ -70,7 +70,7 @@ def test_any_array_comes_back(tmp_path_factory, array):
     np.testing.assert_array_equal(read_arrays(path, mapped=True)["array"], array)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(position=st.integers(0, 3000), value=st.integers(0, 255), length=st.integers(0, 3000))
 def test_damaged_files_are_errors_or_arrays_and_never_a_crash(tmp_path_factory, position, value, length):
     path = tmp_path_factory.mktemp("damaged") / "a.npz"

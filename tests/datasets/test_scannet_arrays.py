@@ -255,7 +255,9 @@ def test_each_scene_is_read_in_its_best_form(tmp_path):
 
 
 def test_a_root_of_nothing_says_what_it_may_hold(tmp_path):
-    with pytest.raises(ValueError, match=r"no folder .*scans, and no prepared array \(<scene_id>_aligned_vert.npy\)"):
+    with pytest.raises(
+        ValueError, match=r"no folder .*scans; .* prepared arrays \(<scene_id>_aligned_vert.npy\) into"
+    ):
         prepare_scans(tmp_path)
 
 
