@@ -62,8 +62,8 @@ def find_sources(root: str | Path, wanted: Sequence[str] | None = None) -> list[
     arrays = _array_folders(root, folders)
     if not (root / "scans").is_dir() and not folders and not arrays:
         raise ValueError(
-            f"There is no folder {root / 'scans'}; put the raw scans there, or run `python main.py rooms` first, or put "
-            f"prepared arrays (<scene_id>{VERTICES}) into {root / 'scannet_data'}."
+            f"There is no folder {root / 'scans'}; put the raw scans there, or run `python main.py rooms` first, or "
+            f"put prepared arrays (<scene_id>{VERTICES}) into {root / 'scannet_data'}."
         )
     return [
         _source(scene_id, folders.get(scene_id, root / "scans" / scene_id), arrays.get(scene_id))
