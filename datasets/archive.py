@@ -49,7 +49,7 @@ def read_arrays(path: Path, *, mapped: bool = False) -> dict[str, np.ndarray]:
     """All arrays of an .npz file.
 
     Args:
-        mapped: map them, read-only. Every mapped file takes a file descriptor until its arrays are gone. Checksums
+        mapped: map them, copy-on-write: what is written to them stays in this process and off the file. Every mapped file takes a file descriptor until its arrays are gone. Checksums
             are not verified. Arrays that cannot be mapped, being compressed or not aligned, are read.
 
     Raises:
@@ -57,7 +57,7 @@ def read_arrays(path: Path, *, mapped: bool = False) -> dict[str, np.ndarray]:
     """
     try:
         with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-            memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if mapped else None
+            memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) if mapped else None
             members = {member.filename.removesuffix(".npy"): member for member in archive.filelist}
             return {name: _array(archive, member, memory) for name, member in members.items()}
     except RuntimeError as error:  # zipfile's word for encryption and versions that it does not know

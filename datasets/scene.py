@@ -164,7 +164,7 @@ def load_scene(path: str | Path, *, mapped: bool = False) -> Scene:
     """Read a prepared scene; ValueError says what to run where the file is missing or broken.
 
     Args:
-        mapped: map the arrays, read-only, instead of reading them (archive.read_arrays).
+        mapped: map the arrays, copy-on-write, instead of reading them (archive.read_arrays).
     """
     path = Path(path)
     try:

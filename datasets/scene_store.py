@@ -113,7 +113,7 @@ class SceneStore(Mapping[str, Scene]):
 
     Args:
         prepared_dir: folder of `<scene_id>.npz` files.
-        capacity: how many scenes stay open. They are mapped, read-only, so that the memory is the file cache's and is
+        capacity: how many scenes stay open. They are mapped, so that the memory is the file cache's and is
             shared with other processes; each takes one file descriptor.
 
     Raises:
