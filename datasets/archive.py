@@ -49,8 +49,9 @@ def read_arrays(path: Path, *, mapped: bool = False) -> dict[str, np.ndarray]:
     """All arrays of an .npz file.
 
     Args:
-        mapped: map them, copy-on-write: what is written to them stays in this process and off the file. Every mapped file takes a file descriptor until its arrays are gone. Checksums
-            are not verified. Arrays that cannot be mapped, being compressed or not aligned, are read.
+        mapped: map them, copy-on-write: what is written to them stays in this process and off the file. Every mapped
+            file takes a file descriptor until its arrays are gone. Checksums are not verified. Arrays that cannot be
+            mapped, being compressed or not aligned, are read.
 
     Raises:
         ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error: not a whole .npz file.
