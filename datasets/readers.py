@@ -13,9 +13,10 @@ from PIL import Image
 
 from . import scannet
 from .alignment import align as estimate_alignment
-from .frames import has_frames, list_frames
+from .frames import has_frames, list_frames, list_pictures, read_depth
+from .labelled_cloud import keep_points, transform
 from .ply import read_ply, to_uint8
-from .scannet import GREY, LABEL_MAP_NAME, transform
+from .scannet import GREY, LABEL_MAP_NAME
 from .scene import BrokenScene, Frame, Scene, floor_centre, load_scene
 
 ALIGN_MODES = ("auto", "none")
@@ -23,7 +24,6 @@ MESH_SUFFIXES = (".obj", ".glb", ".gltf", ".stl", ".off")
 Y_UP_SUFFIXES = (".glb", ".gltf")  # by the format's definition
 SURFACE_POINTS = 200_000
 DENSE_VERTICES = 20_000  # a mesh with fewer is sampled on its faces
-NO_DEPTH = 65535
 MAX_DEPTH = 6.0  # metres: depth cameras are noise beyond
 VOXEL = 0.02  # metres
 MAX_EXTENT = 1e7  # units of the file; a room in millimetres spans 1e4
@@ -112,7 +112,7 @@ def _to_scene(name: str, path: Path, cloud: _Cloud, align: str, max_points: int,
         notes.append("frame taken as it is: metres, +z up")
     world_N3 = transform(points_N3, axis_align_44)
     origin_3 = floor_centre(world_N3)
-    kept = scannet.keep_points(points_N3, world_N3, max_points, rng)
+    kept = keep_points(points_N3, world_N3, max_points, rng)
     if len(kept) < len(world_N3):
         notes.append(f"{len(kept)} of {len(world_N3)} points kept")
     count = len(kept)
@@ -238,6 +238,10 @@ class _NotACloud(Exception):
 
 def _fuse_folder(folder: Path) -> _Cloud:
     """Depth of all posed frames as one cloud: metres in the poses' frame, one point per 2 cm voxel."""
+    if not has_frames(folder) and list_pictures(folder):
+        raise ValueError(
+            f"{folder} holds pictures without poses, from which no cloud is made; add pose/ and intrinsic/, or a mesh."
+        )
     if not has_frames(folder):
         raise ValueError(
             f"{folder} is neither a raw ScanNet scan nor a folder of posed frames "
@@ -275,20 +279,18 @@ def _open_picture(path: str) -> np.ndarray:
 def unproject(frame: Frame, *, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Points [N, 3] (float32, the pose's frame, metres) and colours [N, 3] (uint8) of one frame's depth.
 
-    Depth is uint16 millimetres, 0 and 65535 for none. Intrinsics are those of the colour picture; a depth picture of
+    Depth is as `frames.read_depth` reads it. Intrinsics are those of the colour picture; a depth picture of
     another size is taken to see the same field of view.
     """
     assert frame.depth_path is not None
-    depth_HW = _open_picture(frame.depth_path)
+    depth_HW = read_depth(frame.depth_path)
     color_HW3 = _open_picture(frame.color_path)
-    if depth_HW.ndim != 2:
-        raise ValueError(f"{frame.depth_path} is not a one-channel depth picture (uint16 millimetres).")
     color_HW3 = np.repeat(color_HW3[:, :, None], 3, axis=2) if color_HW3.ndim == 2 else color_HW3[:, :, :3]
     scale_x, scale_y = color_HW3.shape[1] / depth_HW.shape[1], color_HW3.shape[0] / depth_HW.shape[0]
     row_N, column_N = np.mgrid[0 : depth_HW.shape[0] : stride, 0 : depth_HW.shape[1] : stride].reshape(2, -1)
-    raw_N = depth_HW[row_N, column_N].astype(np.int64)
-    valid_N = (raw_N > 0) & (raw_N < NO_DEPTH) & (raw_N <= MAX_DEPTH * 1000)
-    row_N, column_N, depth_N = row_N[valid_N], column_N[valid_N], raw_N[valid_N] / 1000.0
+    depth_N = depth_HW[row_N, column_N].astype(np.float64)
+    valid_N = (depth_N > 0) & (depth_N <= MAX_DEPTH)
+    row_N, column_N, depth_N = row_N[valid_N], column_N[valid_N], depth_N[valid_N]
     # pixel centres: column c of the depth picture stands over (c + 0.5) * scale - 0.5 of the colour picture
     u_N, v_N = (column_N + 0.5) * scale_x - 0.5, (row_N + 0.5) * scale_y - 0.5
     fx, fy, cx, cy = (frame.intrinsics_33[index] for index in ((0, 0), (1, 1), (0, 2), (1, 2)))

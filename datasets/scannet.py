@@ -10,9 +10,7 @@ Shapes: V mesh vertices, N points kept, K objects.
 import hashlib
 import multiprocessing
 import os
-import re
 import sys
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,13 +23,16 @@ import orjson
 from tqdm import tqdm
 
 from ..utils.files import read_text
-from ..utils.labels import STRUCTURE_NYU40_IDS, class_of_nyu40
-from .frames import has_frames, list_frames
+from ..utils.labels import BOXLESS_NYU40_IDS, class_of_nyu40
+from .frames import read_views
+from .labelled_cloud import LabelledCloud, LabelledObject, instance_boxes, read_axis_alignment, transform
 from .ply import read_ply
 from .scan_labels import LABEL_MAP_NAME, Annotation, load_label_map, read_annotation
-from .scene import Scene, floor_centre, load_scene, save_scene
+from .scannet_arrays import build_scene_of_arrays
+from .scene import Scene, load_scene, save_scene
+from .sources import PICTURES, RAW, Source, describe, find_sources, raw_source
 
-PREPARE_VERSION = 1  # raise it when prepared files made by older code must be made again
+PREPARE_VERSION = 2  # raise it when prepared files made by older code must be made again
 GREY = 128
 SPLITS = ("train", "val", "test")
 
@@ -52,60 +53,6 @@ class PrepareOptions:
     seed: int = 0
     max_frames: int | None = None
     version: int = PREPARE_VERSION
-
-
-def read_axis_alignment(path: Path) -> np.ndarray | None:
-    """The 4x4 `axisAlignment` of `<scene_id>.txt`; None where the file or the line is absent."""
-    if not path.exists():
-        return None
-    match = re.search(r"^\s*axisAlignment\s*=(.*)$", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-    if match is None:
-        return None
-    try:
-        matrix_44 = np.array([float(word) for word in match[1].split()]).reshape(4, 4)
-    except ValueError:
-        raise ValueError(f"axisAlignment in {path} is not 16 numbers; copy the file again.") from None
-    rotation_33 = matrix_44[:3, :3]
-    if not np.isfinite(matrix_44).all() or np.abs(rotation_33 @ rotation_33.T - np.eye(3)).max() > 1e-2:
-        raise ValueError(f"axisAlignment in {path} is not a rigid transform; copy the file again.")
-    return matrix_44
-
-
-def transform(points_N3: np.ndarray, matrix_44: np.ndarray) -> np.ndarray:
-    """Points moved by a 4x4 transform, computed in float64, float32 out."""
-    moved_N3 = points_N3.astype(np.float64) @ matrix_44[:3, :3].T + matrix_44[:3, 3]
-    return moved_N3.astype(np.float32)
-
-
-def instance_boxes(points_V3: np.ndarray, instance_ids_V: np.ndarray) -> dict[int, np.ndarray]:
-    """Box (centre, size, heading 0; float32 [7]) of every instance id >= 0 from the extents of its points."""
-    order = np.argsort(instance_ids_V, kind="stable")
-    order = order[np.searchsorted(instance_ids_V[order], 0) :]
-    if order.size == 0:
-        return {}
-    ids, starts = np.unique(instance_ids_V[order], return_index=True)
-    low_K3 = np.minimum.reduceat(points_V3[order], starts, axis=0)
-    high_K3 = np.maximum.reduceat(points_V3[order], starts, axis=0)
-    boxes_K7 = np.concatenate([(low_K3 + high_K3) / 2, high_K3 - low_K3, np.zeros((len(ids), 1))], axis=1)
-    return {int(number): box_7 for number, box_7 in zip(ids, boxes_K7.astype(np.float32), strict=True)}
-
-
-def keep_points(raw_V3: np.ndarray, world_V3: np.ndarray, max_points: int, rng: np.random.Generator) -> np.ndarray:
-    """Indices of at most `max_points` points, in order, by a uniform choice.
-
-    The outermost points along each axis of both frames are always kept, so that the extents of the cached cloud are
-    those of the full one in either frame.
-    """
-    count = len(raw_V3)
-    if count <= max_points:
-        return np.arange(count)
-    outermost = np.unique(np.concatenate([end(cloud, axis=0) for cloud in (raw_V3, world_V3) for end in _ENDS]))
-    rest = np.setdiff1d(np.arange(count), outermost, assume_unique=True)
-    chosen = rng.choice(rest, size=max(0, max_points - len(outermost)), replace=False)
-    return np.sort(np.concatenate([outermost, chosen]))
-
-
-_ENDS = (np.argmin, np.argmax)
 
 
 def build_scene(
@@ -144,38 +91,30 @@ def build_scene(
         count = len(world_V3)
         annotation = Annotation(np.full(count, -1, np.int32), np.zeros(count, np.uint8), {})
     label_map = label_map or {}
-    frames, lost = (
-        list_frames(scan_dir, axis_align_44, max_frames=options.max_frames) if has_frames(scan_dir) else ([], 0)
+    cloud = LabelledCloud(
+        scene_id,
+        mesh.vertices_V3,
+        world_V3,
+        colors_V3,
+        annotation.instance_ids_V,
+        annotation.nyu40_V,
+        axis_align_44,
     )
-    if lost:
-        notes.append(f"{lost} frames without a finite pose left out")
-
-    boxes = _furniture(instance_boxes(world_V3, annotation.instance_ids_V), annotation.labels, label_map)
-    rng = np.random.default_rng([options.seed, zlib.crc32(scene_id.encode())])
-    kept_N = keep_points(mesh.vertices_V3, world_V3, options.max_points, rng)
-    return Scene(
-        scene_id=scene_id,
-        points_N3=world_V3[kept_N],
-        colors_N3=colors_V3[kept_N],
-        instance_ids_N=annotation.instance_ids_V[kept_N],
-        nyu40_N=annotation.nyu40_V[kept_N],
-        object_ids_K=np.array(list(boxes), dtype=np.int32),
-        object_labels=[annotation.labels[object_id] for object_id in boxes],
-        class_ids_K=np.array([class_of_nyu40(label_map[annotation.labels[i]]) for i in boxes], dtype=np.int32),
-        boxes_K7=np.stack(list(boxes.values())) if boxes else np.zeros((0, 7), np.float32),
-        axis_align_44=axis_align_44,
-        origin_3=floor_centre(world_V3),
-        frames=frames,
-        notes=notes,
-    )
+    objects = _furniture(instance_boxes(world_V3, annotation.instance_ids_V), annotation.labels, label_map)
+    views = read_views(scan_dir, axis_align_44, max_frames=options.max_frames)
+    return cloud.to_scene(objects, views, notes, max_points=options.max_points, seed=options.seed)
 
 
 def _furniture(
     boxes: dict[int, np.ndarray], labels: dict[int, str], label_map: dict[str, int]
-) -> dict[int, np.ndarray]:
-    """Boxes without those of structure and of labels that stand for nothing (NYU40 id 0)."""
-    dropped = STRUCTURE_NYU40_IDS | {0}
-    return {object_id: box_7 for object_id, box_7 in boxes.items() if label_map[labels[object_id]] not in dropped}
+) -> list[LabelledObject]:
+    """Objects without those of structure and of labels that stand for nothing (NYU40 id 0)."""
+    objects = []
+    for object_id, box_7 in boxes.items():
+        nyu40 = label_map[labels[object_id]]
+        if nyu40 not in BOXLESS_NYU40_IDS:
+            objects.append(LabelledObject(object_id, labels[object_id], class_of_nyu40(nyu40), box_7))
+    return objects
 
 
 def prepare_scan(
@@ -191,12 +130,31 @@ def prepare_scan(
 
     It is current when the scan's files, the label table and the parameters are those it was made from.
     """
-    scan_dir, out_path = Path(scan_dir), Path(out_path)
     options = PrepareOptions(max_points=max_points, seed=seed, max_frames=max_frames)
-    stamp = _stamp(scan_dir, label_map, options)
+    return prepare_source(raw_source(Path(scan_dir)), label_map, Path(out_path), options)
+
+
+def prepare_source(source: Source, label_map: dict[str, int], out_path: Path, options: PrepareOptions) -> Scene:
+    """`prepare_scan` for a scene in any form."""
+    stamp = _stamp(source, label_map, options)
     if _is_current(out_path, stamp):
         return load_scene(out_path)
-    scene = build_scene(scan_dir, label_map, options=options)
+    if source.kind == PICTURES:
+        raise ValueError(
+            f"{source.folder} holds pictures but no geometry; add {source.scene_id}_vh_clean_2.ply or the prepared "
+            "arrays, or ask about posed RGB-D frames with `python main.py infer --scene`."
+        )
+    if source.arrays is None:
+        scene = build_scene(source.folder, label_map, options=options)
+    else:
+        scene = build_scene_of_arrays(
+            source.arrays,
+            source.scene_id,
+            source.folder,
+            max_points=options.max_points,
+            seed=options.seed,
+            max_frames=options.max_frames,
+        )
     save_scene(scene, out_path)
     _write(_stamp_path(out_path), orjson.dumps(stamp, option=orjson.OPT_INDENT_2))
     return scene
@@ -206,17 +164,15 @@ def _stamp_path(out_path: Path) -> Path:
     return out_path.with_name(out_path.stem + ".inputs.json")
 
 
-def _stamp(scan_dir: Path, label_map: dict[str, int], options: PrepareOptions) -> dict[str, Any]:
-    """What a prepared file was made from: sizes and times of the scan's files, label table, parameters."""
-    scene_id = scan_dir.name
-    inputs: dict[str, list[int]] = {}
-    suffixes = ("_vh_clean_2.ply", "_vh_clean_2.0.010000.segs.json", ".aggregation.json", ".txt")
-    for path in [scan_dir / f"{scene_id}{suffix}" for suffix in suffixes] + [scan_dir / "color", scan_dir / "pose"]:
-        if path.exists():
-            status = path.stat()
-            inputs[path.name] = [status.st_size if path.is_file() else 0, status.st_mtime_ns]
+def _stamp(source: Source, label_map: dict[str, int], options: PrepareOptions) -> dict[str, Any]:
+    """What a prepared file was made from: sizes and times of the scene's files, label table, parameters."""
     table = hashlib.sha256(orjson.dumps(label_map, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
-    return {"inputs": inputs, "label_table": table, "options": asdict(options)}
+    return {
+        "kind": source.kind,
+        "inputs": source.inputs(),
+        "label_table": table if source.arrays is None else "",
+        "options": asdict(options),
+    }
 
 
 def _is_current(out_path: Path, stamp: dict[str, Any]) -> bool:
@@ -255,7 +211,7 @@ def list_scans(root: str | Path, split: str | None = None) -> list[Path]:
 
 def is_prepared(scan_dir: Path, label_map: dict[str, int], out_path: Path, options: PrepareOptions) -> bool:
     """Whether a scan's prepared file is there and current."""
-    return _is_current(out_path, _stamp(scan_dir, label_map, options))
+    return _is_current(out_path, _stamp(raw_source(scan_dir), label_map, options))
 
 
 def prepare_scans(
@@ -268,9 +224,11 @@ def prepare_scans(
     seed: int = 0,
     max_frames: int | None = None,
 ) -> list[Failure]:
-    """Prepare the scans below `root/scans` into `out` (default `root/prepared`), in parallel, restartable.
+    """Prepare a root's scenes into `out` (default `root/prepared`), in parallel, restartable.
 
-    A broken scan does not stop the others: it is returned, with one sentence, and its prepared file is not written.
+    They are raw scans, or the field's prepared arrays (datasets/sources.py): what else than raw scans was found is
+    said on standard error. A broken one does not stop the others: it is returned, with one sentence, and its prepared
+    file is not written.
 
     Args:
         split: `train`, `val` or `test` takes the scans of `root/scannetv2_<split>.txt`; None takes all.
@@ -281,17 +239,20 @@ def prepare_scans(
     options = PrepareOptions(max_points=max_points, seed=seed, max_frames=max_frames)
     if max_points < 1:
         raise ValueError(f"max_points is {max_points}; a scene keeps at least one point.")
-    scans = list_scans(root, split)
-    if not scans:
+    sources = find_sources(root, read_split(root, split) if split is not None else None)
+    if not sources:
         raise ValueError(f"There are no scans below {root / 'scans'}; nothing to prepare.")
-    label_map = load_label_map(root / LABEL_MAP_NAME)
+    if any(source.kind != RAW for source in sources):
+        tqdm.write(f"found {describe(sources)}", file=sys.stderr)
+    raw = any(source.kind == RAW for source in sources)
+    label_map = load_label_map(root / LABEL_MAP_NAME) if raw else {}
     out_dir.mkdir(parents=True, exist_ok=True)
-    todo = [scan for scan in scans if not is_prepared(scan, label_map, out_dir / f"{scan.name}.npz", options)]
-    jobs = [(scan, label_map, out_dir / f"{scan.name}.npz", options) for scan in todo]
+    jobs = [(source, label_map, out_dir / f"{source.scene_id}.npz", options) for source in sources]
+    jobs = [job for job in jobs if not _is_current(job[2], _stamp(job[0], label_map, options))]
     failures: list[Failure] = []
     workers = min(workers or len(_cpus()), max(1, len(jobs)))
-    bar = tqdm(total=len(scans), initial=len(scans) - len(todo), desc="prepare", unit="scan", disable=not jobs)
-    with bar:
+    done = len(sources) - len(jobs)
+    with tqdm(total=len(sources), initial=done, desc="prepare", unit="scan", disable=not jobs) as bar:
         for failure in _run(jobs, workers):
             if failure is not None:
                 failures.append(failure)
@@ -304,7 +265,7 @@ def _cpus() -> set[int] | range:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
-_Job = tuple[Path, dict[str, int], Path, PrepareOptions]
+_Job = tuple[Source, dict[str, int], Path, PrepareOptions]
 
 
 def _run(jobs: list[_Job], workers: int) -> Iterator[Failure | None]:
@@ -314,7 +275,7 @@ def _run(jobs: list[_Job], workers: int) -> Iterator[Failure | None]:
     # Workers read and write files with numpy alone, so forking is safe and needs no installed package.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method)) as pool:
-        pending = {pool.submit(_prepare_job, job): job[0].name for job in jobs}
+        pending = {pool.submit(_prepare_job, job): job[0].scene_id for job in jobs}
         for future in as_completed(pending):
             try:
                 yield future.result()
@@ -323,18 +284,11 @@ def _run(jobs: list[_Job], workers: int) -> Iterator[Failure | None]:
 
 
 def _prepare_job(job: _Job) -> Failure | None:
-    scan_dir, label_map, out_path, options = job
-    if not scan_dir.is_dir():
-        return Failure(scan_dir.name, f"There is no scan folder {scan_dir}; copy it, or take it off the split.")
+    source, label_map, out_path, options = job
+    if source.arrays is None and not source.folder.is_dir():
+        return Failure(source.scene_id, f"There is no scan folder {source.folder}; copy it, or take it off the split.")
     try:
-        prepare_scan(
-            scan_dir,
-            label_map,
-            out_path,
-            max_points=options.max_points,
-            seed=options.seed,
-            max_frames=options.max_frames,
-        )
+        prepare_source(source, label_map, out_path, options)
     except (ValueError, OSError) as error:
-        return Failure(scan_dir.name, str(error))
+        return Failure(source.scene_id, str(error))
     return None

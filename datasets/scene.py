@@ -7,7 +7,6 @@ Model frame: the world frame moved so that the floor centre of the full cloud is
 Shapes: N points, K objects, V views.
 """
 
-import io
 import os
 import zipfile
 import zlib
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import orjson
+
+from .archive import read_arrays, write_arrays
 
 TASKS = (
     "dense_caption",
@@ -34,13 +35,22 @@ TASKS = (
 class Frame:
     """One posed picture of a scene: files on disk, camera-to-world pose in the ALIGNED world frame.
 
-    Camera axes are OpenCV's (x right, y down, z forward). `depth_path` holds uint16 millimetres, 0 for none.
+    Camera axes are OpenCV's (x right, y down, z forward). `depth_path` holds uint16 millimetres, 0 for none (an .npy
+    file of floats holds metres: frames.read_depth).
     """
 
     color_path: str
     depth_path: str | None
     pose_44: np.ndarray
     intrinsics_33: np.ndarray
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a scene that came without a pose. `depth_path` is a .png or .npy file (frames.read_depth)."""
+
+    color_path: str
+    depth_path: str | None
 
 
 def floor_centre(points_N3: np.ndarray) -> np.ndarray:
@@ -77,6 +87,10 @@ class Scene:
     origin_3: np.ndarray  # float32, world frame: `floor_centre` of the FULL cloud
     frames: list[Frame] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what a reader assumed (up-axis, scale, colours)
+    vertex_ids_N: np.ndarray | None = None  # int32, row of each point in the source's vertices; None where unknown
+    num_vertices: int = 0  # of the source, 0 where unknown
+    raw_frame_known: bool = True  # False: axis_align_44 is a stand-in, so nothing given in the raw frame can be placed
+    pictures: list[Picture] = field(default_factory=list)  # without poses
 
     def to_model(self, boxes_K7: np.ndarray) -> np.ndarray:
         """Boxes or points (first three columns are a position) from the world frame to the model frame."""
@@ -111,70 +125,84 @@ _ARRAYS = (
 )
 
 
+_VERTEX_IDS = "vertex_ids_N"  # absent where the source has no vertices to count
+
+
 class BrokenScene(ValueError):
     """A prepared scene that cannot be read."""
 
 
 def save_scene(scene: Scene, path: str | Path) -> None:
-    """Write a prepared scene (`<scene_id>.npz`) atomically. Frame paths are stored relative to the file."""
+    """Write a prepared scene (`<scene_id>.npz`) atomically. Paths of pictures are stored relative to the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+
+    def files(picture: Frame | Picture) -> dict[str, str | None]:
+        depth = os.path.relpath(picture.depth_path, path.parent) if picture.depth_path else None
+        return {"color": os.path.relpath(picture.color_path, path.parent), "depth": depth}
+
     header = {
         "scene_id": scene.scene_id,
         "object_labels": scene.object_labels,
         "notes": scene.notes,
         "frames": [
-            {
-                "color": os.path.relpath(frame.color_path, path.parent),
-                "depth": os.path.relpath(frame.depth_path, path.parent) if frame.depth_path else None,
-                "pose": frame.pose_44.tolist(),
-                "intrinsics": frame.intrinsics_33.tolist(),
-            }
+            {**files(frame), "pose": frame.pose_44.tolist(), "intrinsics": frame.intrinsics_33.tolist()}
             for frame in scene.frames
         ],
+        "pictures": [files(picture) for picture in scene.pictures],
+        "num_vertices": scene.num_vertices,
+        "raw_frame_known": scene.raw_frame_known,
     }
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        header=np.frombuffer(orjson.dumps(header), dtype=np.uint8),
-        **{name: getattr(scene, name) for name in _ARRAYS},
-    )
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(buffer.getbuffer())
-    os.replace(partial, path)
+    arrays = {"header": np.frombuffer(orjson.dumps(header), dtype=np.uint8)}
+    arrays |= {name: getattr(scene, name) for name in _ARRAYS}
+    if scene.vertex_ids_N is not None:
+        arrays[_VERTEX_IDS] = scene.vertex_ids_N
+    write_arrays(path, arrays)
 
 
-def load_scene(path: str | Path) -> Scene:
-    """Read a prepared scene; ValueError says what to run where the file is missing or broken."""
+def load_scene(path: str | Path, *, mapped: bool = False) -> Scene:
+    """Read a prepared scene; ValueError says what to run where the file is missing or broken.
+
+    Args:
+        mapped: map the arrays, copy-on-write, instead of reading them (archive.read_arrays).
+    """
     path = Path(path)
     try:
-        with np.load(path) as archive:
-            header = orjson.loads(archive["header"].tobytes())
-            arrays = {name: archive[name] for name in _ARRAYS}
-            missing = {"scene_id", "object_labels", "notes", "frames"} - set(header)
-            if missing:
-                raise ValueError(f"its header lacks {min(missing)}")
+        arrays = read_arrays(path, mapped=mapped)
+        header = orjson.loads(arrays["header"].tobytes())
+        own = {name: arrays[name] for name in _ARRAYS}
+        missing = {"scene_id", "object_labels", "notes", "frames"} - set(header)
+        if missing:
+            raise ValueError(f"its header lacks {min(missing)}")
     except FileNotFoundError:
         raise ValueError(f"There is no prepared scene at {path}; run `python main.py prepare` first.") from None
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise BrokenScene(
             f"{path} is not a whole prepared scene ({error}); delete it and run `python main.py prepare` again."
         ) from None
-    frames = [
-        Frame(
-            color_path=str(path.parent / frame["color"]),
-            depth_path=str(path.parent / frame["depth"]) if frame["depth"] else None,
-            pose_44=np.array(frame["pose"], dtype=np.float64),
-            intrinsics_33=np.array(frame["intrinsics"], dtype=np.float64),
-        )
-        for frame in header["frames"]
-    ]
+
+    folder = str(path.parent)
+
+    def files(row: dict[str, Any]) -> tuple[str, str | None]:
+        depth = row["depth"]
+        return os.path.join(folder, row["color"]), os.path.join(folder, depth) if depth else None
+
+    rows = header["frames"]
+    poses_F44 = np.array([row["pose"] for row in rows], np.float64).reshape(-1, 4, 4)
+    intrinsics_F33 = np.array([row["intrinsics"] for row in rows], np.float64).reshape(-1, 3, 3)
     return Scene(
         scene_id=header["scene_id"],
         object_labels=header["object_labels"],
         notes=header["notes"],
-        frames=frames,
-        **arrays,
+        frames=[
+            Frame(*files(row), pose_44, intrinsics_33)
+            for row, pose_44, intrinsics_33 in zip(rows, poses_F44, intrinsics_F33, strict=True)
+        ],
+        pictures=[Picture(*files(row)) for row in header.get("pictures", [])],  # files of older versions have none
+        num_vertices=header.get("num_vertices", 0),
+        raw_frame_known=header.get("raw_frame_known", True),
+        vertex_ids_N=arrays.get(_VERTEX_IDS),
+        **own,
     )
 
 

@@ -18,7 +18,7 @@ import orjson
 from .scene import Scene, load_scene, shifted
 
 INDEX_NAME = "index.json"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 _log = logging.getLogger(__name__)
 
 
@@ -27,7 +27,7 @@ class SceneInfo:
     """What annotations need to know of a scene. Boxes are in the world frame, metres; K objects.
 
     `structure_ids` are annotated objects without a box: walls, floors, ceilings. `raw_middle_3` is the middle of the
-    raw cloud's bounding box, in the raw frame.
+    raw cloud's bounding box, in the raw frame; with `raw_frame_known` false it and `axis_align_44` are stand-ins.
     """
 
     scene_id: str
@@ -39,6 +39,8 @@ class SceneInfo:
     axis_align_44: np.ndarray  # float64, raw to world
     origin_3: np.ndarray  # float32, world frame
     raw_middle_3: np.ndarray  # float64, raw frame
+    raw_frame_known: bool = True
+    notes: tuple[str, ...] = ()  # what was assumed when the scene was prepared
 
     @classmethod
     def of(cls, scene: Scene) -> "SceneInfo":
@@ -56,6 +58,8 @@ class SceneInfo:
             axis_align_44=scene.axis_align_44,
             origin_3=scene.origin_3,
             raw_middle_3=(raw_N3.min(0) + raw_N3.max(0)) / 2,
+            raw_frame_known=scene.raw_frame_known,
+            notes=tuple(scene.notes),
         )
 
     def row_of(self, object_id: int) -> int | None:
@@ -83,6 +87,8 @@ def _pack(info: SceneInfo, stamp: list[int]) -> dict[str, Any]:
         "axis_align": info.axis_align_44.tolist(),
         "origin": info.origin_3.tolist(),
         "raw_middle": info.raw_middle_3.tolist(),
+        "raw_frame_known": info.raw_frame_known,
+        "notes": list(info.notes),
     }
 
 
@@ -97,6 +103,8 @@ def _unpack(scene_id: str, row: dict[str, Any]) -> SceneInfo:
         axis_align_44=np.array(row["axis_align"], dtype=np.float64),
         origin_3=np.array(row["origin"], dtype=np.float32),
         raw_middle_3=np.array(row["raw_middle"], dtype=np.float64),
+        raw_frame_known=row["raw_frame_known"],
+        notes=tuple(row["notes"]),
     )
 
 
@@ -105,7 +113,8 @@ class SceneStore(Mapping[str, Scene]):
 
     Args:
         prepared_dir: folder of `<scene_id>.npz` files.
-        capacity: how many whole scenes stay in memory (a scene of 50k points takes about 1 MB).
+        capacity: how many scenes stay open. They are mapped, so that the memory is the file cache's and is
+            shared with other processes; each takes one file descriptor.
 
     Raises:
         ValueError: the folder is missing or holds no prepared scene.
@@ -135,7 +144,7 @@ class SceneStore(Mapping[str, Scene]):
             return self._recent[scene_id]
         if scene_id not in self.index:
             raise KeyError(scene_id)
-        scene = load_scene(self.prepared_dir / f"{scene_id}.npz")
+        scene = load_scene(self.prepared_dir / f"{scene_id}.npz", mapped=True)
         self._recent[scene_id] = scene
         while len(self._recent) > self.capacity:
             self._recent.popitem(last=False)

@@ -120,11 +120,14 @@ def object_outlines(
     The outline has the extents of all points under any turn about z, so it is made once a scene and used every time.
     """
     order_N = np.argsort(instance_ids_N, kind="stable")
-    sorted_N = instance_ids_N[order_N]
+    sorted_N = instance_ids_N.take(order_N)
+    labelled = int(np.searchsorted(sorted_N, 0))  # what is before has no object
+    sorted_N = sorted_N[labelled:]
+    sorted_N2 = points_N3[:, :2].take(order_N[labelled:], axis=0).astype(np.float64)
     outlines: list[np.ndarray | None] = []
     for object_id in object_ids_K:
         low, high = np.searchsorted(sorted_N, [object_id, object_id + 1])
-        own_P2 = points_N3[order_N[low:high], :2].astype(np.float64)
+        own_P2 = sorted_N2[low:high]
         if len(own_P2) < _FEWEST_POINTS:
             outlines.append(None)
             continue

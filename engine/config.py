@@ -63,9 +63,10 @@ class DataConfig:
     num_points: int = 40_000
     cached_scenes: int = 128  # scenes kept with their points, encoding and views; more is faster and takes memory
     max_samples: int = 0  # per data set, chosen by seed; 0 takes all
+    workers: int = 0  # processes that make the detector's batches ahead of the loop; 0: the loop makes them
 
     def __post_init__(self):
-        _at_least(self, num_points=1, max_samples=0)
+        _at_least(self, num_points=1, max_samples=0, workers=0)
         if not self.datasets:
             raise ValueError("datasets is empty; name one or more, for instance scene30k.")
 

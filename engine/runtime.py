@@ -1,6 +1,5 @@
 """Device, process group, seeds: what every loop needs before it starts."""
 
-import functools
 import logging
 import os
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from typing import TypeVar, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from ..utils.streams import epoch_order, stream
 
 log = logging.getLogger("threedr1")
 
@@ -93,14 +94,6 @@ def close_runtime(runtime: Runtime) -> None:
         dist.destroy_process_group()
 
 
-def stream(*keys: int) -> np.random.Generator:
-    """A random stream named by integers, as (seed, step, row): the same keys give the same numbers.
-
-    Streams instead of one long-lived generator make a resumed run equal to one that was not interrupted.
-    """
-    return np.random.default_rng(np.random.SeedSequence([int(key) & 0xFFFFFFFF for key in keys]))
-
-
 def torch_stream(device: torch.device | str, *keys: int) -> torch.Generator:
     """The same for torch, on a device."""
     generator = torch.Generator(device=device)
@@ -113,12 +106,6 @@ def seed_everything(*keys: int) -> None:
     seed = int(stream(*keys).integers(2**31))
     torch.manual_seed(seed)
     np.random.seed(seed)
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutation of the data set in one epoch; equal on every rank."""
-    return stream(seed, 7, epoch).permutation(num_samples)
 
 
 def batch_indices(num_samples: int, step: int, batch_size: int, seed: int, runtime: Runtime) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..datasets.frames import read_depth
 from ..datasets.scene import Frame, Scene
 from ..utils.boxes import points_in_boxes
 from ..utils.render import Camera, splat_batch, visible_points
@@ -166,14 +167,12 @@ def _read_frame(frame: Frame, image_size: tuple[int, int]) -> tuple[np.ndarray, 
             image_HW3 = np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
         if frame.depth_path is None:
             return image_HW3, None, camera
-        with Image.open(frame.depth_path) as picture:
-            depth_HW = np.asarray(picture.resize((width, height), Image.Resampling.NEAREST)).astype(np.float32)
+        depth = Image.fromarray(read_depth(frame.depth_path))
     except OSError as error:
         raise ValueError(
             f"Cannot read the frame {frame.color_path} ({error}); prepare the scan again or use rendered views."
         ) from None
-    depth_HW[depth_HW >= 65535] = 0  # sensors write the largest value where they measured nothing
-    return image_HW3, depth_HW / 1000, camera
+    return image_HW3, np.array(depth.resize((width, height), Image.Resampling.NEAREST)), camera
 
 
 def _subsample(size: int, limit: int) -> np.ndarray:

@@ -114,6 +114,36 @@ def write_mini_scan(scans_root: Path, scene_id: str = "scene0000_00", *, num_fra
     return MiniScan(folder, vertices_V3, raw_V3, objects_V, axis_align_44)
 
 
+def write_arrays(
+    folder: Path, scene_id: str = "scene0000_00", *, unaligned_boxes: bool = False, keep: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """The miniature scan as the field's prepared arrays; every `keep`-th vertex is in them, boxes are of all.
+
+    Returns the vertices [V, 3] and objectIds [V] written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    vertices_V3, objects_V = room_vertices()
+    inverse_44 = np.linalg.inv(axis_alignment())
+    boxed_V3 = vertices_V3 @ inverse_44[:3, :3].T + inverse_44[:3, 3] if unaligned_boxes else vertices_V3
+    rows = []
+    for object_id, label in LABELS.items():  # the exporter writes boxes of walls and floors too
+        own_P3 = boxed_V3[objects_V == object_id]
+        low_3, high_3 = own_P3.min(0), own_P3.max(0)
+        rows.append([*(low_3 + high_3) / 2, *(high_3 - low_3), NYU40[label], object_id])
+    vertices_V3, objects_V = vertices_V3[::keep], objects_V[::keep]
+    nyu40_V = np.array([NYU40[LABELS[object_id]] for object_id in objects_V.tolist()])
+    colors_V3 = np.arange(len(vertices_V3))[:, None] * [1, 2, 3] % 256
+    arrays = {
+        "aligned_vert": np.concatenate([vertices_V3, colors_V3], axis=1).astype(np.float32),
+        "ins_label": (objects_V + 1).astype(np.uint32),
+        "sem_label": nyu40_V.astype(np.uint32),
+        "aligned_bbox": np.array(rows),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{scene_id}_{name}.npy", array)
+    return vertices_V3, objects_V
+
+
 def camera_pose(index: int = 0) -> np.ndarray:
     """Camera-to-world pose of frame `index`: at eye height, looking along +y (OpenCV axes)."""
     pose_44 = np.eye(4)

@@ -125,6 +125,16 @@ def test_a_killed_and_resumed_run_equals_one_that_was_not(data_root, tmp_path, m
     assert_same_weights(tmp_path / "whole" / "model", tmp_path / "broken" / "model")
 
 
+def test_workers_change_nothing(data_root, tmp_path):
+    alone = make_config(data_root, tmp_path / "alone", steps=4)
+    pair = make_config(data_root, tmp_path / "pair", steps=4)
+    pair = dataclasses.replace(pair, data=dataclasses.replace(pair.data, workers=2))
+    detect.train(alone)
+    detect.train(pair)
+    assert without_time(tmp_path / "pair") == without_time(tmp_path / "alone")
+    assert_same_weights(tmp_path / "alone" / "model", tmp_path / "pair" / "model")
+
+
 def test_the_best_encoder_is_kept_and_not_the_last(data_root, tmp_path, monkeypatch):
     values = iter([0.4, 0.1])
 

@@ -1,0 +1,147 @@
+"""Batches of a training loop: what each is made of, read once a scene, made here or by worker processes.
+
+A loop states for every step which samples it takes and from which random stream each is drawn (`Draw`); the loader
+reads each scene of the batch once and calls the loop's own function for every sample. What comes out is a function of
+the step alone: not of the steps before it, the number of workers, or which of them was faster. Workers are started
+afresh (spawn: CUDA and threads do not survive a fork) and map the same prepared files, so that scenes are in memory
+once.
+"""
+
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from ..utils.streams import epoch_order, stream
+from .scene import Scene
+from .scene_store import SceneStore
+
+T = TypeVar("T")
+Make = Callable[[int, Scene, np.random.Generator], T]
+_AHEAD = 2  # batches under way for each worker
+_MAIN = Path(__file__).resolve().parents[1] / "main.py"
+# What a worker runs first. Until main.py has said what `threedr1` is, a checkout that is not installed cannot be
+# imported, so the worker is handed built-in functions and bytes alone.
+_START = """
+import os, runpy
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+runpy.run_path(main, run_name="threedr1_worker")
+from threedr1.datasets import collate
+collate.adopt(content)
+"""
+
+
+class Draw(NamedTuple):
+    """One sample of a batch: its row in the data set, and the name of its random stream (utils.streams)."""
+
+    row: int
+    keys: tuple[int, ...]
+
+
+def epoch_draws(num_samples: int, batch_size: int, seed: int, step: int) -> list[Draw]:
+    """The draws of one step: every epoch a new order of all samples, and streams named (seed, epoch, sample)."""
+    draws = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, offset = divmod(position, num_samples)
+        row = int(epoch_order(num_samples, seed, epoch)[offset])
+        draws.append(Draw(row, (seed, epoch, row)))
+    return draws
+
+
+class Loader(Generic[T]):
+    """Batches of one data set; a context manager that stops its workers.
+
+    Args:
+        scenes: the prepared scenes.
+        scene_ids: the scene of each row of the data set.
+        make: makes one sample of (row, scene, random stream). With workers, it and what it returns are pickled, so
+            it is a function of a module or a method of an object that pickles.
+        workers: processes; with 0 batches are made when they are asked for.
+    """
+
+    def __init__(self, scenes: SceneStore, scene_ids: Sequence[str], make: Make[T], *, workers: int = 0):
+        if workers < 0:
+            raise ValueError(f"A loader has {workers} workers; give a number from 0 on.")
+        self.scenes = scenes
+        self.scene_ids = list(scene_ids)
+        self.make = make
+        self.workers = workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def batch(self, draws: Sequence[Draw]) -> list[T]:
+        """Samples of one batch in the order of its draws, made in this process."""
+        by_scene: dict[str, list[int]] = {}
+        for place, draw in enumerate(draws):
+            by_scene.setdefault(self.scene_ids[draw.row], []).append(place)
+        made: dict[int, T] = {}
+        for scene_id, places in by_scene.items():
+            scene = self.scenes[scene_id]
+            for place in places:
+                made[place] = self.make(draws[place].row, scene, stream(*draws[place].keys))
+        return [made[place] for place in range(len(draws))]
+
+    def batches(self, plan: Callable[[int], Sequence[Draw]], first: int, last: int) -> Iterator[list[T]]:
+        """Batches of the steps from `first` up to `last` (left out), in order.
+
+        Args:
+            plan: the draws of a step, as `epoch_draws`.
+
+        Raises:
+            ValueError: what `make` raised, or a worker was killed.
+        """
+        if not self.workers:
+            for step in range(first, last):
+                yield self.batch(plan(step))
+            return
+        under_way: deque[Future[list[T]]] = deque()
+        try:
+            for step in range(first, last):
+                under_way.append(self._started().submit(_make_batch, list(plan(step))))
+                if len(under_way) > _AHEAD * self.workers:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        except BrokenProcessPool:
+            raise ValueError("A loading process was killed (memory?); take fewer workers.") from None
+        finally:
+            for future in under_way:
+                future.cancel()
+
+    def close(self) -> None:
+        """Stop the workers; a later `batches` starts new ones."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def __enter__(self) -> "Loader[T]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            start = (_START, {"main": str(_MAIN), "content": pickle.dumps(self)})
+            self._pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=exec, initargs=start)
+        return self._pool
+
+
+_adopted: list[Loader] = []  # in a worker: the loader it works for
+
+
+def adopt(content: bytes) -> None:
+    """In a worker: work for a pickled loader."""
+    _adopted[:] = [pickle.loads(content)]
+
+
+def _make_batch(draws: list[Draw]) -> list[Any]:
+    return _adopted[0].batch(draws)
