@@ -13,7 +13,7 @@ from pathlib import Path
 from ...utils.text import format_box
 from ..scannet import read_split
 from ..scene import Sample
-from .common import Benchmark, Index, Inputs, scene_of, target_box
+from .common import Benchmark, Index, Inputs, boxes_of, scene_of, target_box
 from .problems import Report
 from .rows import Row, annotation_file, first_time, read_csv, shown
 
@@ -97,8 +97,8 @@ def _mentions_class(row: Row) -> bool:
 def load(root: Path, split: str, index: Index, report: Report) -> list[Sample]:
     """Grounding samples of one split; question_type is `easy` or `hard`.
 
-    Meta: view_dependent, distractor_ids, instance_type, num_tokens, and `multiple` (another object of the class is
-    there).
+    Meta: view_dependent, target_object_id, distractor_ids, distractor_boxes (those that have one), instance_type,
+    num_tokens, and `multiple` (another object of the class is there).
     """
     scene_ids = set(read_split(root, split))
     seen: dict[Hashable, int] = {}
@@ -129,7 +129,9 @@ def load(root: Path, split: str, index: Index, report: Report) -> list[Sample]:
             question_type="easy" if stimulus.count <= EASY_OBJECTS else "hard",
             meta={
                 "view_dependent": not VIEW_WORDS.isdisjoint(tokens),
+                "target_object_id": object_id,
                 "distractor_ids": stimulus.distractor_ids,
+                "distractor_boxes": boxes_of(info, stimulus.distractor_ids, row).tolist(),
                 "instance_type": name,
                 "num_tokens": len(tokens),
                 "multiple": stimulus.count > 1,

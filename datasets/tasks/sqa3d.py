@@ -163,9 +163,20 @@ def _sample(row: Row, answer: Row, index: Index) -> tuple[Sample, list[float] | 
     return sample, _raw_pose(answer)
 
 
-def _add_poses(found: list[tuple[Sample, list[float] | None]], index: Index) -> None:
-    """Set world poses and headings of the samples that have one, all at once."""
-    posed = [(sample, pose_7) for sample, pose_7 in found if pose_7 is not None]
+def _add_poses(found: list[tuple[Sample, list[float] | None]], index: Index, report: Report) -> None:
+    """Set world poses and headings of the samples that have one, all at once.
+
+    Poses are in the raw frame; where a scene's is not known they are left out, with a note that counts them.
+    """
+    given = [(sample, pose_7) for sample, pose_7 in found if pose_7 is not None]
+    posed = [(sample, pose_7) for sample, pose_7 in given if index[sample.scene_id].raw_frame_known]
+    if len(posed) < len(given):
+        lost = sorted({sample.scene_id for sample, _ in given if not index[sample.scene_id].raw_frame_known})
+        report.notes.append(
+            f"sqa3d, {report.split}: {len(given) - len(posed)} of {len(given)} poses are left out, since the raw frame "
+            f"of {len(lost)} scenes is not known, as {lost[0]}; put their <scene_id>.txt (axisAlignment) beside them "
+            "and prepare them again. Questions and situations stay."
+        )
     if not posed:
         return
     raw_N7 = np.array([pose_7 for _, pose_7 in posed])
@@ -188,7 +199,8 @@ def _files(split: str) -> tuple[str, str]:
 def load(root: Path, split: str, index: Index, report: Report) -> list[Sample]:
     """Situated QA samples of one split, with the situation in words and as a pose in the world frame.
 
-    Meta: alternative_situation, answer_type, facing (radians, world frame).
+    The pose is None where the annotation has none or the scene's raw frame is not known. Meta: alternative_situation,
+    answer_type, and with a pose facing (radians, world frame).
     """
     questions_path, answers_path = (annotation_file(root, name) for name in _files(split))
     questions = _by_id(questions_path, "questions", report)
@@ -204,7 +216,7 @@ def load(root: Path, split: str, index: Index, report: Report) -> list[Sample]:
         return _sample(row, answer, index)
 
     found = report.keep(questions.values(), read)
-    _add_poses(found, index)
+    _add_poses(found, index, report)
     return [sample for sample, _ in found]
 
 

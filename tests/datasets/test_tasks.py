@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,7 +71,9 @@ def test_nr3d_takes_the_split_and_filters_as_referit3d(root, store):
     train, val = (load_samples(root, split, ["nr3d"], scenes=store) for split in ("train", "val"))
     assert [s.scene_id for s in train] == ["scene0000_00"] and [s.scene_id for s in val] == ["scene0001_00"]
     assert train[0].question_type == "easy" and train[0].meta["view_dependent"] is True
-    assert train[0].meta["distractor_ids"] == [factory.TABLE]
+    assert train[0].meta["distractor_ids"] == [factory.TABLE] and train[0].meta["target_object_id"] == factory.CHAIR
+    (distractor,) = train[0].meta["distractor_boxes"]
+    np.testing.assert_allclose(distractor[:3], factory.OBJECTS[factory.TABLE][0], atol=1e-5)
 
 
 @given(
@@ -123,6 +126,15 @@ def test_sqa3d_pose_comes_to_the_world(root, store):
     np.testing.assert_allclose(sample.situation_pose_7[:2], [1.0, -0.5], atol=1e-5)
     assert abs(abs(sample.meta["facing"]) - np.pi) < 1e-5  # the table is at x = -1
     assert question_type("Can I sit?") == "can" and question_type("Where?") == "others"
+
+
+def test_sqa3d_has_no_pose_where_the_raw_frame_is_unknown(root, store, caplog):
+    index = {scene_id: replace(info, raw_frame_known=False) for scene_id, info in store.index.items()}
+    with caplog.at_level(logging.WARNING):
+        (sample,) = load_samples(root, "train", ["sqa3d"], scenes=index)
+    assert sample.situation_pose_7 is None and "facing" not in sample.meta
+    assert sample.situation.startswith("I am facing the table")
+    assert "1 of 1 poses are left out" in caplog.text and "of 1 scenes is not known, as scene0000_00" in caplog.text
 
 
 @given(st.floats(-180, 180), st.floats(-180, 180), st.floats(-5, 5), st.floats(-5, 5))
