@@ -205,6 +205,8 @@ def _saved_config(checkpoint: Path) -> dict:
 # Settings that change how a run is carried out, not what it computes.
 _FREE_TO_CHANGE = {"run.log_every", "run.save_every", "run.keep_checkpoints", "run.trackers"}
 _FREE_TO_CHANGE |= {"run.eval_every", "run.device", "run.dir", "data.cached_scenes", "data.workers"}
+# These say which samples there are, which a run that is resumed compares one by one.
+_FREE_TO_CHANGE |= {"data.eval_splits", "data.missing"}
 
 
 def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:

@@ -60,6 +60,8 @@ class DataConfig:
     datasets: tuple[str, ...] = ("scene30k",)
     train_split: str = "train"
     eval_split: str = "val"
+    eval_splits: dict[str, str] = field(default_factory=dict)  # data set: split, where evaluation takes another one
+    missing: str = "error"  # skip: leave out, and count, records whose scene or object is not there
     num_points: int = 40_000
     cached_scenes: int = 128  # scenes kept with their points, encoding and views; more is faster and takes memory
     max_samples: int = 0  # per data set, chosen by seed; 0 takes all
@@ -67,6 +69,7 @@ class DataConfig:
 
     def __post_init__(self):
         _at_least(self, num_points=1, max_samples=0, workers=0)
+        _one_of(self, missing=("error", "skip"))
         if not self.datasets:
             raise ValueError("datasets is empty; name one or more, for instance scene30k.")
 
@@ -261,7 +264,9 @@ class EvalConfig:
     )
     max_new_tokens: int = 256
     language_model: str = ""  # where the base language model lies, if not where it did in training
-    scorers: dict[str, str] = field(default_factory=dict)  # task: scorer; a task left out takes its default
+    # by task, or by data set where one of its task wants others: one or more, the first is the one that reports show;
+    # a task left out takes its default
+    scorers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     modes: dict[str, str] = field(default_factory=dict)  # task: think or direct; a task left out takes its default
     meteor: str = "auto"  # auto: where Java is there; yes; no (it takes seconds to start)
     dense_caption_proposals: int = 64  # proposals captioned in one scene, by objectness

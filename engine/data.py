@@ -1,18 +1,22 @@
 """Samples and observed scenes for the loops."""
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..datasets.scannet import read_split
 from ..datasets.scene import Sample
 from ..datasets.scene_store import SceneStore
-from ..datasets.tasks import load_samples
+from ..datasets.tasks import Problem, in_one_sentence, inputs_of, load_samples
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
 from .config import DataConfig
-from .runtime import stream
+from .runtime import log, stream
+
+# kinds of problems that come of data one does not have, not of broken files
+MISSING = ("missing_scene", "missing_object", "no_box")
 
 
 class ObservationCache:
@@ -55,28 +59,98 @@ class ObservationCache:
         return observations
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """One data set's samples in one split, and how many records were left out, by kind of problem."""
+
+    dataset: str
+    split: str
+    samples: list[Sample]
+    left_out: dict[str, int]
+
+    @property
+    def task(self) -> str:
+        """The task of the samples; ValueError where they are of several."""
+        tasks = sorted({sample.task for sample in self.samples})
+        if len(tasks) != 1:
+            raise ValueError(f"Data set {self.dataset} mixes tasks; evaluate on the data sets of its tasks instead.")
+        return tasks[0]
+
+
 def load_split(config: DataConfig, split: str, seed: int) -> tuple[list[Sample], SceneStore]:
     """Samples of the configured data sets in one split, and the prepared scenes.
 
     Raises:
         ValueError: nothing there, with the command that fixes it.
     """
-    root = Path(config.root)
-    store = SceneStore(root / "prepared")
-    read_split(root, split)  # a name that no list of scenes stands for is refused
-    samples: list[Sample] = []
-    for number, name in enumerate(config.datasets):
-        found = load_samples(root, split, [name], scenes=store)
-        if config.max_samples and len(found) > config.max_samples:
-            rows = stream(seed, 11, number).permutation(len(found))[: config.max_samples]
-            found = [found[row] for row in sorted(rows)]
-        samples += found
+    store = open_store(config)
+    read_split(config.root, split)  # a name that no list of scenes stands for is refused
+    parts = [load_dataset(config, name, split, store, seed, row) for row, name in enumerate(config.datasets)]
+    samples = [sample for part in parts for sample in part.samples]
     if not samples:
-        raise ValueError(
-            f"No samples of {', '.join(config.datasets)} in split {split} under {root}; "
-            f"run `python main.py doctor --root {root}` to see what is missing."
-        )
+        raise _nothing(config, config.datasets, split, sum(sum(part.left_out.values()) for part in parts))
     return samples, store
+
+
+def load_evaluated(config: DataConfig, store: SceneStore, seed: int) -> list[Loaded]:
+    """The configured data sets, each in the split that evaluation takes of it.
+
+    A split of `eval_splits` needs no list of scenes: its annotation files say which scenes it has. (SQA3D's test
+    questions, for one, are about scenes of ScanNet's validation split.)
+
+    Raises:
+        ValueError: a data set without samples, or one of `eval_splits` that there is not.
+    """
+    for name, split in config.eval_splits.items():
+        inputs_of(name, split)  # an unknown name is refused
+    found = []
+    for name in config.datasets:
+        split = config.eval_splits.get(name, config.eval_split)
+        if name not in config.eval_splits:
+            read_split(config.root, split)
+        loaded = load_dataset(config, name, split, store, seed)
+        if not loaded.samples:
+            raise _nothing(config, [name], split, sum(loaded.left_out.values()))
+        found.append(loaded)
+    return found
+
+
+def open_store(config: DataConfig) -> SceneStore:
+    """The prepared scenes of the configured root."""
+    return SceneStore(Path(config.root) / "prepared")
+
+
+def load_dataset(config: DataConfig, name: str, split: str, store: SceneStore, seed: int, number: int = 0) -> Loaded:
+    """One data set in one split, cut to `max_samples`; `missing: skip` leaves out what has no scene or no box.
+
+    Args:
+        number: names the random stream that cuts.
+
+    Raises:
+        ValueError: a record that cannot be used for another reason, or any such record without `skip`.
+    """
+    problems: list[Problem] = []
+    gathered = problems if config.missing == "skip" else None
+    samples = load_samples(config.root, split, [name], scenes=store, problems=gathered)
+    refused = [problem for problem in problems if problem.kind not in MISSING]
+    if refused:
+        raise ValueError(in_one_sentence(refused))
+    left_out = dict(sorted(Counter(str(problem.kind) for problem in problems).items()))
+    if left_out:
+        counts = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in left_out.items())
+        log.warning("%s, %s: %d records kept, %s left out", name, split, len(samples), counts)
+    if config.max_samples and len(samples) > config.max_samples:
+        rows = stream(seed, 11, number).permutation(len(samples))[: config.max_samples]
+        samples = [samples[row] for row in sorted(rows)]
+    return Loaded(name, split, samples, left_out)
+
+
+def _nothing(config: DataConfig, datasets: Sequence[str], split: str, left_out: int) -> ValueError:
+    why = f" ({left_out:,} records were left out, since their scenes or objects are not there)" if left_out else ""
+    return ValueError(
+        f"No samples of {', '.join(datasets)} in split {split} under {config.root}{why}; "
+        f"run `python main.py doctor --root {config.root}` to see what is missing."
+    )
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

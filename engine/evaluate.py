@@ -17,18 +17,23 @@ import torch
 
 from ..datasets.prompts import MODES, THINK, prompt_fingerprint
 from ..datasets.scene import TASKS, Sample
+from ..datasets.scene_store import SceneStore
+from ..datasets.tasks import LOADERS
 from ..models.scene_vlm import SceneVLM
 from ..utils.metrics.caption import MeteorChoice
-from ..utils.metrics.score import score_predictions, scorer_name
+from ..utils.metrics.dense_caption import filter_proposals
+from ..utils.metrics.score import SCORERS, score_predictions, scorer_name
 from ..utils.predictions import Prediction, write_predictions
 from ..utils.text import format_box, parse_response, resolve_boxes
 from .checkpoint import model_folder
 from .config import DataConfig, EvalConfig, save_config
-from .data import ObservationCache, load_split
+from .data import Loaded, ObservationCache, load_evaluated, load_split, open_store
 from .predict import answer, world_boxes
+from .references import object_rows, reference_of
 from .runtime import close_runtime, init_runtime, log, seed_everything
 
 MODEL, MOST_FREQUENT = "model", "most-frequent"
+_TINY = 1e-30  # a probability whose logarithm is finite
 _METEOR: dict[str, MeteorChoice] = {"auto": "auto", "yes": True, "no": False}
 
 
@@ -37,46 +42,46 @@ def proposal_samples(
 ) -> tuple[list[Sample], list[Prediction]]:
     """Dense captioning asks for every detected object, not for the annotated ones.
 
+    Which proposals count as detected is Vote2Cap-DETR's and LL3DA's rule: not empty, best of their class where they
+    overlap, and not background.
+
     Returns:
         One sample for each proposal, at most `limit` a scene; and one row without a caption for each object of the
         scene, with its reference captions where it was annotated, which the scorer matches proposals with.
     """
-    asked: list[Sample] = []
-    objects: list[Prediction] = []
-    references: dict[tuple[str, int], list[str]] = {}
+    questions: dict[str, str] = {}
     for sample in samples:
-        references[(sample.scene_id, sample.target_object_ids[0])] = sample.references
-    for scene_id in dict.fromkeys(sample.scene_id for sample in samples):
-        observation = observations[scene_id]
-        (encoded,) = observations.model.encode([observation])
-        question = next(sample.question for sample in samples if sample.scene_id == scene_id)
-        for index, box in enumerate(world_boxes(observation, encoded.proposals[:limit].tolist())):
-            asked.append(
-                Sample(
-                    sample_id=f"{scene_id}-proposal-{index}",
-                    task="dense_caption",
-                    dataset="scan2cap",
-                    scene_id=scene_id,
-                    question=question,
-                    answer="",
-                    query_box_7=np.asarray(box, dtype=np.float32),
-                )
-            )
-        scene = observation.scene
-        for object_id, box_7 in zip(scene.object_ids_K.tolist(), scene.boxes_K7.tolist(), strict=True):
-            objects.append(
-                Prediction(
-                    sample_id=f"{scene_id}-object-{object_id}",
-                    task="dense_caption",
-                    scene_id=scene_id,
-                    question=question,
-                    text="",
-                    target_boxes=[box_7],
-                    references=references.get((scene_id, object_id), []),
-                    meta={"object_id": object_id},
-                )
-            )
-    return asked, objects
+        questions.setdefault(sample.scene_id, sample.question)
+    asked = [
+        Sample(
+            sample_id=f"{scene_id}-proposal-{number}",
+            task="dense_caption",
+            dataset=samples[0].dataset,
+            scene_id=scene_id,
+            question=question,
+            answer="",
+            query_box_7=np.asarray(box, dtype=np.float32),
+        )
+        for scene_id, question in questions.items()
+        for number, box in enumerate(_detected(observations, scene_id)[:limit])
+    ]
+    return asked, object_rows(samples, observations.store.index)
+
+
+def _detected(observations: ObservationCache, scene_id: str) -> list[list[float]]:
+    """World boxes of the proposals that are captioned officially, by falling objectness."""
+    observation = observations[scene_id]
+    (encoded,) = observations.model.encode([observation])
+    boxes_K7 = encoded.proposals
+    objectness_K1 = encoded.objectness_K[encoded.valid_K, None]
+    probs_KC1 = torch.cat([encoded.class_probs_KC[encoded.valid_K], 1 - objectness_K1], dim=1).double()
+    kept = filter_proposals(
+        boxes_K7,
+        probs_KC1.clamp(min=_TINY).log().cpu().numpy(),
+        observation.points_N3.numpy(),
+        assignment="ll3da",
+    )
+    return world_boxes(observation, boxes_K7[kept].tolist())
 
 
 def most_frequent_answers(data: DataConfig, task: str, dataset: str, seed: int) -> dict[str, str]:
@@ -84,10 +89,11 @@ def most_frequent_answers(data: DataConfig, task: str, dataset: str, seed: int) 
 
     Grounding answers are boxes, hardly two alike; their stand-in is the median target box, in the model frame.
     """
-    config = DataConfig(root=data.root, datasets=(dataset,), train_split=data.train_split)
+    config = replace(data, datasets=(dataset,), max_samples=0)
     samples, store = load_split(config, config.train_split, seed)
-    if task == "grounding":
-        boxes = np.stack([store.index[entry.scene_id].to_model(entry.target_boxes_K7)[0] for entry in samples])
+    targets = [entry for entry in samples if len(entry.target_boxes_K7)] if task == "grounding" else []
+    if targets:
+        boxes = np.stack([store.index[entry.scene_id].to_model(entry.target_boxes_K7)[0] for entry in targets])
         return {"": format_box(np.median(boxes, axis=0).tolist())}
     counts: dict[str, Counter[str]] = {}
     for sample in samples:
@@ -104,115 +110,149 @@ def constant_predictions(
     predictions = []
     for sample in samples:
         text = answers.get(sample.question_type, answers[""])
-        meta = dict(sample.meta)
-        if sample.query_box_7 is not None:
-            meta["query_box"] = sample.query_box_7.tolist()
         boxes = resolve_boxes(text, [])
         predictions.append(
-            Prediction(
-                sample_id=sample.sample_id,
-                task=sample.task,
-                scene_id=sample.scene_id,
-                question=sample.question,
+            replace(
+                reference_of(sample),
                 text=f"<answer>{text}</answer>",
                 answer=parse_response(text).answer,
                 boxes=world_boxes(observations[sample.scene_id], boxes) if boxes else [],
-                references=sample.references,
-                target_boxes=sample.target_boxes_K7.tolist(),
-                question_type=sample.question_type,
                 model=label,
-                meta=meta,
             )
         )
     return predictions
 
 
-def _check_scorers(config: EvalConfig) -> None:
-    """ValueError for an unknown task or scorer, before hours of answering."""
-    for task, scorer in config.scorers.items():
-        scorer_name(task, scorer)
+def scorers_for(config: EvalConfig, dataset: str, task: str) -> list[str]:
+    """The scorers of a data set by their canonical names, the first one being the one that reports show."""
+    wanted = config.scorers.get(dataset) or config.scorers.get(task) or ("",)
+    return list(dict.fromkeys(scorer_name(task, name or None) for name in wanted))
 
 
-def evaluate(config: EvalConfig) -> Path:
-    """Evaluate on every configured data set; writes to `run.dir` and returns the path of results.json."""
+def _check(config: EvalConfig) -> None:
+    """ValueError for a setting that cannot be, before hours of answering."""
     if config.answers not in (MODEL, MOST_FREQUENT):
         raise ValueError(f"answers is {config.answers!r}; choose {MODEL} or {MOST_FREQUENT}.")
     if config.meteor not in _METEOR:
         raise ValueError(f"meteor is {config.meteor!r}; choose {', '.join(_METEOR)}.")
     if not config.model:
         raise ValueError("Name the model to evaluate: --set model=runs/… (a run, a checkpoint or a model folder).")
-    _check_scorers(config)
+    for key, names in config.scorers.items():
+        for name in names if key in SCORERS or key not in LOADERS else ():
+            scorer_name(key, name)
     for task, mode in config.modes.items():
         if task not in TASKS or mode not in MODES:
             raise ValueError(f"modes has {task}: {mode}; tasks are {', '.join(TASKS)}, modes are {', '.join(MODES)}.")
+
+
+def score_all(scorers: Sequence[str], task: str, predictions: Sequence[Prediction], meteor: MeteorChoice) -> dict:
+    """Scores of the first scorer, as `score_predictions` gives them, with those of the others by their names under
+    "other_scorers".
+
+    Where no prediction has anything to be compared with (test sets without answers, sentences without targets), the
+    numbers are missing, with a note.
+    """
+    if not any(entry.target_boxes if task == "grounding" else entry.references for entry in predictions):
+        note = "nothing can be scored: the data set holds no answers to compare with."
+        empty = {"items": 0, "unit": "percent", "metrics": {}, "intervals": {}, "sample_score": None, "counts": {}}
+        return {"task": task, "scorer": scorers[0], **empty, "notes": [note], "other_scorers": {}}
+    first, *others = (score_predictions(task, predictions, name, meteor=meteor) for name in scorers)
+    return first | {"other_scorers": {scores["scorer"]: _without_common(scores) for scores in others}}
+
+
+def _without_common(scores: dict) -> dict:
+    """What differs from scorer to scorer."""
+    return {name: value for name, value in scores.items() if name not in ("task", "scorer", "sample_score")}
+
+
+class _Evaluation:
+    """One model with the scenes it has seen, asked for one data set after the other."""
+
+    def __init__(self, config: EvalConfig, model: SceneVLM, store: SceneStore):
+        self.config = config
+        self.label = config.label or Path(config.model).name
+        self.observations = ObservationCache(store, model, seed=config.run.seed, capacity=config.data.cached_scenes)
+
+    def predict(self, loaded: Loaded) -> tuple[list[Prediction], list[Prediction]]:
+        """Answers to a data set's questions; and rows of objects, for dense captioning."""
+        config, samples, objects = self.config, loaded.samples, []
+        if loaded.task == "dense_caption":
+            samples, objects = proposal_samples(samples, self.observations, config.dense_caption_proposals)
+        if config.answers == MOST_FREQUENT:
+            answers = most_frequent_answers(config.data, loaded.task, loaded.dataset, config.run.seed)
+            return constant_predictions(samples, answers, self.observations, self.label), objects
+        made = answer(
+            self.observations.model,
+            samples,
+            self.observations,
+            modes=config.modes,
+            label=self.label,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.run.batch_size,
+            views_to=Path(config.run.dir),
+            progress=f"{self.label}: {loaded.dataset}",
+        )
+        return made, objects
+
+    def score(self, loaded: Loaded, made: list[Prediction], objects: list[Prediction]) -> dict:
+        """Scores of a data set's answers, and how they were made."""
+        scorers = scorers_for(self.config, loaded.dataset, loaded.task)
+        scores = score_all(scorers, loaded.task, made + objects, _METEOR[self.config.meteor])
+        thoughtful = [entry for entry in made if entry.meta.get("mode") == THINK]
+        scores |= {
+            "dataset": loaded.dataset,
+            "split": loaded.split,
+            "questions": len(made),
+            "left_out": loaded.left_out,
+            "well_formed": sum(entry.well_formed for entry in thoughtful) / len(thoughtful) if thoughtful else None,
+            "truncated": sum(entry.truncated for entry in made) / len(made) if made else None,
+        }
+        log.info("%s, %s: %d questions, %s", self.label, loaded.dataset, len(made), _headline(scores))
+        return scores
+
+
+def evaluate(config: EvalConfig) -> Path:
+    """Evaluate on every configured data set; writes to `run.dir` and returns the path of results.json."""
+    _check(config)
     runtime = init_runtime(config.run.device)
     if runtime.world_size > 1:
         raise ValueError("Evaluation runs on one process for now; start it without torchrun.")
     seed_everything(config.run.seed)
     folder = model_folder(config.model)
-    splits = {  # what is missing in the data shows before the model is loaded
-        dataset: load_split(replace(config.data, datasets=(dataset,)), config.data.eval_split, config.run.seed)
-        for dataset in config.data.datasets
-    }
+    # what is missing in the data shows before the model is loaded
+    store = open_store(config.data)
+    parts = load_evaluated(config.data, store, config.run.seed)
+    for loaded in parts:
+        scorers_for(config, loaded.dataset, loaded.task)
     model = SceneVLM.from_pretrained(folder, device=runtime.device, language_model=config.language_model or None)
-    store = next(iter(splits.values()))[1]
-    observations = ObservationCache(store, model, seed=config.run.seed, capacity=config.data.cached_scenes)
-    label = config.label or Path(config.model).name
-    out = Path(config.run.dir)
+    evaluation = _Evaluation(config, model, store)
     predictions: list[Prediction] = []
     results: dict[str, dict] = {}
-    for dataset, (samples, _) in splits.items():
-        task = samples[0].task
-        if any(sample.task != task for sample in samples):
-            raise ValueError(f"Data set {dataset} mixes tasks; evaluate on the data sets of its tasks instead.")
-        objects: list[Prediction] = []
-        if task == "dense_caption":
-            samples, objects = proposal_samples(samples, observations, config.dense_caption_proposals)
-        if config.answers == MOST_FREQUENT:
-            answers = most_frequent_answers(config.data, task, dataset, config.run.seed)
-            made = constant_predictions(samples, answers, observations, label)
-        else:
-            made = answer(
-                model,
-                samples,
-                observations,
-                modes=config.modes,
-                label=label,
-                max_new_tokens=config.max_new_tokens,
-                batch_size=config.run.batch_size,
-                views_to=out,
-                progress=f"{label}: {dataset}",
-            )
-        scores = score_predictions(task, made + objects, config.scorers.get(task), meteor=_METEOR[config.meteor])
-        thoughtful = [entry for entry in made if entry.meta.get("mode") == THINK]
-        scores |= {
-            "dataset": dataset,
-            "questions": len(made),
-            "well_formed": sum(entry.well_formed for entry in thoughtful) / len(thoughtful) if thoughtful else None,
-            "truncated": sum(entry.truncated for entry in made) / len(made),
-        }
-        results[dataset] = scores
+    for loaded in parts:
+        made, objects = evaluation.predict(loaded)
+        results[loaded.dataset] = evaluation.score(loaded, made, objects)
         predictions += made + objects
-        log.info("%s, %s: %d questions, %s", label, dataset, len(made), _headline(scores))
-    write_predictions(out / "predictions.jsonl", predictions)
-    save_config(config, out / "config.yaml")
-    path = out / "results.json"
-    write_json(
-        path,
-        {
-            "label": label,
-            "model": str(config.model),
-            "answers": config.answers,
-            "tasks": {task: [name for name, entry in results.items() if entry["task"] == task] for task in TASKS},
-            "results": results,
-            "prompts": prompt_fingerprint(),
-            "decoding": {"method": "greedy", "max_new_tokens": config.max_new_tokens},
-            "seed": config.run.seed,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        },
-    )
+    path = Path(config.run.dir) / "results.json"
+    write_predictions(path.with_name("predictions.jsonl"), predictions)
+    save_config(config, path.with_name("config.yaml"))
+    write_json(path, _report(config, evaluation.label, results))
     close_runtime(runtime)
     return path
+
+
+def _report(config: EvalConfig, label: str, results: dict[str, dict]) -> dict:
+    """Content of results.json."""
+    return {
+        "label": label,
+        "model": str(config.model),
+        "answers": config.answers,
+        "tasks": {task: [name for name, entry in results.items() if entry["task"] == task] for task in TASKS},
+        "results": results,
+        "prompts": prompt_fingerprint(),
+        "decoding": {"method": "greedy", "max_new_tokens": config.max_new_tokens},
+        "seed": config.run.seed,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,6 +18,7 @@ from ..models.scene_vlm import SceneVLM
 from ..utils.predictions import Prediction, write_predictions
 from .checkpoint import model_folder
 from .data import ObservationCache
+from .references import reference_of
 from .rollout import Rollout, roll_out
 from .runtime import pick_device
 
@@ -26,28 +27,18 @@ def to_prediction(model: SceneVLM, rollout: Rollout, label: str) -> Prediction:
     """The first completion of a rollout as a prediction."""
     sample, observation = rollout.sample, rollout.observation
     said = model.read_answer(rollout.texts[0], observation)
-    meta = {**sample.meta, "mode": rollout.mode}
-    if sample.query_box_7 is not None:
-        meta["query_box"] = sample.query_box_7.tolist()
-    if sample.situation:
-        meta["situation"] = sample.situation
-    return Prediction(
-        sample_id=sample.sample_id,
-        task=sample.task,
-        scene_id=sample.scene_id,
-        question=sample.question,
+    reference = reference_of(sample)
+    return replace(
+        reference,
         text=said.text,
         think=said.think,
         answer=said.answer,
         well_formed=said.well_formed,
         boxes=said.boxes,
-        references=sample.references,
-        target_boxes=sample.target_boxes_K7.tolist(),
         views=[view_path(observation, index) for index in rollout.views],
-        question_type=sample.question_type,
         model=label,
         truncated=not rollout.finished[0],
-        meta=meta,
+        meta={**reference.meta, "mode": rollout.mode},
     )
 
 

@@ -28,7 +28,7 @@ from .cache import read_samples
 from .common import Benchmark, Inputs, Scenes
 from .problems import Problem, count_problems, in_one_sentence
 
-__all__ = ["LOADERS", "Inputs", "Problem", "count_problems", "inputs_of", "load_samples"]
+__all__ = ["LOADERS", "Inputs", "Problem", "count_problems", "in_one_sentence", "inputs_of", "load_samples"]
 
 LOADERS: dict[str, Benchmark] = {
     "scanrefer": scanrefer.BENCHMARK,

@@ -173,9 +173,9 @@ def _add_poses(found: list[tuple[Sample, list[float] | None]], index: Index, rep
     if len(posed) < len(given):
         lost = sorted({sample.scene_id for sample, _ in given if not index[sample.scene_id].raw_frame_known})
         report.notes.append(
-            f"sqa3d, {report.split}: {len(given) - len(posed)} of {len(given)} poses are left out, since the raw frame "
-            f"of {len(lost)} scenes is not known, as {lost[0]}; put their <scene_id>.txt (axisAlignment) beside them "
-            "and prepare them again. Questions and situations stay."
+            f"sqa3d, {report.split}: {len(given) - len(posed)} of {len(given)} poses are left out, since the raw "
+            f"frame of {len(lost)} scenes is not known, as {lost[0]}; put their <scene_id>.txt (axisAlignment) beside "
+            "them and prepare them again. Questions and situations stay."
         )
     if not posed:
         return
