@@ -64,8 +64,18 @@ def run_rooms(args: argparse.Namespace) -> int:
 
 def run_prepare(args: argparse.Namespace) -> int:
     from .datasets.scannet import prepare_scans
+    from .datasets.sources import has_sources
+    from .datasets.tasks import cap3d
 
-    failures = prepare_scans(args.root, args.out, split=args.split, workers=args.workers)
+    objects = cap3d.has_objects(args.root)
+    failures = []
+    if not objects or has_sources(args.root):
+        failures = prepare_scans(args.root, args.out, split=args.split, workers=args.workers)
+    if objects:
+        broken = cap3d.prepare_objects(args.root, args.out)
+        for failure in broken:
+            sys.stderr.write(f"{failure.scene_id}: {failure.message}\n")
+        failures += broken
     if failures:  # each was reported, with its reason, when it happened
         names = ", ".join(failure.scene_id for failure in failures)
         raise ValueError(
@@ -91,9 +101,24 @@ def run_loop(args: argparse.Namespace) -> int:
 
 
 def run_score(args: argparse.Namespace) -> int:
-    from .utils.metrics.score import score_file
+    from importlib import import_module
 
-    result = score_file(args.task, args.scorer, args.references, args.predictions)
+    if args.references and args.data:
+        raise ValueError("Both --references and --data are given; the references come from one of them.")
+    place = {"root": args.data, "dataset": args.dataset, "split": args.split}
+    if any(place.values()) and not all(place.values()):
+        raise ValueError("References from a data set need all of --data, --dataset and --split.")
+    if args.scorer == "clip":
+        options = {"model": args.clip_model, "images": args.images, "references": args.references, **place}
+        result = import_module("threedr1.engine.clip_score").score_file(args.task, args.predictions, **options)
+    elif args.clip_model or args.images:
+        raise ValueError("--clip-model and --images go with --scorer clip.")
+    elif args.data:
+        score_dataset = import_module("threedr1.engine.references").score_dataset
+        result = score_dataset(args.task, args.scorer, args.predictions, **place)
+    else:
+        score_file = import_module("threedr1.utils.metrics.score").score_file
+        result = score_file(args.task, args.scorer, args.references, args.predictions)
     if args.json:
         say(json.dumps(result, indent=2))
     else:

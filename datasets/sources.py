@@ -58,17 +58,23 @@ def find_sources(root: str | Path, wanted: Sequence[str] | None = None) -> list[
         ValueError: none of these folders is there.
     """
     root = Path(root)
-    folders = _scan_folders(root)
-    arrays = _array_folders(root, folders)
-    if not (root / "scans").is_dir() and not folders and not arrays:
+    if not has_sources(root):
         raise ValueError(
             f"There is no folder {root / 'scans'}; put the raw scans there, or run `python main.py rooms` first, or "
             f"put prepared arrays (<scene_id>{VERTICES}) into {root / 'scannet_data'}."
         )
+    folders = _scan_folders(root)
+    arrays = _array_folders(root, folders)
     return [
         _source(scene_id, folders.get(scene_id, root / "scans" / scene_id), arrays.get(scene_id))
         for scene_id in (sorted({*folders, *arrays}) if wanted is None else wanted)
     ]
+
+
+def has_sources(root: str | Path) -> bool:
+    """Whether a data root has a place for scenes: `scans/`, scans of its own, or arrays."""
+    folders = _scan_folders(Path(root))
+    return (Path(root) / "scans").is_dir() or bool(folders or _array_folders(Path(root), folders))
 
 
 def describe(sources: Sequence[Source]) -> str:

@@ -69,8 +69,17 @@ def _add_data_commands(add: AddCommand) -> None:
     )
     rooms.add_argument("--workers", type=at_least(1), metavar="N", help="processes (default: one a core)")
 
-    prepare = add("prepare", "raw scans to aligned, labelled, boxed, cached scenes")
-    prepare.add_argument("--root", required=True, metavar="DIR", help="data root with scans/ (data/README.md)")
+    prepare = add(
+        "prepare",
+        "raw scans, prepared arrays, picture trees and Cap3D objects to aligned, labelled, boxed, cached scenes",
+    )
+    prepare.add_argument(
+        "--root",
+        required=True,
+        metavar="DIR",
+        help="data root with scans/, prepared arrays (<scene_id>_aligned_vert.npy) with or without picture trees "
+        "(<scene_id>/images), or cap3d/*.ply (data/README.md)",
+    )
     prepare.add_argument("--out", metavar="DIR", help="where the scenes go (default: ROOT/prepared)")
     prepare.add_argument(
         "--split", choices=("train", "val", "test"), help="only the scans of one split (default: all)"
@@ -161,7 +170,18 @@ def _add_result_commands(add: AddCommand) -> None:
     score.add_argument(
         "--references", metavar="FILE", help="prediction file or official annotations with the references"
     )
-    score.add_argument("--predictions", required=True, metavar="FILE", help="predictions.jsonl (docs/predictions.md)")
+    score.add_argument("--data", metavar="ROOT", help="or: data root whose data set holds the references")
+    score.add_argument("--dataset", metavar="NAME", help="with --data: the data set, as scanrefer")
+    score.add_argument("--split", metavar="NAME", help="with --data: its split, as val")
+    score.add_argument(
+        "--predictions", required=True, metavar="FILE", help="predictions.jsonl, or {id: answer} (docs/predictions.md)"
+    )
+    score.add_argument(
+        "--clip-model", metavar="NAME", help="with --scorer clip: CLIP or SigLIP model, a hub name or a folder"
+    )
+    score.add_argument(
+        "--images", metavar="DIR", help="with --scorer clip: a picture of each object, <sample id>.png or .jpg"
+    )
     score.add_argument("--json", action="store_true", help="print one JSON object")
 
     infer = add("infer", "ask questions about one scan: PLY, mesh, NPZ, ScanNet scan or posed RGB-D folder")

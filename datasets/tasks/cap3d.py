@@ -45,6 +45,15 @@ def read_object(path: str | Path) -> Scene:
     )
 
 
+def _clouds(root: str | Path) -> list[Path]:
+    return sorted((Path(root) / FOLDER).glob("*.ply"))
+
+
+def has_objects(root: str | Path) -> bool:
+    """Whether a data root holds clouds of Cap3D's objects."""
+    return bool(_clouds(root))
+
+
 def prepare_objects(root: str | Path, out: str | Path | None = None) -> list[Failure]:
     """Make prepared scenes of all clouds in `root/cap3d` in `out` (default `root/prepared`); newer ones stay.
 
@@ -53,7 +62,7 @@ def prepare_objects(root: str | Path, out: str | Path | None = None) -> list[Fai
     """
     out = Path(out) if out else Path(root) / "prepared"
     failures = []
-    for path in sorted((Path(root) / FOLDER).glob("*.ply")):
+    for path in _clouds(root):
         target = out / f"{path.stem}.npz"
         if target.exists() and target.stat().st_mtime_ns >= path.stat().st_mtime_ns:
             continue

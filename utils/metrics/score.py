@@ -67,8 +67,16 @@ def score_predictions(
         raise ValueError(f"There is nothing to score: no predictions of task {task}.")
     _check(task, predictions)
     scores = SCORERS[task][name](predictions, meteor)
+    result = result_of(task, name, scores, predictions)
+    if per_item:
+        result["per_item"] = scores.per_item
+    return result
+
+
+def result_of(task: str, name: str, scores: Scores, predictions: Sequence[Prediction]) -> dict:
+    """What a scorer found about predictions, with intervals, as `score_predictions` returns it."""
     intervals, interval_notes = metric_intervals(scores, _BOOTSTRAP_SEED)
-    result = {
+    return {
         "task": task,
         "scorer": name,
         "items": scores.items,
@@ -79,9 +87,6 @@ def score_predictions(
         "counts": scores.counts,
         "notes": scores.notes + interval_notes,
     }
-    if per_item:
-        result["per_item"] = scores.per_item
-    return result
 
 
 def scorers_of(task: str) -> dict[str, Scorer]:
