@@ -63,12 +63,12 @@ def proposal_samples(
             query_box_7=np.asarray(box, dtype=np.float32),
         )
         for scene_id, question in questions.items()
-        for number, box in enumerate(_detected(observations, scene_id)[:limit])
+        for number, box in enumerate(detected(observations, scene_id)[:limit])
     ]
     return asked, object_rows(samples, observations.store.index)
 
 
-def _detected(observations: ObservationCache, scene_id: str) -> list[list[float]]:
+def detected(observations: ObservationCache, scene_id: str) -> list[list[float]]:
     """World boxes of the proposals that are captioned officially, by falling objectness."""
     observation = observations[scene_id]
     (encoded,) = observations.model.encode([observation])

@@ -17,6 +17,8 @@ from .data import load_dataset, open_store
 
 # scorers of dense captioning that take one caption for each annotated object, not for each proposal
 _GIVEN_OBJECTS = "oracle_"
+# and whose references are whole descriptions, not Scan2Cap's tokens: where a data set has them
+_DESCRIPTIONS = {"scan2cap": "object_caption"}
 
 
 def reference_of(sample: Sample) -> Prediction:
@@ -86,6 +88,11 @@ def score_dataset(
     """
     scorer = scorer_name(task, scorer)
     samples, store = _load(task, root, dataset, split)
+    if scorer.startswith(_GIVEN_OBJECTS) and dataset in _DESCRIPTIONS:
+        described, _ = _load("object_caption", root, _DESCRIPTIONS[dataset], split)
+        texts = {(sample.scene_id, sample.target_object_ids[0]): sample.references for sample in described}
+        for sample in samples:
+            sample.references = texts[sample.scene_id, sample.target_object_ids[0]]
     if task == "dense_caption":
         predictions, notes = _captions(samples, store, scorer, predictions_path)
     else:

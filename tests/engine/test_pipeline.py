@@ -275,3 +275,111 @@ def test_evaluation_of_a_model_and_of_the_most_frequent_answers(grpo_run, rooms_
             assert all(len(entry.views) == 1 for entry in asked)
         else:
             assert all(entry.boxes for entry in asked)
+
+
+def eval_config(model, root, out, *more):
+    settings = ["data.num_points=512", "data.max_samples=3", "dense_caption_proposals=2", "max_new_tokens=8"]
+    return load_config(
+        "eval", None, [f"model={model}", f"run.dir={out}", f"data.root={root}", *settings, 'meteor="no"', *more]
+    )
+
+
+def test_evaluation_keeps_every_scorer_and_counts_what_is_left_out(grpo_run, rooms_root, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(rooms_root, root)
+    annotations = root / "annotations"
+    for name in ("v1_balanced_questions_{}_scannetv2.json", "v1_balanced_sqa_annotations_{}_scannetv2.json"):
+        (annotations / name.format("train")).rename(annotations / name.format("test"))
+    path = annotations / "ScanQA_v1.0_train.json"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([*rows, {**rows[0], "scene_id": "scene0777_00", "question_id": "elsewhere"}]))
+    config = eval_config(
+        grpo_run,
+        root,
+        tmp_path / "eval",
+        "data.datasets=scanqa,sqa3d,nr3d,scanrefer,scan2cap",
+        "data.eval_splits={sqa3d: test, scanqa: train}",
+        "data.missing=skip",
+        "scorers={qa: [exact, ll3da], situated_qa: [sqa3d, sqa3d_text], nr3d: [nr3d, nr3d_nearest]}",
+        "scorers.dense_caption=[detect, scan2cap]",
+    )
+    results = json.loads(evaluate.evaluate(config).read_text())["results"]
+    names = {name: (entry["scorer"], list(entry["other_scorers"])) for name, entry in results.items()}
+    assert names == {
+        "scanqa": ("exact", ["scanqa_ll3da"]),
+        "sqa3d": ("sqa3d", ["sqa3d_text"]),
+        "nr3d": ("nr3d", ["nr3d_nearest"]),
+        "scanrefer": ("scanrefer", []),
+        "scan2cap": ("scan2cap_ll3da", ["scan2cap"]),
+    }
+    assert results["scanqa"]["left_out"] == {"missing_scene": 1} and results["nr3d"]["left_out"] == {}
+    assert [results[name]["split"] for name in ("sqa3d", "scanqa", "nr3d")] == ["test", "train", "val"]
+    other = results["scanqa"]["other_scorers"]["scanqa_ll3da"]
+    assert other["items"] == 3 and other["metrics"].keys() >= {"CIDEr", "BLEU-4"} and other["unit"]
+    assert "Acc@0.5" in results["nr3d"]["metrics"] and "Acc" not in results["nr3d"]["metrics"]
+    assert "Acc-nearest" in results["nr3d"]["other_scorers"]["nr3d_nearest"]["metrics"]
+
+
+def test_the_recipe_of_all_benchmarks_names_scorers_that_there_are():
+    config = load_config("eval", "script/recipes/eval.yaml")
+    assert config.data.eval_splits == {"sqa3d": "test"}
+    tasks = {"scan2cap": "dense_caption", "scanrefer": "grounding", "nr3d": "grounding", "scanqa": "qa"}
+    tasks |= {"sqa3d": "situated_qa", "dialogue": "dialogue", "planning": "planning"}
+    assert {name: evaluate.scorers_for(config, name, task) for name, task in tasks.items()} == {
+        "scan2cap": ["scan2cap_ll3da", "scan2cap"],
+        "scanrefer": ["scanrefer"],
+        "nr3d": ["nr3d", "nr3d_nearest"],
+        "scanqa": ["scanqa", "scanqa_ll3da"],
+        "sqa3d": ["sqa3d", "sqa3d_text"],
+        "dialogue": ["ll3da", "ll3da_per_sample"],
+        "planning": ["ll3da", "ll3da_per_sample"],
+    }
+    assert load_config("eval", "script/recipes/tiny.eval.yaml").scorers == {}
+
+
+@pytest.mark.parametrize("answers", ["model", "most-frequent"])
+def test_a_data_set_without_targets_is_answered_and_not_scored(answers, grpo_run, rooms_root, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(rooms_root, root)
+    scenes = [path.read_text().split()[0] for path in (root / "scannetv2_train.txt", root / "scannetv2_val.txt")]
+    texts = {scene: [["chair", "The tall one"], ["chair", "The low one"], ["bed", "A bed"]] for scene in scenes}
+    (root / "annotations" / "nr3d_captions_by_scene.json").write_text(json.dumps(texts))
+    config = eval_config(grpo_run, root, tmp_path / "eval", f"answers={answers}", "data.datasets=nr3d_captions")
+    result = json.loads(evaluate.evaluate(config).read_text())["results"]["nr3d_captions"]
+    assert (result["questions"], result["items"], result["metrics"]) == (3, 0, {})
+    assert result["notes"] == ["nothing can be scored: the data set holds no answers to compare with."]
+    predictions = read_predictions(tmp_path / "eval" / "predictions.jsonl")
+    assert len(predictions) == 3
+    assert answers == "model" or {entry.answer for entry in predictions} == {"chair"}
+
+
+def detections(boxes_K7, probs_KC, objectness_K, points_N3):
+    """Evaluation's proposals of one scene whose encoding is given."""
+    from types import SimpleNamespace
+
+    encoded = SimpleNamespace(
+        proposals=boxes_K7.numpy(),
+        class_probs_KC=probs_KC,
+        objectness_K=objectness_K,
+        valid_K=torch.ones(len(boxes_K7), dtype=torch.bool),
+    )
+    scene = SimpleNamespace(to_world=lambda boxes: boxes)
+    observation = SimpleNamespace(points_N3=points_N3, scene=scene)
+    cache = {"s": observation}
+    cache = type("Cache", (dict,), {"model": SimpleNamespace(encode=lambda observations: [encoded])})(cache)
+    return evaluate.detected(cache, "s")
+
+
+def test_proposals_are_chosen_as_vote2cap_detr_chooses_them():
+    """Of five boxes: good; same class over the first; background likeliest; empty; another class over the first."""
+    boxes_K7 = torch.tensor([[0, 0, 0, 1, 1, 1, 0]] * 5, dtype=torch.float32)
+    boxes_K7[1, 0], boxes_K7[2, 0], boxes_K7[3, 0] = 0.1, 5, 9
+    probs_KC = torch.tensor([[0.8, 0.1], [0.7, 0.1], [0.4, 0.1], [0.8, 0.1], [0.2, 0.6]])
+    points_N3 = torch.rand(60, 3) * 0.2
+    points_N3[20:40, 0] += 5
+    points_N3[40:44, 0] += 9  # four points are too few
+    points_N3[44:, 0] += 50
+    kept = detections(boxes_K7, probs_KC, probs_KC.sum(1), points_N3)
+    assert kept == [boxes_K7[0].tolist(), boxes_K7[4].tolist()]
+    probs_KC[:] = 0.01
+    assert detections(boxes_K7, probs_KC, probs_KC.sum(1), points_N3) == []
