@@ -654,6 +654,16 @@ def test_broken_predictions(content: bytes, words: str, refused: Refused):
         (["--task", "planning"], "There is nothing to score: no predictions of task planning."),
         (["--task", "qa", "--references", "none.json"], "There is no file none.json"),
         (["--task", "qa", "--references", "object.json"], "must hold a list of JSON objects"),
+        (["--task", "qa", "--references", "a.json", "--data", "b"], "Both --references and --data are given"),
+        (["--task", "qa", "--data", "b", "--dataset", "scanqa"], "need all of --data, --dataset and --split"),
+        (["--task", "qa", "--split", "val"], "need all of --data, --dataset and --split"),
+        (
+            ["--task", "qa", "--data", "b", "--dataset", "scanqa", "--split", "val"],
+            "There are no prepared scenes in b",
+        ),
+        (["--task", "qa", "--clip-model", "a"], "--clip-model and --images go with --scorer clip."),
+        (["--task", "qa", "--scorer", "clip"], "The scorer clip is for object_caption, not for qa."),
+        (["--task", "object_caption", "--scorer", "clip"], "The scorer clip needs --clip-model"),
     ],
 )
 def test_score_with_wrong_arguments(argv: list[str], words: str, refused: Refused):

@@ -136,6 +136,19 @@ def test_cap3d_prepares_what_is_new_and_names_what_is_broken(objects):
     assert load_scene(objects / "prepared" / "a1.npz").object_labels == ["object"]
 
 
+def test_prepare_makes_objects_with_and_without_scans(objects, tmp_path, capsys):
+    from threedr1.main import main
+
+    assert main(["prepare", "--root", str(objects), "--out", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.npz")) == ["a1.npz", "b2.npz"]
+    (objects / "cap3d" / "b2.ply").write_bytes(b"ply\nbroken")
+    factory.write_mini_scan(objects / "scans", "scene0009_00")
+    assert main(["prepare", "--root", str(objects), "--out", str(tmp_path / "more"), "--workers", "1"]) == 1
+    assert sorted(path.name for path in (tmp_path / "more").glob("*.npz")) == ["a1.npz", "scene0009_00.npz"]
+    said = capsys.readouterr().err
+    assert "b2: " in said and "not a whole PLY" in said and "1 of the scans could not be prepared" in said
+
+
 def test_cap3d_refuses_pickled_lists(objects, store):
     (objects / "annotations" / "Cap3D_val.pkl").write_bytes(b"cos\nsystem\n")
     with pytest.raises(ValueError, match="Cap3D_val.pkl is a pickle.*one a line"):

@@ -99,6 +99,13 @@ TEXTS = {
 }
 
 
+def test_row_numbers_name_the_answers_of_files_without_ids(score):
+    result = score("dialogue", "ll3da", "dialogue", {"1": "hello, here is a table."})
+    assert result["metrics"]["ROUGE-L"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="lacks 1 of 1 answers, for instance 1; .* for instance 2"):
+        score("dialogue", "ll3da", "dialogue", {"2": "hello, here is a table."})
+
+
 @pytest.mark.parametrize("dataset", TEXTS)
 def test_the_readers_ids_name_the_answers(score, dataset):
     task, scorer, answers, metric = TEXTS[dataset]
@@ -165,3 +172,15 @@ def test_the_boxes_of_a_reference_are_in_the_world_frame(root):
     sample = load_samples(root, "val", ["scanrefer"], scenes=store)[0]
     (box,) = reference_of(sample).target_boxes
     np.testing.assert_allclose(box[:6], np.concatenate(factory.OBJECTS[factory.CHAIR]), atol=1e-5)
+
+
+def test_the_command_scores_from_a_data_root(root, tmp_path, capsys):
+    from threedr1.main import main
+
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({f"val-{SCENE[:9]}-0": ["a chair", "table"]}))
+    place = ["--data", str(root), "--dataset", "scanqa", "--split", "val"]
+    assert main(["score", "--task", "qa", "--scorer", "exact", *place, "--predictions", str(path), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["dataset"], result["split"], result["scorer"]) == ("scanqa", "val", "exact")
+    assert result["metrics"]["EM"] == 0, "the first answer counts"

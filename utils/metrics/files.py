@@ -114,9 +114,12 @@ def _merge(reference: Prediction, prediction: Prediction, key: str) -> Predictio
 
 
 def _keys(references: Sequence[Prediction], answers: Answers) -> tuple[list[Key], list[Key]]:
-    """Join keys of both sides: ids where both have them; row numbers where only a mapping's answers have them; else
-    scene, question and running number of equal ones."""
+    """Join keys of both sides: ids where both have them; row numbers where only a mapping's answers have them, or where
+    they are numbers and our ids hold row numbers; else scene, question and running number of equal ones."""
     if all(entry.sample_id for entry in (*references, *answers.entries)):
+        numbers = [_ROW_ID.match(entry.sample_id) for entry in references]
+        if answers.mapping and all(numbers) and all(entry.sample_id.isdecimal() for entry in answers.entries):
+            return [(match[1],) for match in numbers if match], [(entry.sample_id,) for entry in answers.entries]
         return _id_keys(references), _id_keys(answers.entries)
     if answers.mapping:
         matches = ((_ROW_ID.match(entry.sample_id), entry.sample_id) for entry in answers.entries)
