@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from plyfile import PlyData, PlyElement
 
+from threedr1.datasets.scene import Scene
 from threedr1.datasets.scene_store import SceneInfo
 
 ALIGN_DEGREES = 30.0
@@ -316,3 +317,26 @@ def fake_index(scene_ids, object_ids=()) -> dict[str, SceneInfo]:
         one: SceneInfo(one, numbers, labels, classes_K, boxes_K7, frozenset(), np.eye(4), zero_3, zero_3)
         for one in scene_ids
     }
+
+
+def scene_of_boxes(
+    scene_id: str, object_ids_K: np.ndarray, raw_K6: np.ndarray, labels: list[str], axis_align_44: np.ndarray
+) -> Scene:
+    """A scene of two points an object, its lowest and its highest corner; `raw_K6` are minimum and maximum."""
+    raw_P3 = raw_K6.reshape(-1, 3).astype(np.float64)
+    points_P3 = (raw_P3 @ axis_align_44[:3, :3].T + axis_align_44[:3, 3]).astype(np.float32)
+    low_K3, high_K3 = np.sort(points_P3.reshape(-1, 2, 3), axis=1).transpose(1, 0, 2)
+    boxes_K7 = np.concatenate([(low_K3 + high_K3) / 2, high_K3 - low_K3, np.zeros((len(low_K3), 1))], axis=1)
+    return Scene(
+        scene_id=scene_id,
+        points_N3=points_P3,
+        colors_N3=np.zeros(points_P3.shape, np.uint8),
+        instance_ids_N=np.repeat(object_ids_K, 2).astype(np.int32),
+        nyu40_N=np.zeros(len(points_P3), np.uint8),
+        object_ids_K=object_ids_K.astype(np.int32),
+        object_labels=labels,
+        class_ids_K=np.zeros(len(low_K3), np.int32),
+        boxes_K7=boxes_K7.astype(np.float32),
+        axis_align_44=np.asarray(axis_align_44, np.float64),
+        origin_3=np.zeros(3, np.float32),
+    )

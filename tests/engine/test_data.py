@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from threedr1.datasets.scannet import prepare_scans
+from threedr1.datasets.scene import save_scene
 from threedr1.engine.config import DataConfig
 from threedr1.engine.data import load_dataset, load_evaluated, load_split, open_store
 
@@ -102,3 +104,35 @@ def test_nothing_left_says_how_many_were_left_out(root):
 def test_missing_takes_one_of_two_words():
     with pytest.raises(ValueError, match="missing is 'ignore'; choose error or skip"):
         DataConfig(missing="ignore")
+
+
+@pytest.fixture(scope="module")
+def real_root(real_data, tmp_path_factory):
+    """A root with the real annotations, and as scenes the annotated objects of the scans that are there."""
+    root = tmp_path_factory.mktemp("real")
+    (root / "annotations").symlink_to(real_data / "annotations")
+    shutil.copy(real_data / "scannet" / "scannetv2_val.txt", root)
+    alignments = json.loads((real_data / "scannet" / "scans_axis_alignment_matrices.json").read_text())
+    for path in sorted((real_data / "scannet_instances").glob("*.npz")):
+        with np.load(path) as scan:
+            ids_K, raw_K6, labels = scan["object_ids"], scan["boxes_min_max"], scan["labels"].tolist()
+        scene = factory.scene_of_boxes(path.stem, ids_K, raw_K6, labels, np.reshape(alignments[path.stem], (4, 4)))
+        save_scene(scene, root / "prepared" / f"{path.stem}.npz")
+    return root
+
+
+@pytest.mark.real
+def test_part_of_scannet_can_be_evaluated_and_says_how_much(real_root):
+    names = ("scanqa", "sqa3d", "scanrefer_targets", "nr3d_targets", "dialogue")
+    data = DataConfig(root=str(real_root), datasets=names, eval_splits={"sqa3d": "test"}, missing="skip")
+    parts = {part.dataset: part for part in load_evaluated(data, open_store(data), 0)}
+    counts = {name: (len(parts[name].samples), parts[name].left_out) for name in names}
+    assert counts["scanqa"] == (919, {"missing_object": 50, "missing_scene": 3706})
+    assert counts["scanrefer_targets"] == (1930, {"missing_object": 55, "missing_scene": 7513})
+    assert counts["nr3d_targets"] == (2054, {"missing_object": 50, "missing_scene": 5353})
+    kept, left_out = counts["sqa3d"]
+    assert kept > 0 and kept + left_out["missing_scene"] == 3519
+    assert all(sample.situation_pose_7 is not None for sample in parts["sqa3d"].samples)
+    strict = DataConfig(root=str(real_root), datasets=names, eval_splits={"sqa3d": "test"})
+    with pytest.raises(ValueError, match="which is not prepared.*more records cannot be used"):
+        load_evaluated(strict, open_store(strict), 0)
