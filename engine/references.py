@@ -8,7 +8,7 @@ from ..datasets.scene import Sample
 from ..datasets.scene_store import SceneInfo, SceneStore
 from ..utils.json_rows import Problem, refuse
 from ..utils.metrics.answer_rows import read_answers
-from ..utils.metrics.files import join
+from ..utils.metrics.files import join, of_data_sets
 from ..utils.metrics.rows import caption_box
 from ..utils.metrics.score import score_predictions, scorer_name
 from ..utils.predictions import Prediction
@@ -24,9 +24,9 @@ _DESCRIPTIONS = {"scan2cap": "object_caption"}
 def reference_of(sample: Sample) -> Prediction:
     """A sample as a prediction without an answer: references, target boxes (world frame), and the reader's `meta`.
 
-    `meta["query_box"]` is the box that the sample asks about.
+    `meta["query_box"]` is the box that the sample asks about, `meta["dataset"]` its data set.
     """
-    meta = dict(sample.meta)
+    meta = {**sample.meta, "dataset": sample.dataset}
     if sample.query_box_7 is not None:
         meta["query_box"] = sample.query_box_7.tolist()
     if sample.situation:
@@ -63,7 +63,7 @@ def object_rows(samples: Sequence[Sample], index: Mapping[str, SceneInfo]) -> li
                     text="",
                     target_boxes=[box_7],
                     references=references.get((scene_id, object_id), []),
-                    meta={"object_id": object_id},
+                    meta={"object_id": object_id, "dataset": samples[0].dataset},
                 )
             )
     return rows
@@ -132,7 +132,8 @@ def _captions(
     problems: list[Problem] = []
     answers = read_answers("dense_caption", path, problems)
     # files that `eval` wrote hold rows of the objects too
-    rows = [entry for entry in answers.entries if entry.sample_id in given or entry.text or caption_box(entry)]
+    rows = of_data_sets(answers.entries, references)
+    rows = [entry for entry in rows if entry.sample_id in given or entry.text or caption_box(entry)]
     oracle = scorer.startswith(_GIVEN_OBJECTS)
     if oracle or answers.mapping or all(entry.sample_id in given for entry in rows):
         refuse(problems)

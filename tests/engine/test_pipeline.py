@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from threedr1.engine import evaluate, grpo, sft
 from threedr1.engine.checkpoint import latest_checkpoint, list_checkpoints
 from threedr1.engine.config import load_config
+from threedr1.engine.references import score_dataset
 from threedr1.engine.tracking import read_metrics
 from threedr1.models.scene_vlm import SceneVLM
 from threedr1.utils.predictions import read_predictions
@@ -300,6 +301,7 @@ def test_evaluation_keeps_every_scorer_and_counts_what_is_left_out(grpo_run, roo
         "data.datasets=scanqa,sqa3d,nr3d,scanrefer,scan2cap",
         "data.eval_splits={sqa3d: test, scanqa: train}",
         "data.missing=skip",
+        "data.max_samples=0",
         "scorers={qa: [exact, ll3da], situated_qa: [sqa3d, sqa3d_text], nr3d: [nr3d, nr3d_nearest]}",
         "scorers.dense_caption=[detect, scan2cap]",
     )
@@ -315,9 +317,15 @@ def test_evaluation_keeps_every_scorer_and_counts_what_is_left_out(grpo_run, roo
     assert results["scanqa"]["left_out"] == {"missing_scene": 1} and results["nr3d"]["left_out"] == {}
     assert [results[name]["split"] for name in ("sqa3d", "scanqa", "nr3d")] == ["test", "train", "val"]
     other = results["scanqa"]["other_scorers"]["scanqa_ll3da"]
-    assert other["items"] == 3 and other["metrics"].keys() >= {"CIDEr", "BLEU-4"} and other["unit"]
+    assert other["items"] == len(rows) and other["metrics"].keys() >= {"CIDEr", "BLEU-4"} and other["unit"]
     assert "Acc@0.5" in results["nr3d"]["metrics"] and "Acc" not in results["nr3d"]["metrics"]
     assert "Acc-nearest" in results["nr3d"]["other_scorers"]["nr3d_nearest"]["metrics"]
+    file = tmp_path / "eval" / "predictions.jsonl"
+    for dataset, task in {"scanrefer": "grounding", "nr3d": "grounding", "scan2cap": "dense_caption"}.items():
+        again = score_dataset(task, names[dataset][0], file, root=root, dataset=dataset, split="val")
+        assert (again["items"], again["counts"]) == (results[dataset]["items"], results[dataset]["counts"])
+        computed = {name: value for name, value in results[dataset]["metrics"].items() if "METEOR" not in name}
+        assert computed and computed.items() <= again["metrics"].items()
 
 
 def test_the_recipe_of_all_benchmarks_names_scorers_that_there_are():

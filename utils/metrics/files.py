@@ -70,7 +70,8 @@ def join(
     """Predictions of a file with references made elsewhere, in the order of the references, which are of one task.
 
     Args:
-        references: rows without answers: sample_id, task, scene_id, question, and what the scorer compares with.
+        references: rows without answers: sample_id, task, scene_id, question, and what the scorer compares with. Where
+            they and rows of the file name their data sets (`meta["dataset"]`), rows of other ones are left out.
         source: what messages call the references.
 
     Raises:
@@ -82,7 +83,14 @@ def join(
     problems: list[Problem] = []
     answers = read_answers(tasks.pop(), predictions_path, problems)
     refuse(problems)
+    answers.entries = of_data_sets(answers.entries, references)
     return _join(references, answers, source, str(predictions_path))
+
+
+def of_data_sets(entries: Sequence[Prediction], references: Sequence[Prediction]) -> list[Prediction]:
+    """Entries without those that name a data set which no reference names; one file may hold several of a task."""
+    known = {None, *(entry.meta.get("dataset") for entry in references)}
+    return [entry for entry in entries if len(known) == 1 or entry.meta.get("dataset") in known]
 
 
 def _join(references: Sequence[Prediction], answers: Answers, source: str, path: str) -> list[Prediction]:
@@ -114,8 +122,8 @@ def _merge(reference: Prediction, prediction: Prediction, key: str) -> Predictio
 
 
 def _keys(references: Sequence[Prediction], answers: Answers) -> tuple[list[Key], list[Key]]:
-    """Join keys of both sides: ids where both have them; row numbers where only a mapping's answers have them, or where
-    they are numbers and our ids hold row numbers; else scene, question and running number of equal ones."""
+    """Join keys of both sides: ids where both have them; row numbers where a mapping's answers have them and the
+    references have no ids, or ids that hold row numbers; else scene, question and running number of equal ones."""
     if all(entry.sample_id for entry in (*references, *answers.entries)):
         numbers = [_ROW_ID.match(entry.sample_id) for entry in references]
         if answers.mapping and all(numbers) and all(entry.sample_id.isdecimal() for entry in answers.entries):
