@@ -230,7 +230,9 @@ def _problems(place: Place, kind: str, split: str, names: list[str], problems: l
     }
     others = (f"{records}: {kind.replace('_', ' ')}. First: {problems[0].message}", "mend or take out the records")
     message, fix = words.get(kind, others)
-    where = f"rows {some([str(problem.row) for problem in problems])} of {', '.join(files)}"
+    where = (
+        f"{'row' if count == 1 else 'rows'} {some([str(problem.row) for problem in problems])} of {', '.join(files)}"
+    )
     if kind not in ("scene_not_prepared", "scene_without_scan"):
         fix = f"{fix} ({where})"
     yield Finding("error", kind, f"{label}: {message}", fix, names[0], split, count, 0, files)
