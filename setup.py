@@ -45,7 +45,7 @@ def extensions() -> list[Extension]:
     try:
         from Cython.Build import cythonize
     except ImportError:
-        logging.getLogger().warning("box overlap: the loop is not compiled, as there is no Cython (pip install cython)")
+        logging.getLogger().warning("box overlap: not compiled, as there is no Cython (pip install cython)")
         return []
     loop = Extension("threedr1.utils.box_intersection", ["utils/box_intersection.pyx"], extra_compile_args=["-O3"])
     return cythonize([loop], build_dir="build/cython", quiet=True)

@@ -20,7 +20,14 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("pyright") is None, rea
 def checkout(tmp_path: Path) -> Path:
     """A small checkout under another name, with the contract files and the scripts."""
     target = tmp_path / "checkout"
-    for name in ("script", "utils/text.py", "utils/__init__.py", "datasets/__init__.py", "datasets/scene.py"):
+    for name in (
+        "script",
+        "utils/text.py",
+        "utils/__init__.py",
+        "datasets/__init__.py",
+        "datasets/scene.py",
+        "datasets/archive.py",
+    ):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, target / name)

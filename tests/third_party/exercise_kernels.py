@@ -2,8 +2,8 @@
 
     python tests/third_party/exercise_kernels.py [--device cuda] [--quick]
 
-Prints one line a case; the exit code is 1 after a mismatch. --quick takes each kernel once or more. For sanitizers there
-is sanitize_kernels.py.
+Prints one line a case; the exit code is 1 after a mismatch. --quick takes each kernel once or more. For sanitizers
+there is sanitize_kernels.py.
 
 Shapes: B scenes, N points, M centres, S or K neighbours, C or F channels, P positions, X = 3 + F.
 """
