@@ -29,7 +29,7 @@ from .checkpoint import model_folder
 from .config import DataConfig, EvalConfig, save_config
 from .data import Loaded, ObservationCache, load_evaluated, load_split, open_store
 from .predict import answer, world_boxes
-from .references import object_rows, reference_of
+from .references import GIVEN_OBJECTS, object_rows, reference_of
 from .runtime import close_runtime, init_runtime, log, seed_everything
 
 MODEL, MOST_FREQUENT = "model", "most-frequent"
@@ -129,6 +129,21 @@ def scorers_for(config: EvalConfig, dataset: str, task: str) -> list[str]:
     return list(dict.fromkeys(scorer_name(task, name or None) for name in wanted))
 
 
+def check_scorers(scorers: Sequence[str], loaded: Loaded) -> None:
+    """ValueError for a scorer that needs what evaluation of this data set does not have, before hours of answering."""
+    oracle = [name for name in scorers if loaded.task == "dense_caption" and name.startswith(GIVEN_OBJECTS)]
+    if oracle:
+        raise ValueError(
+            f"The scorer {oracle[0]} takes captions of given objects, and eval captions the detected ones; take it "
+            "out of scorers.dense_caption, or score a file of such captions with `python main.py score`."
+        )
+    if "nr3d_nearest" in scorers and any("distractor_boxes" not in sample.meta for sample in loaded.samples):
+        raise ValueError(
+            f"Data set {loaded.dataset} names no distractors, which the scorer nr3d_nearest chooses among; set it "
+            "for Nr3D alone: scorers.nr3d."
+        )
+
+
 def _check(config: EvalConfig) -> None:
     """ValueError for a setting that cannot be, before hours of answering."""
     if config.answers not in (MODEL, MOST_FREQUENT):
@@ -223,7 +238,7 @@ def evaluate(config: EvalConfig) -> Path:
     store = open_store(config.data)
     parts = load_evaluated(config.data, store, config.run.seed)
     for loaded in parts:
-        scorers_for(config, loaded.dataset, loaded.task)
+        check_scorers(scorers_for(config, loaded.dataset, loaded.task), loaded)
     model = SceneVLM.from_pretrained(folder, device=runtime.device, language_model=config.language_model or None)
     evaluation = _Evaluation(config, model, store)
     predictions: list[Prediction] = []

@@ -16,7 +16,7 @@ from .config import DataConfig
 from .data import load_dataset, open_store
 
 # scorers of dense captioning that take one caption for each annotated object, not for each proposal
-_GIVEN_OBJECTS = "oracle_"
+GIVEN_OBJECTS = "oracle_"
 # and whose references are whole descriptions, not Scan2Cap's tokens: where a data set has them
 _DESCRIPTIONS = {"scan2cap": "object_caption"}
 
@@ -88,7 +88,7 @@ def score_dataset(
     """
     scorer = scorer_name(task, scorer)
     samples, store = _load(task, root, dataset, split)
-    if scorer.startswith(_GIVEN_OBJECTS) and dataset in _DESCRIPTIONS:
+    if scorer.startswith(GIVEN_OBJECTS) and dataset in _DESCRIPTIONS:
         described, _ = _load("object_caption", root, _DESCRIPTIONS[dataset], split)
         texts = {(sample.scene_id, sample.target_object_ids[0]): sample.references for sample in described}
         for sample in samples:
@@ -134,7 +134,7 @@ def _captions(
     # files that `eval` wrote hold rows of the objects too
     rows = of_data_sets(answers.entries, references)
     rows = [entry for entry in rows if entry.sample_id in given or entry.text or caption_box(entry)]
-    oracle = scorer.startswith(_GIVEN_OBJECTS)
+    oracle = scorer.startswith(GIVEN_OBJECTS)
     if oracle or answers.mapping or all(entry.sample_id in given for entry in rows):
         refuse(problems)
         predictions, notes = _of_given_objects(references, path)
