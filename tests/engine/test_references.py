@@ -1,14 +1,18 @@
 """References made from a data set, joined with prediction files of every form, and scored by name."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import threedr1
 from threedr1.datasets.scannet import prepare_scans
 from threedr1.datasets.scene_store import SceneStore
 from threedr1.datasets.tasks import load_samples
 from threedr1.engine.references import object_rows, reference_of, score_dataset
+from threedr1.utils.metrics.answer_rows import read_answers
 
 from .. import data_factory as factory
 
@@ -184,3 +188,15 @@ def test_the_command_scores_from_a_data_root(root, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert (result["dataset"], result["split"], result["scorer"]) == ("scanqa", "val", "exact")
     assert result["metrics"]["EM"] == 0, "the first answer counts"
+
+
+def test_the_documented_forms_are_read(tmp_path):
+    text = (Path(threedr1.__file__).parent / "docs" / "predictions.md").read_text(encoding="utf-8")
+    examples = [line for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    tasks = ["qa", "grounding", "qa", "grounding", "qa", "dense_caption", "dense_caption"]
+    for task, example in zip(tasks, examples, strict=True):
+        (tmp_path / "p.json").write_text(example)
+        problems = []
+        entries = read_answers(task, tmp_path / "p.json", problems).entries
+        assert problems == [] and entries, example
+        assert all(entry.boxes or entry.text or entry.sample_id.endswith("12-1") for entry in entries)
