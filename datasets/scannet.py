@@ -224,8 +224,8 @@ def prepare_scans(
     """Prepare a root's scenes into `out` (default `root/prepared`), in parallel, restartable.
 
     They are raw scans, the field's prepared arrays or labelled instances (datasets/sources.py): what else than raw
-    scans was found is said on standard error. A broken one does not stop the others: it is returned, with one sentence, and its prepared
-    file is not written.
+    scans was found is said on standard error. A broken one does not stop the others: it is returned, with one
+    sentence, and its prepared file is not written.
 
     Args:
         split: `train`, `val` or `test` takes the scans of `root/scannetv2_<split>.txt`; None takes all. A root of
@@ -237,15 +237,7 @@ def prepare_scans(
     options = PrepareOptions(max_points=max_points, seed=seed, max_frames=max_frames)
     if max_points < 1:
         raise ValueError(f"max_points is {max_points}; a scene keeps at least one point.")
-    wanted = read_split(root, split) if split is not None else None
-    sources = find_sources(root, wanted)
-    if wanted is not None and len(sources) < len(wanted):
-        missing = len(wanted) - len(sources)
-        tqdm.write(f"{missing:,} of {len(wanted):,} scans of split {split} are not there: left out", file=sys.stderr)
-    if not sources:
-        raise ValueError(f"There are no scans to prepare below {root}; put raw scans into {root / 'scans'}.")
-    if any(source.kind != RAW for source in sources):
-        tqdm.write(f"found {describe(sources)}", file=sys.stderr)
+    sources = _announce(root, split)
     raw_labels = any(source.kind in (RAW, INSTANCES) for source in sources)
     label_map = load_label_map(root / LABEL_MAP_NAME) if raw_labels else {}
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -261,6 +253,20 @@ def prepare_scans(
                 bar.write(f"{failure.scene_id}: {failure.message}", file=sys.stderr)
             bar.update()
     return sorted(failures, key=lambda failure: failure.scene_id)
+
+
+def _announce(root: Path, split: str | None) -> list[Source]:
+    """The scenes to prepare, with what is worth knowing of them said on standard error."""
+    wanted = read_split(root, split) if split is not None else None
+    sources = find_sources(root, wanted)
+    if wanted is not None and len(sources) < len(wanted):
+        missing = len(wanted) - len(sources)
+        tqdm.write(f"{missing:,} of {len(wanted):,} scans of split {split} are not there: left out", file=sys.stderr)
+    if not sources:
+        raise ValueError(f"There are no scans to prepare below {root}; put raw scans into {root / 'scans'}.")
+    if any(source.kind != RAW for source in sources):
+        tqdm.write(f"found {describe(sources)}", file=sys.stderr)
+    return sources
 
 
 def _cpus() -> set[int] | range:

@@ -14,8 +14,8 @@ One file `<scene_id>.npz` a scan:
 The cloud is what the instances add up to: parts that nobody labelled are absent. The axis alignment comes from
 `<scene_id>.txt`, or from a table of all scans' matrices. The stored boxes are in the raw frame and cannot be turned
 exactly, so boxes are made again from the aligned points; the stored ones serve as a check and say how much the
-thinning of the points costs. Resolution of float16: 1 mm from 1 m on, 2 mm from 2 m, 4 mm from 4 m, 8 mm from 8 m of the
-raw origin, so a coordinate is off by half of that at most. There are no colours: all points are GREY.
+thinning of the points costs. Float16 has steps of 1 mm from 1 m on, 2 mm from 2 m, 4 mm from 4 m and 8 mm from 8 m of
+the raw origin; a coordinate is off by half a step at most. There are no colours: all points are GREY.
 
 Shapes: K objects, P points.
 """
@@ -133,7 +133,7 @@ def extents(own: Instances) -> np.ndarray:
 
 
 def shortfall(own: Instances) -> np.ndarray:
-    """Metres by which each side of the points' extents lies inside the stored box, float64 [K, 6]; below 0: outside."""
+    """Metres that each side of the points' extents lies inside the stored box, float64 [K, 6]; below 0: outside."""
     return (extents(own) - own.boxes_K6) * np.repeat([1.0, -1.0], 3)
 
 
