@@ -194,18 +194,35 @@ def run_tiny(args: argparse.Namespace) -> int:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    from .engine.environment import describe_environment
+    from .datasets.doctor import SCHEMA, examine, findings_text, getting_started, to_text
+    from .engine.environment import check_environment, describe_environment
 
-    for name, state in describe_environment():
+    installation, findings = describe_environment(), check_environment()
+    examination = examine(args.root) if args.root else None
+    blocked = any(finding.level == "error" for finding in findings) or (
+        examination is not None and examination.blocking
+    )
+    if args.json:
+        content = {
+            "schema": SCHEMA,
+            "status": int(blocked),
+            "installation": [{"name": name, "state": state} for name, state in installation],  # "" goes on
+            "findings": [asdict(finding) for finding in findings],
+            "data": examination.to_json() if examination is not None else None,
+        }
+        say(json.dumps(content, indent=2))
+        return int(blocked)
+    for name, state in installation:
         say(f"{name:22} {state}")
-    if not args.root:
-        return 0
-    from .datasets.doctor import examine
-
-    findings = examine(args.root)
-    for finding in findings:
-        say(f"[{finding.level}] {finding.what}" + (f"\n  fix: {finding.fix}" if finding.fix else ""))
-    return 1 if any(finding.level == "error" for finding in findings) else 0
+    parts = ["\n".join(findings_text(findings))]
+    if examination is None:
+        parts.append(
+            "Getting started (no data root was named: --root DIR examines one)\n" + "\n".join(getting_started())
+        )
+    else:
+        parts.append(to_text(examination))
+    say("\n" + "\n\n".join(filter(None, parts)))
+    return int(blocked)
 
 
 def run_bench(args: argparse.Namespace) -> int:

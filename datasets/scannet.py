@@ -196,19 +196,9 @@ def read_split(root: str | Path, split: str) -> list[str]:
     ).split()
 
 
-def list_scans(root: str | Path, split: str | None = None) -> list[Path]:
-    """Scan folders of a data root: those of a split (present or not), or every folder below scans/."""
-    folder = Path(root) / "scans"
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}; put the raw scans there, or run `python main.py rooms` first.")
-    if split is not None:
-        return [folder / scene_id for scene_id in read_split(root, split)]
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def is_prepared(scan_dir: Path, label_map: dict[str, int], out_path: Path, options: PrepareOptions) -> bool:
-    """Whether a scan's prepared file is there and current."""
-    return _is_current(out_path, _stamp(raw_source(scan_dir), label_map, options))
+def is_prepared(source: Source, label_map: dict[str, int], out_path: Path, options: PrepareOptions) -> bool:
+    """Whether a scene's prepared file is there and current."""
+    return _is_current(out_path, _stamp(source, label_map, options))
 
 
 def prepare_scans(

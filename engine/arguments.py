@@ -122,8 +122,13 @@ def _add_data_commands(add: AddCommand) -> None:
         help="shorter answers are rejected; the paper says 20 and breaks it (default: 0, off)",
     )
 
-    doctor = add("doctor", "what is installed, and what is missing or wrong in a data root")
-    doctor.add_argument("--root", metavar="DIR", help="data root to examine")
+    doctor = add(
+        "doctor",
+        "what is installed, and what is missing or wrong in a data root",
+        epilog="exit status: 0 where nothing stops a command (warnings and notes do not), 1 where something does",
+    )
+    doctor.add_argument("--root", metavar="DIR", help="data root to examine; without one, how to get started")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object (docs/data_formats.md)")
 
 
 def _add_loop_commands(add: AddCommand) -> None:

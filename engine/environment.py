@@ -6,8 +6,11 @@ import os
 import platform
 import shutil
 import subprocess
+from pathlib import Path
 
 import torch
+
+from ..datasets.doctor import Finding, free_bytes, gigabytes
 
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy", "plyfile", "trimesh")
 OPTIONAL = {
@@ -15,6 +18,8 @@ OPTIONAL = {
     "google-genai": "the Gemini teacher: pip install 'threedr1[synthesis]'",
     "tensorboard": "the tensorboard tracker: pip install 'threedr1[tracking]'",
 }
+# bytes: the quickstart with its Python environment; ScanNet's needed files with prepared scenes and annotations
+QUICKSTART_BYTES, SCANNET_BYTES = 5e9, 15e9
 
 
 def describe_environment() -> list[tuple[str, str]]:
@@ -27,8 +32,35 @@ def describe_environment() -> list[tuple[str, str]]:
     rows += [(name, _version(name) or f"absent; needed for {purpose}") for name, purpose in OPTIONAL.items()]
     rows.append(("cuda", describe_cuda()))
     rows += [("" if index else "point operations", line) for index, line in enumerate(describe_ops())]
-    rows += [("box overlap", describe_boxes()), ("java", describe_java())]
+    rows += [("box overlap", describe_boxes()), ("java", describe_java()), ("disk", describe_disk())]
     return rows
+
+
+def check_environment() -> list[Finding]:
+    """What is missing here and stops commands, or changes what they can do."""
+    findings = [
+        Finding("error", "package_missing", f"The Python package {name} is missing.", "bash script/setup.sh")
+        for name in REQUIRED
+        if _version(name) is None
+    ]
+    if shutil.which("java") is None:
+        message = "Java is missing: METEOR and PTB-tokenized scores are n/a, all others work."
+        fix = "install a Java runtime, 17 or newer, for instance: apt install default-jre-headless"
+        findings.append(Finding("warning", "java_missing", message, fix))
+    free = free_bytes(Path.cwd())
+    if free < QUICKSTART_BYTES:
+        message = f"{gigabytes(free)} are free here; the quickstart takes about {gigabytes(int(QUICKSTART_BYTES))}."
+        fix = "make room on this disk, or run in a checkout on another one"
+        findings.append(Finding("warning", "disk_low", message, fix, count=free, expected=int(QUICKSTART_BYTES)))
+    return findings
+
+
+def describe_disk() -> str:
+    """Free space in the current folder, against what is needed."""
+    needs = (
+        f"quickstart takes about {QUICKSTART_BYTES / 1e9:.0f} GB, ScanNet's part about {SCANNET_BYTES / 1e9:.0f} GB"
+    )
+    return f"{gigabytes(free_bytes(Path.cwd()))} free here ({needs}, models and runs besides)"
 
 
 def describe_cuda() -> str:

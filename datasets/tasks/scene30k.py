@@ -33,16 +33,6 @@ def held_out_scenes(root: str | Path) -> set[str]:
     return held_out
 
 
-def count_leaked(root: str | Path) -> tuple[int, int]:
-    """Rows of Scene-30K on held-out scenes, and all rows that can be read."""
-    held_out = held_out_scenes(root)
-    total = leaked = 0
-    for row in read_rows(annotation_file(root, FILE), Report("scene30k", "train")):
-        total += 1
-        leaked += row.record.get("scene_id") in held_out
-    return leaked, total
-
-
 def load(root: Path, split: str, index: Index, report: Report) -> list[Sample]:
     """Samples with a thought. Rows on held-out scenes and rows that break the answer grammar are dropped and counted.
 

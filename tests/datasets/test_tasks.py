@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from threedr1.datasets.doctor import examine
 from threedr1.datasets.prompts import CAPTION_QUESTION
 from threedr1.datasets.scannet import LABEL_MAP_NAME
 from threedr1.datasets.scene_store import INDEX_NAME, SceneInfo, SceneStore, as_index
@@ -277,21 +276,6 @@ def test_index_is_cached_and_follows_the_scenes(root):
     assert SceneStore(root / "prepared").scene_ids == ["scene0000_00"]
     with pytest.raises(ValueError, match="prepare"):
         SceneStore(root / "nowhere")
-
-
-def test_doctor_finds_what_is_wrong_and_says_how_to_mend_it(prepared, root):
-    healthy = examine(prepared)
-    assert {finding.level for finding in healthy} == {"note", "warning"}
-    (leak,) = [finding for finding in healthy if finding.level == "warning"]
-    assert "2 of 4 rows" in leak.what
-    (root / "annotations" / "ScanQA_v1.0_val.json").unlink()
-    (root / LABEL_MAP_NAME).unlink()
-    (root / "scannetv2_val.txt").write_text("scene0000_00\n")
-    text = "\n".join(f"{finding.level}: {finding.what} -> {finding.fix}" for finding in examine(root))
-    assert "error: Train and val share 1: scene0000_00" in text
-    assert "warning: scanqa (val): annotations/ScanQA_v1.0_val.json is missing" in text
-    assert LABEL_MAP_NAME in text
-    assert [finding.level for finding in examine(root / "nowhere")] == ["error"]
 
 
 @pytest.mark.real

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -66,3 +67,32 @@ def test_doctor_knows_the_compiled_loop_of_boxes(monkeypatch):
     spec = importlib.machinery.ModuleSpec("box_intersection", None, origin="/lib/box_intersection.so")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package: spec)
     assert environment.describe_boxes() == "compiled loop (/lib/box_intersection.so)"
+
+
+def test_what_is_missing_here_is_found_with_its_fix(monkeypatch):
+    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
+    monkeypatch.setattr(environment, "free_bytes", lambda path: 10**9)
+    monkeypatch.setattr(environment, "REQUIRED", ("torch", "no-such-package"))
+    findings = {finding.code: finding for finding in environment.check_environment()}
+    assert set(findings) == {"package_missing", "java_missing", "disk_low"}
+    assert findings["package_missing"].level == "error" and "no-such-package" in findings["package_missing"].message
+    assert findings["java_missing"].level == findings["disk_low"].level == "warning"
+    assert (findings["disk_low"].count, findings["disk_low"].expected) == (10**9, 5 * 10**9)
+
+
+def test_doctor_without_a_root_says_how_to_get_started(capsys):
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "disk  " in text and text.index("bash script/quickstart.sh") < text.index("https://github.com/ScanNet")
+    assert "main.py prepare" not in text
+
+
+def test_doctor_prints_one_json_object(tmp_path, capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert (content["schema"], content["status"], content["data"]) == (1, 0, None)
+    assert {"python", "java", "disk"} <= {row["name"] for row in content["installation"]}
+    assert cli.main(["doctor", "--json", "--root", str(tmp_path)]) == 1
+    content = json.loads(capsys.readouterr().out)
+    assert content["status"] == 1 and content["data"]["kind"] == "empty"
+    assert [finding["code"] for finding in content["data"]["findings"]] == ["root_empty"]
