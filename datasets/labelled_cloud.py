@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..utils.labels import BOXLESS_NYU40_IDS, class_of_nyu40
 from .frames import Views
 from .scene import Scene, floor_centre
 
+GREY = 128  # every channel of every point, where a source has no colours
 _ENDS = (np.argmin, np.argmax)
 
 
@@ -74,13 +76,18 @@ def read_axis_alignment(path: Path) -> np.ndarray | None:
     match = re.search(r"^\s*axisAlignment\s*=(.*)$", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     if match is None:
         return None
+    return rigid_matrix(match[1].split(), f"axisAlignment in {path}")
+
+
+def rigid_matrix(numbers: Sequence[float] | Sequence[str], what: str) -> np.ndarray:
+    """16 row-major numbers as a 4x4 rigid transform, float64; ValueError, which begins with `what`, where not."""
     try:
-        matrix_44 = np.array([float(word) for word in match[1].split()]).reshape(4, 4)
-    except ValueError:
-        raise ValueError(f"axisAlignment in {path} is not 16 numbers; copy the file again.") from None
+        matrix_44 = np.array(numbers, dtype=np.float64).reshape(4, 4)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} is not 16 numbers; copy the file again.") from None
     rotation_33 = matrix_44[:3, :3]
     if not np.isfinite(matrix_44).all() or np.abs(rotation_33 @ rotation_33.T - np.eye(3)).max() > 1e-2:
-        raise ValueError(f"axisAlignment in {path} is not a rigid transform; copy the file again.")
+        raise ValueError(f"{what} is not a rigid transform; copy the file again.")
     return matrix_44
 
 
@@ -101,6 +108,16 @@ def instance_boxes(points_V3: np.ndarray, instance_ids_V: np.ndarray) -> dict[in
     high_K3 = np.maximum.reduceat(points_V3[order], starts, axis=0)
     boxes_K7 = np.concatenate([(low_K3 + high_K3) / 2, high_K3 - low_K3, np.zeros((len(ids), 1))], axis=1)
     return {int(number): box_7 for number, box_7 in zip(ids, boxes_K7.astype(np.float32), strict=True)}
+
+
+def furniture(boxes: dict[int, np.ndarray], labels: dict[int, str], label_map: dict[str, int]) -> list[LabelledObject]:
+    """Objects without those of structure and of labels that stand for nothing (NYU40 id 0)."""
+    objects = []
+    for object_id, box_7 in boxes.items():
+        nyu40 = label_map[labels[object_id]]
+        if nyu40 not in BOXLESS_NYU40_IDS:
+            objects.append(LabelledObject(object_id, labels[object_id], class_of_nyu40(nyu40), box_7))
+    return objects
 
 
 def keep_points(raw_V3: np.ndarray, world_V3: np.ndarray, max_points: int, rng: np.random.Generator) -> np.ndarray:

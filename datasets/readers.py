@@ -14,9 +14,9 @@ from PIL import Image
 from . import scannet
 from .alignment import align as estimate_alignment
 from .frames import has_frames, list_frames, list_pictures, read_depth
-from .labelled_cloud import keep_points, transform
+from .labelled_cloud import GREY, keep_points, transform
 from .ply import read_ply, to_uint8
-from .scannet import GREY, LABEL_MAP_NAME
+from .scannet import LABEL_MAP_NAME
 from .scene import BrokenScene, Frame, Scene, floor_centre, load_scene
 
 ALIGN_MODES = ("auto", "none")

@@ -23,17 +23,16 @@ import orjson
 from tqdm import tqdm
 
 from ..utils.files import read_text
-from ..utils.labels import BOXLESS_NYU40_IDS, class_of_nyu40
 from .frames import read_views
-from .labelled_cloud import LabelledCloud, LabelledObject, instance_boxes, read_axis_alignment, transform
+from .labelled_cloud import GREY, LabelledCloud, furniture, instance_boxes, read_axis_alignment, transform
 from .ply import read_ply
 from .scan_labels import LABEL_MAP_NAME, Annotation, load_label_map, read_annotation
 from .scannet_arrays import build_scene_of_arrays
+from .scannet_instances import build_scene_of_instances
 from .scene import Scene, load_scene, save_scene
-from .sources import PICTURES, RAW, Source, describe, find_sources, raw_source
+from .sources import ARRAYS, INSTANCES, PICTURES, RAW, Source, describe, find_sources, raw_source
 
 PREPARE_VERSION = 2  # raise it when prepared files made by older code must be made again
-GREY = 128
 SPLITS = ("train", "val", "test")
 
 
@@ -100,21 +99,9 @@ def build_scene(
         annotation.nyu40_V,
         axis_align_44,
     )
-    objects = _furniture(instance_boxes(world_V3, annotation.instance_ids_V), annotation.labels, label_map)
+    objects = furniture(instance_boxes(world_V3, annotation.instance_ids_V), annotation.labels, label_map)
     views = read_views(scan_dir, axis_align_44, max_frames=options.max_frames)
     return cloud.to_scene(objects, views, notes, max_points=options.max_points, seed=options.seed)
-
-
-def _furniture(
-    boxes: dict[int, np.ndarray], labels: dict[int, str], label_map: dict[str, int]
-) -> list[LabelledObject]:
-    """Objects without those of structure and of labels that stand for nothing (NYU40 id 0)."""
-    objects = []
-    for object_id, box_7 in boxes.items():
-        nyu40 = label_map[labels[object_id]]
-        if nyu40 not in BOXLESS_NYU40_IDS:
-            objects.append(LabelledObject(object_id, labels[object_id], class_of_nyu40(nyu40), box_7))
-    return objects
 
 
 def prepare_scan(
@@ -144,7 +131,17 @@ def prepare_source(source: Source, label_map: dict[str, int], out_path: Path, op
             f"{source.folder} holds pictures but no geometry; add {source.scene_id}_vh_clean_2.ply or the prepared "
             "arrays, or ask about posed RGB-D frames with `python main.py infer --scene`."
         )
-    if source.arrays is None:
+    if source.instances is not None:
+        scene = build_scene_of_instances(
+            source.instances,
+            label_map,
+            source.matrices,
+            source.folder,
+            max_points=options.max_points,
+            seed=options.seed,
+            max_frames=options.max_frames,
+        )
+    elif source.arrays is None:
         scene = build_scene(source.folder, label_map, options=options)
     else:
         scene = build_scene_of_arrays(
@@ -170,7 +167,7 @@ def _stamp(source: Source, label_map: dict[str, int], options: PrepareOptions) -
     return {
         "kind": source.kind,
         "inputs": source.inputs(),
-        "label_table": table if source.arrays is None else "",
+        "label_table": "" if source.kind == ARRAYS else table,
         "options": asdict(options),
     }
 
@@ -216,12 +213,13 @@ def prepare_scans(
 ) -> list[Failure]:
     """Prepare a root's scenes into `out` (default `root/prepared`), in parallel, restartable.
 
-    They are raw scans, or the field's prepared arrays (datasets/sources.py): what else than raw scans was found is
-    said on standard error. A broken one does not stop the others: it is returned, with one sentence, and its prepared
-    file is not written.
+    They are raw scans, the field's prepared arrays or labelled instances (datasets/sources.py): what else than raw
+    scans was found is said on standard error. A broken one does not stop the others: it is returned, with one
+    sentence, and its prepared file is not written.
 
     Args:
-        split: `train`, `val` or `test` takes the scans of `root/scannetv2_<split>.txt`; None takes all.
+        split: `train`, `val` or `test` takes the scans of `root/scannetv2_<split>.txt`; None takes all. A root of
+            instances alone holds a part of a split: the others are counted on standard error.
         workers: processes; None takes the CPU cores of this process.
     """
     root = Path(root)
@@ -229,13 +227,9 @@ def prepare_scans(
     options = PrepareOptions(max_points=max_points, seed=seed, max_frames=max_frames)
     if max_points < 1:
         raise ValueError(f"max_points is {max_points}; a scene keeps at least one point.")
-    sources = find_sources(root, read_split(root, split) if split is not None else None)
-    if not sources:
-        raise ValueError(f"There are no scans below {root / 'scans'}; nothing to prepare.")
-    if any(source.kind != RAW for source in sources):
-        tqdm.write(f"found {describe(sources)}", file=sys.stderr)
-    raw = any(source.kind == RAW for source in sources)
-    label_map = load_label_map(root / LABEL_MAP_NAME) if raw else {}
+    sources = _announce(root, split)
+    raw_labels = any(source.kind in (RAW, INSTANCES) for source in sources)
+    label_map = load_label_map(root / LABEL_MAP_NAME) if raw_labels else {}
     out_dir.mkdir(parents=True, exist_ok=True)
     jobs = [(source, label_map, out_dir / f"{source.scene_id}.npz", options) for source in sources]
     jobs = [job for job in jobs if not _is_current(job[2], _stamp(job[0], label_map, options))]
@@ -249,6 +243,20 @@ def prepare_scans(
                 bar.write(f"{failure.scene_id}: {failure.message}", file=sys.stderr)
             bar.update()
     return sorted(failures, key=lambda failure: failure.scene_id)
+
+
+def _announce(root: Path, split: str | None) -> list[Source]:
+    """The scenes to prepare, with what is worth knowing of them said on standard error."""
+    wanted = read_split(root, split) if split is not None else None
+    sources = find_sources(root, wanted)
+    if wanted is not None and len(sources) < len(wanted):
+        missing = len(wanted) - len(sources)
+        tqdm.write(f"{missing:,} of {len(wanted):,} scans of split {split} are not there: left out", file=sys.stderr)
+    if not sources:
+        raise ValueError(f"There are no scans to prepare below {root}; put raw scans into {root / 'scans'}.")
+    if any(source.kind != RAW for source in sources):
+        tqdm.write(f"found {describe(sources)}", file=sys.stderr)
+    return sources
 
 
 def _cpus() -> set[int] | range:
@@ -275,7 +283,7 @@ def _run(jobs: list[_Job], workers: int) -> Iterator[Failure | None]:
 
 def _prepare_job(job: _Job) -> Failure | None:
     source, label_map, out_path, options = job
-    if source.arrays is None and not source.folder.is_dir():
+    if source.kind == RAW and not source.folder.is_dir():
         return Failure(source.scene_id, f"There is no scan folder {source.folder}; copy it, or take it off the split.")
     try:
         prepare_source(source, label_map, out_path, options)

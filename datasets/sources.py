@@ -1,4 +1,7 @@
-"""Where a data root holds each scene's data: raw scans, prepared arrays, pictures; told apart by the files present."""
+"""Where a data root holds each scene's data: raw scans, prepared arrays, labelled instances, pictures.
+
+They are told apart by the files present.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,8 +10,10 @@ from pathlib import Path
 
 from .frames import has_frames, list_pictures
 from .scannet_arrays import SUFFIXES, VERTICES
+from .scannet_instances import FOLDER, MATRICES
 
-RAW, ARRAYS, PICTURES = "raw scans", "scenes as prepared arrays", "scenes of pictures alone"
+RAW, ARRAYS, INSTANCES = "raw scans", "scenes as prepared arrays", "scenes as labelled instances"
+PICTURES = "scenes of pictures alone"
 _MESH = "_vh_clean_2.ply"
 _RAW_FILES = (_MESH, "_vh_clean_2.0.010000.segs.json", ".aggregation.json", ".txt")
 _VIEW_FOLDERS = ("color", "images", "depth", "pose")
@@ -18,19 +23,29 @@ _VIEW_FOLDERS = ("color", "images", "depth", "pose")
 class Source:
     """Where one scene comes from.
 
-    `folder` is the scan's own folder (it may be absent where arrays are there); `arrays` is the folder of prepared
-    arrays, None for a raw scan.
+    `folder` is the scan's own folder (it may be absent where other data is there); `arrays` is the folder of prepared
+    arrays, `instances` the file of labelled instances; both are None for a raw scan.
     """
 
     scene_id: str
     kind: str
     folder: Path
     arrays: Path | None = None
+    instances: Path | None = None
+
+    @property
+    def matrices(self) -> Path:
+        """The table of axis alignments beside the folder of instances, whether there or not."""
+        assert self.instances is not None
+        return self.instances.parent.parent / MATRICES
 
     def inputs(self) -> dict[str, list[int]]:
         """Size and time of each file that the scene is made of, by name, where it is there."""
         paths = [self.folder / name for name in _VIEW_FOLDERS]
-        if self.arrays is None:
+        if self.instances is not None:
+            paths += [self.instances, self.matrices]
+            paths += [folder / f"{self.scene_id}.txt" for folder in (self.instances.parent, self.folder)]
+        elif self.arrays is None:
             paths += [self.folder / f"{self.scene_id}{suffix}" for suffix in _RAW_FILES]
         else:
             paths += [self.arrays / f"{self.scene_id}{suffix}" for suffix in (*SUFFIXES, ".txt")]
@@ -52,44 +67,60 @@ def find_sources(root: str | Path, wanted: Sequence[str] | None = None) -> list[
     """Scenes below a data root, by name; with `wanted` those in that order, whether there or not.
 
     Looked at: `scans/<id>/` and, for meshes and pictures, `<id>/`; arrays in `scannet_data/`, in `scans/`, in the root
-    and in the scan's folder. A scan that is there in several forms is read in the first of: mesh, arrays, pictures.
+    and in the scan's folder; instances in `scannet_instances/`. A scan that is there in several forms is read in the
+    first of: mesh, arrays, instances, pictures. Where instances are all that a root has, they are a part of ScanNet by
+    nature, and those of `wanted` that are not there are left out.
 
     Raises:
         ValueError: none of these folders is there.
     """
     root = Path(root)
-    if not has_sources(root):
-        raise ValueError(
-            f"There is no folder {root / 'scans'}; put the raw scans there, or run `python main.py rooms` first, or "
-            f"put prepared arrays (<scene_id>{VERTICES}) into {root / 'scannet_data'}."
-        )
     folders = _scan_folders(root)
     arrays = _array_folders(root, folders)
+    instances = {path.stem: path for path in (root / FOLDER).glob("*.npz")}
+    others = (root / "scans").is_dir() or bool(folders) or bool(arrays)
+    if not others and not instances:
+        raise ValueError(
+            f"There is no folder {root / 'scans'}; put the raw scans there, or run `python main.py rooms` first, or "
+            f"put prepared arrays (<scene_id>{VERTICES}) into {root / 'scannet_data'}, or instances (<scene_id>.npz) "
+            f"into {root / FOLDER}."
+        )
+    names = sorted({*folders, *arrays, *instances}) if wanted is None else wanted
     return [
-        _source(scene_id, folders.get(scene_id, root / "scans" / scene_id), arrays.get(scene_id))
-        for scene_id in (sorted({*folders, *arrays}) if wanted is None else wanted)
+        _source(name, folders.get(name, root / "scans" / name), arrays.get(name), instances.get(name))
+        for name in names
+        if others or name in instances
     ]
 
 
 def has_sources(root: str | Path) -> bool:
-    """Whether a data root has a place for scenes: `scans/`, scans of its own, or arrays."""
-    folders = _scan_folders(Path(root))
-    return (Path(root) / "scans").is_dir() or bool(folders or _array_folders(Path(root), folders))
+    """Whether a data root has a place for scenes: `scans/`, scans of its own, arrays or instances."""
+    root = Path(root)
+    folders = _scan_folders(root)
+    held = folders or _array_folders(root, folders) or any((root / FOLDER).glob("*.npz"))
+    return (root / "scans").is_dir() or bool(held)
 
 
 def describe(sources: Sequence[Source]) -> str:
-    """What was found, in words: counts by kind and where arrays lie."""
+    """What was found, in words: counts by kind and where arrays and instances lie."""
     counts = Counter(source.kind for source in sources)
-    places = sorted({str(source.arrays) for source in sources if source.arrays is not None})
-    where = {ARRAYS: f" in {', '.join(places[:3])}{' and more folders' if len(places) > 3 else ''}"}
+    arrays = {str(source.arrays) for source in sources if source.arrays is not None}
+    instances = {str(source.instances.parent) for source in sources if source.instances is not None}
+    where = {ARRAYS: _places(arrays), INSTANCES: _places(instances)}
     return "; ".join(f"{count:,} {kind}{where.get(kind, '')}" for kind, count in sorted(counts.items()))
 
 
-def _source(scene_id: str, folder: Path, arrays: Path | None) -> Source:
+def _places(folders: set[str]) -> str:
+    return f" in {', '.join(sorted(folders)[:3])}{' and more folders' if len(folders) > 3 else ''}"
+
+
+def _source(scene_id: str, folder: Path, arrays: Path | None, instances: Path | None) -> Source:
     if (folder / f"{scene_id}{_MESH}").exists():
         return Source(scene_id, RAW, folder)
     if arrays is not None:
         return Source(scene_id, ARRAYS, folder, arrays)
+    if instances is not None:
+        return Source(scene_id, INSTANCES, folder, instances=instances)
     return Source(scene_id, PICTURES if has_pictures(folder) else RAW, folder)
 
 

@@ -145,6 +145,36 @@ def write_arrays(
     return vertices_V3, objects_V
 
 
+def write_instances(folder: Path, scene_id: str = "scene0000_00", *, most: int = 512, **changes) -> dict:
+    """The miniature scan as `<folder>/<scene_id>.npz` of labelled instances, at most `most` points an object.
+
+    `changes` replace arrays, or leave one out where None. Returns what was written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    vertices_V3, objects_V = room_vertices()
+    inverse_44 = np.linalg.inv(axis_alignment())
+    raw_V3 = vertices_V3 @ inverse_44[:3, :3].T + inverse_44[:3, 3]
+    own = [raw_V3[objects_V == object_id] for object_id in LABELS]
+    kept = [np.random.default_rng(0).permutation(points_P3)[:most] for points_P3 in own]
+    arrays = {
+        "object_ids": np.array(list(LABELS), np.int32),
+        "labels": np.array(list(LABELS.values())),
+        "boxes_min_max": np.stack([np.r_[points_P3.min(0), points_P3.max(0)] for points_P3 in own]).astype(np.float32),
+        "point_counts": np.array([len(points_P3) for points_P3 in own], np.int32),
+        "points": np.concatenate(kept).astype(np.float16),
+        "offsets": np.cumsum([0, *map(len, kept)]).astype(np.int32),
+    } | changes
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    np.savez(folder / f"{scene_id}.npz", **arrays)
+    return arrays
+
+
+def write_matrices(path: Path, *scene_ids: str, degrees: float = ALIGN_DEGREES) -> None:
+    """The table of axis alignments, the same for every scan."""
+    numbers = axis_alignment(degrees).ravel().tolist()
+    path.write_text(json.dumps(dict.fromkeys(scene_ids, numbers)))
+
+
 def camera_pose(index: int = 0) -> np.ndarray:
     """Camera-to-world pose of frame `index`: at eye height, looking along +y (OpenCV axes)."""
     pose_44 = np.eye(4)
