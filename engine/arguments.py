@@ -71,14 +71,14 @@ def _add_data_commands(add: AddCommand) -> None:
 
     prepare = add(
         "prepare",
-        "raw scans, prepared arrays, picture trees and Cap3D objects to aligned, labelled, boxed, cached scenes",
+        "raw scans, prepared arrays, instances, picture trees and Cap3D objects to aligned, labelled, cached scenes",
     )
     prepare.add_argument(
         "--root",
         required=True,
         metavar="DIR",
         help="data root with scans/, prepared arrays (<scene_id>_aligned_vert.npy) with or without picture trees "
-        "(<scene_id>/images), or cap3d/*.ply (data/README.md)",
+        "(<scene_id>/images), scannet_instances/*.npz, or cap3d/*.ply (data/README.md)",
     )
     prepare.add_argument("--out", metavar="DIR", help="where the scenes go (default: ROOT/prepared)")
     prepare.add_argument(
