@@ -272,7 +272,8 @@ class PointTransformer(nn.Module):
 
 def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
     """Rates rising evenly from 0 to `last` over all blocks, stage by stage."""
-    rates = iter(torch.linspace(0, last, sum(depths)).tolist())
+    count = sum(depths)
+    rates = iter([last * block / max(count - 1, 1) for block in range(count)])
     return [[next(rates) for _ in range(depth)] for depth in depths]
 
 

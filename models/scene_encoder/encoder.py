@@ -113,7 +113,8 @@ class SceneEncoder(nn.Module):
         self.config: dict[str, Any] = {name: value for name, value in locals().items() if name in arguments}
         del self.config["self"]
         self._check_sizes()
-        self.point_transformer, pooled_dim = None, feature_dim
+        self.point_transformer: PointTransformerCloud | None = None
+        pooled_dim = feature_dim
         if backbone == "ptv3":
             # as JSON gives it back, and with every default spelled out, so that saved configurations compare
             self.config["ptv3"] = json.loads(json.dumps(point_transformer_options(ptv3 or {})))
