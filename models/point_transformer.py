@@ -161,7 +161,7 @@ class GridPooling(nn.Module):
 
 
 class GridUnpooling(nn.Module):
-    """Back to fine cells: those features of the way up, and those of the coarse cell around, each mapped, are added."""
+    """Back to fine cells: their own features of the way up plus those of the coarse cell around, each mapped."""
 
     def __init__(self, coarse_channels: int, skip_channels: int, out_channels: int):
         super().__init__()

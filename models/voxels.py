@@ -125,8 +125,8 @@ def voxelise(points_BN3: Tensor, features_BNF: Tensor, grid_size: float, orders:
     widest = float(cells_BN3.amax())
     if not widest < (1 << BITS) - _MARGIN:
         raise ValueError(
-            f"A scene is {widest * grid_size:.4g} m wide, more than {(1 << BITS) - _MARGIN} cells of {grid_size} m; give points in "
-            "metres without outliers, or raise grid_size."
+            f"A scene is {widest * grid_size:.4g} m wide, more than {(1 << BITS) - _MARGIN} cells of {grid_size} m; "
+            "give points in metres without outliers, or raise grid_size."
         )
     num_scenes, num_points, _ = points_BN3.shape
     assert num_scenes < _MAX_SCENES

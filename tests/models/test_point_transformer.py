@@ -241,6 +241,21 @@ def test_mixed_precision_stays_near():
     assert (found_VC - expected_VC).abs().mean() < 0.05 * expected_VC.abs().mean()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_device_gives_the_same():
+    points_BN3, features_BNF = random_cloud()
+    results = []
+    for device in ("cpu", "cuda"):
+        network = tiny_transformer().eval().to(device)
+        found = network(points_BN3.to(device), features_BNF.to(device))
+        found.of_points_BNC.square().sum().backward()
+        gradients = {name: value.grad.cpu() for name, value in network.named_parameters() if value.grad is not None}
+        results.append((found.of_points_BNC.cpu(), gradients))
+    torch.testing.assert_close(*(features for features, _ in results), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*(gradients for _, gradients in results), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
