@@ -13,15 +13,58 @@ Shapes: B scenes, N points a scene, V cells of all scenes, C channels, P patches
 of a head, T = kernel_size^3 taps of a convolution.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .space_filling import ORDERS
 from .voxels import BITS, PointVoxels, Voxels, voxelise
+
+Pairs = list[tuple[Tensor, Tensor]]  # for each tap of the first half: cells, and their neighbours there
+
+
+def _taps(weight_TCC: Tensor, pairs: Pairs) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Tap, cells that are written and cells that are read, for all taps but the middle one."""
+    for tap, (cell_E, neighbor_E) in enumerate(pairs):
+        yield tap, cell_E, neighbor_E
+        yield len(weight_TCC) - 1 - tap, neighbor_E, cell_E
+
+
+class _GatherConvolution(torch.autograd.Function):
+    """Sums over taps in one buffer, forward and backward; autograd on its own would keep every tap's cells.
+
+    A cell occurs once in a tap, so that sums are made in a fixed order also where threads make them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features_VC: Tensor, weight_TCC: Tensor, pairs: Pairs) -> Tensor:
+        ctx.save_for_backward(features_VC, weight_TCC)
+        ctx.pairs = pairs
+        precise = torch.promote_types(features_VC.dtype, torch.float32)
+        sums_VC = (features_VC @ weight_TCC[len(weight_TCC) // 2].T).to(precise)
+        for tap, to_E, from_E in _taps(weight_TCC, pairs):
+            sums_VC.index_add_(0, to_E, (features_VC[from_E] @ weight_TCC[tap].T).to(precise))
+        return sums_VC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_VC: Tensor) -> tuple[Tensor, Tensor, None]:
+        features_VC, weight_TCC = ctx.saved_tensors
+        middle = len(weight_TCC) // 2
+        precise, gradient_VC = gradient_VC.dtype, gradient_VC.to(features_VC.dtype)
+        down_VC = (gradient_VC @ weight_TCC[middle]).to(precise)
+        down_TCC = torch.zeros_like(weight_TCC)
+        down_TCC[middle] = gradient_VC.T @ features_VC
+        for tap, to_E, from_E in _taps(weight_TCC, ctx.pairs):
+            part_EC = gradient_VC[to_E]
+            down_VC.index_add_(0, from_E, (part_EC @ weight_TCC[tap]).to(precise))
+            down_TCC[tap] = part_EC.T @ features_VC[from_E]
+        return down_VC.to(features_VC.dtype), down_TCC, None
 
 
 class SubmanifoldConv3d(nn.Module):
@@ -41,17 +84,12 @@ class SubmanifoldConv3d(nn.Module):
         self.bias_C = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound)) if bias else None
 
     def forward(self, features_VC: Tensor, voxels: Voxels) -> Tensor:
-        """Features [V, out_channels], float32 or what the features are of."""
-        middle = len(self.weight_TCC) // 2
-        sums_VC = F.linear(features_VC, self.weight_TCC[middle], self.bias_C).to(features_VC.dtype)
-        for tap, (cell_E, neighbor_E) in enumerate(voxels.neighbor_pairs(self.kernel_size)):
-            for to_E, from_E, weight_CC in (
-                (cell_E, neighbor_E, self.weight_TCC[tap]),
-                (neighbor_E, cell_E, self.weight_TCC[-1 - tap]),
-            ):
-                part_EC = F.linear(features_VC.index_select(0, from_E), weight_CC)
-                sums_VC.index_add_(0, to_E, part_EC.to(features_VC.dtype))
-        return sums_VC
+        """Features [V, out_channels], float32; under autocast the products are of its type, the sums are not."""
+        device = features_VC.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features_VC.dtype
+        pairs = voxels.neighbor_pairs(self.kernel_size)
+        sums_VC = _GatherConvolution.apply(features_VC.to(dtype), self.weight_TCC.to(dtype), pairs)
+        return sums_VC if self.bias_C is None else sums_VC + self.bias_C
 
 
 class PatchAttention(nn.Module):

@@ -235,10 +235,16 @@ def test_small_clouds(num_points):
 def test_mixed_precision_stays_near():
     network = tiny_transformer().eval()
     points_BN3, features_BNF = random_cloud()
-    expected_VC = network(points_BN3, features_BNF).features_VC
-    with torch.autocast("cpu", torch.bfloat16):
-        found_VC = network(points_BN3, features_BNF).features_VC
-    assert (found_VC - expected_VC).abs().mean() < 0.05 * expected_VC.abs().mean()
+    results = []
+    for mixed in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            features_VC = network(points_BN3, features_BNF).features_VC
+        features_VC.float().square().mean().backward()
+        convolutions = [network.stem, network.encoder[1].blocks[0].position_conv]
+        results.append([features_VC.detach(), *(layer.weight_TCC.grad for layer in convolutions)])
+    for exact, found in zip(*results, strict=True):
+        assert not torch.equal(exact, found) and (found - exact).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.gpu
