@@ -28,6 +28,16 @@ def test_points_of_a_cell_are_averaged():
     torch.testing.assert_close(cells.features_VX, expected_VX, rtol=1e-5, atol=1e-5)
 
 
+def test_means_do_not_depend_on_the_order_of_the_points_in_a_single_bit():
+    generator = torch.Generator().manual_seed(0)
+    points_BN3, features_BNF = (torch.rand(2, 2000, 3, generator=generator) for _ in range(2))
+    order_N = torch.randperm(2000, generator=generator)
+    first = voxelise(points_BN3, features_BNF, 0.5, ORDERS)
+    other = voxelise(points_BN3[:, order_N], features_BNF[:, order_N], 0.5, ORDERS)
+    assert torch.equal(first.xyz_V3, other.xyz_V3) and torch.equal(first.features_VX, other.features_VX)
+    assert torch.equal(first.voxel_BN[:, order_N], other.voxel_BN)
+
+
 def test_clouds_that_do_not_fit_the_grid_are_refused():
     points_BN3 = torch.tensor([[[0.0, 0, 0], [700.0, 0, 0]]])
     assert len(voxelise(points_BN3, torch.zeros(1, 2, 0), 0.02, ORDERS).voxels) == 2
