@@ -20,7 +20,7 @@ import yaml
 
 from ..models.scene_vlm import SceneVLM
 from ..utils.files import read_text
-from .config import save_config, to_dict
+from .config import PointTransformerConfig, save_config, to_dict
 from .optim import Optimizer
 from .runtime import Runtime, log
 
@@ -199,6 +199,10 @@ def _saved_config(checkpoint: Path) -> dict:
         saved = None
     if not isinstance(saved, dict):
         raise ValueError(f"{path} is broken; delete that checkpoint and resume from the one before.")
+    for group in (saved, saved.get("model")):  # checkpoints from before the encoder's backbone was a choice
+        encoder = group.get("encoder") if isinstance(group, dict) else None
+        if isinstance(encoder, dict) and "backbone" not in encoder:
+            encoder |= {"backbone": "pointnet2", "ptv3": to_dict(PointTransformerConfig())}
     return saved
 
 

@@ -75,6 +75,26 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class PointTransformerConfig:
+    """Point Transformer V3 (models/point_transformer.py says what each is); the paper's sizes."""
+
+    grid_size: float = 0.02  # metres
+    orders: tuple[str, ...] = ("z", "z-trans", "hilbert", "hilbert-trans")
+    shuffle_orders: bool = True
+    strides: tuple[int, ...] = (2, 2, 2, 2)
+    enc_depths: tuple[int, ...] = (2, 2, 2, 6, 2)
+    enc_channels: tuple[int, ...] = (32, 64, 128, 256, 512)
+    enc_heads: tuple[int, ...] = (2, 4, 8, 16, 32)
+    dec_depths: tuple[int, ...] = (2, 2, 2, 2)
+    dec_channels: tuple[int, ...] = (64, 64, 128, 256)
+    dec_heads: tuple[int, ...] = (4, 4, 8, 16)
+    patch_size: int = 1024
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.3
+    stem_kernel: int = 5
+
+
+@dataclass(frozen=True)
 class EncoderConfig:
     """Scene encoder (models/scene_encoder)."""
 
@@ -90,6 +110,11 @@ class EncoderConfig:
     use_color: bool = True
     use_height: bool = True
     pretrained: str = ""  # folder written by `detect`; "" starts from random weights
+    backbone: str = "pointnet2"  # what the tokens pool: pointnet2 (raw points) or ptv3 (learned features)
+    ptv3: PointTransformerConfig = field(default_factory=PointTransformerConfig)  # read where that is the backbone
+
+    def __post_init__(self):
+        _one_of(self, backbone=("pointnet2", "ptv3"))
 
 
 @dataclass(frozen=True)

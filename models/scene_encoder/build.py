@@ -1,6 +1,7 @@
 """The one place that knows the encoder's configuration object."""
 
-from typing import Protocol
+import dataclasses
+from typing import Any, Protocol
 
 from .encoder import SceneEncoder
 from .inputs import feature_dim
@@ -33,6 +34,10 @@ class EncoderSettings(Protocol):
     def use_height(self) -> bool: ...
     @property
     def pretrained(self) -> str: ...
+    @property
+    def backbone(self) -> str: ...
+    @property
+    def ptv3(self) -> Any: ...  # a dataclass whose fields are PointTransformer's arguments
 
 
 def build_scene_encoder(config: EncoderSettings) -> SceneEncoder:
@@ -51,6 +56,8 @@ def build_scene_encoder(config: EncoderSettings) -> SceneEncoder:
         num_heads=config.num_heads,
         num_queries=config.num_queries,
         dropout=config.dropout,
+        backbone=config.backbone,
+        ptv3=dataclasses.asdict(config.ptv3) if config.backbone == "ptv3" else None,
     )
     if config.pretrained:
         saved = SceneEncoder.from_pretrained(config.pretrained)

@@ -1,5 +1,7 @@
 """The scene encoder: PointNet++ set abstraction, masked transformer, vote queries, decoder, box and class heads.
 
+The set abstraction reads raw points, or cells with the features of Point Transformer V3 (backbone.py).
+
 After 3DETR (masked encoder) and Vote2Cap-DETR (queries that vote for object centres). A query starts from its seed
 token, the tokens around its vote and, for box edges finer than tokens lie, the raw points around its vote. Everything
 is in the frame of the points it is given, the MODEL frame, in metres.
@@ -12,6 +14,7 @@ import inspect
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ from torch import Tensor, nn
 
 from ...third_party.pointnet2 import furthest_point_sample
 from ...utils.labels import NUM_CLASSES
+from .backbone import BACKBONES, PointTransformerCloud, point_transformer_options
+from .inputs import NOT_FINITE
 from .layers import BallFeatures, DecoderLayer, EncoderLayer, FourierPosition, SetAbstraction, mlp
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
@@ -81,6 +86,8 @@ class SceneEncoder(nn.Module):
         seed_share: share of the tokens, the most object-like ones, that queries may start from; 1 lets them start
             anywhere, as Vote2Cap-DETR does.
         predict_heading: predict a heading about z, modulo pi; otherwise headings are 0, as ScanNet's are.
+        backbone: what the tokens pool: `pointnet2` raw points, `ptv3` the features of Point Transformer V3.
+        ptv3: with that backbone, arguments of PointTransformer by name; those left out are the paper's.
     """
 
     def __init__(  # noqa: PLR0913 - the architecture, spelled out
@@ -98,15 +105,24 @@ class SceneEncoder(nn.Module):
         dropout: float = 0.1,
         seed_share: float = 0.5,
         predict_heading: bool = False,
+        backbone: str = "pointnet2",
+        ptv3: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         arguments = inspect.signature(SceneEncoder.__init__).parameters
         self.config: dict[str, Any] = {name: value for name, value in locals().items() if name in arguments}
         del self.config["self"]
         self._check_sizes()
+        self.point_transformer: PointTransformerCloud | None = None
+        pooled_dim = feature_dim
+        if backbone == "ptv3":
+            # as JSON gives it back, and with every default spelled out, so that saved configurations compare
+            self.config["ptv3"] = json.loads(json.dumps(point_transformer_options(ptv3 or {})))
+            self.point_transformer = PointTransformerCloud(feature_dim, self.config["ptv3"])
+            pooled_dim = self.point_transformer.out_channels
         self.num_queries, self.num_classes, self.predict_heading = num_queries, num_classes, predict_heading
         self.num_candidates = max(num_queries, round(seed_share * num_tokens))
-        self.set_abstraction = SetAbstraction(feature_dim, num_tokens, radius, num_neighbors, width)
+        self.set_abstraction = SetAbstraction(pooled_dim, num_tokens, radius, num_neighbors, width)
         self.token_position, self.query_position = FourierPosition(width), FourierPosition(width)
         self.encoder = nn.ModuleList(
             EncoderLayer(width, num_heads, dropout, radius=2 * radius * (layer + 1)) for layer in range(encoder_layers)
@@ -133,6 +149,10 @@ class SceneEncoder(nn.Module):
             raise ValueError("decoder_layers must be at least 1.")
         if not 0 < config["seed_share"] <= 1:
             raise ValueError(f"seed_share must be in (0, 1], not {config['seed_share']}.")
+        if config["backbone"] not in BACKBONES:
+            raise ValueError(f"backbone is {config['backbone']!r}; choose {' or '.join(BACKBONES)}.")
+        if config["backbone"] != "ptv3" and config["ptv3"] is not None:
+            raise ValueError(f"The backbone {config['backbone']} takes no ptv3 settings; leave them out.")
 
     def _start_heads(self) -> None:
         """Votes and centres start at their origin, sizes at a typical one."""
@@ -152,7 +172,8 @@ class SceneEncoder(nn.Module):
             features_BNF: extra channels as inputs.point_features makes them.
 
         Raises:
-            ValueError: no points, or another number of channels than the encoder was built for.
+            ValueError: no points, some that are not finite, or another number of channels than the encoder was built
+                for.
         """
         if features_BNF.shape[-1] != self.config["feature_dim"]:
             raise ValueError(
@@ -160,7 +181,9 @@ class SceneEncoder(nn.Module):
                 f"{features_BNF.shape[-1]}; set use_color and use_height as in its training."
             )
         points_BN3, features_BNF = points_BN3.float(), features_BNF.float()
-        token_xyz_BM3, tokens_BMD = self.set_abstraction(points_BN3, features_BNF)
+        if not bool(torch.isfinite(points_BN3).all()):
+            raise ValueError(NOT_FINITE)
+        token_xyz_BM3, tokens_BMD = self.set_abstraction(*self._cloud(points_BN3, features_BNF))
         token_position_BMD = self.token_position(token_xyz_BM3)
         distance_BMM = _distances(token_xyz_BM3, token_xyz_BM3)
         for layer in self.encoder:
@@ -190,6 +213,12 @@ class SceneEncoder(nn.Module):
             vote_xyz_BQ3=vote_xyz_BQ3,
             foreground_BM=foreground_BM,
         )
+
+    def _cloud(self, points_BN3: Tensor, features_BNF: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions and features that the tokens are drawn from."""
+        if self.point_transformer is None or points_BN3.shape[1] == 0:  # no points are the set abstraction's to refuse
+            return points_BN3, features_BNF
+        return self.point_transformer(points_BN3, features_BNF)
 
     def _seeds(self, token_xyz_BM3: Tensor, tokens_BMD: Tensor, foreground_BM: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [B, Q, 3] and features [B, Q, D] of tokens spread over the most object-like ones."""

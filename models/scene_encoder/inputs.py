@@ -10,6 +10,8 @@ from scipy.spatial import KDTree
 
 from ...datasets.scene import Scene
 
+NOT_FINITE = "The scene has points with NaN or infinite coordinates; clean the scan first."
+
 
 class PointInput(NamedTuple):
     """One scene for the encoder, float32."""
@@ -64,7 +66,7 @@ def features_of(
 ) -> PointInput:
     """The same for points already sampled and in the model frame (colours uint8). ValueError: NaN coordinates."""
     if not np.isfinite(points_N3).all():
-        raise ValueError("The scene has points with NaN or infinite coordinates; clean the scan first.")
+        raise ValueError(NOT_FINITE)
     channels = []
     if use_color:
         channels.append(colors_N3.astype(np.float32) / 255)

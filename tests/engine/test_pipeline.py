@@ -136,8 +136,14 @@ def test_training_the_scene_encoder_moves_it(rooms_root, tmp_path):
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
 
-def test_resume_is_exact_while_the_scene_encoder_trains(rooms_root, tmp_path):
-    more = ["model.train_scene_encoder=true", "optim.lr=1e-2"]
+PTV3 = "grid_size=0.2 strides=[2] enc_depths=[1,1] enc_channels=[8,16] enc_heads=[2,2]"
+PTV3 += " dec_depths=[1] dec_channels=[16] dec_heads=[2] patch_size=64 stem_kernel=3"
+
+
+@pytest.mark.parametrize("backbone", ["pointnet2", "ptv3"])
+def test_resume_is_exact_while_the_scene_encoder_trains(rooms_root, tmp_path, backbone):
+    more = ["model.train_scene_encoder=true", "optim.lr=1e-2", f"model.encoder.backbone={backbone}"]
+    more += [f"model.encoder.ptv3.{setting}" for setting in PTV3.split()]
     whole = sft.train(sft_config(rooms_root, tmp_path / "whole", *more))
     halfway = list_checkpoints(tmp_path / "whole")[0]
     shutil.copytree(halfway, tmp_path / "resumed" / "checkpoints" / halfway.name)

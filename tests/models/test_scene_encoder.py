@@ -1,5 +1,6 @@
 """The scene encoder, its matcher, criterion, proposals, inputs and files, against hand-computed values."""
 
+import dataclasses
 import json
 import math
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from threedr1.datasets.scene import Scene
+from threedr1.engine.config import EncoderConfig, PointTransformerConfig, from_dict
 from threedr1.models.scene_encoder import (
     DetectionTargets,
     LayerPrediction,
@@ -15,14 +17,17 @@ from threedr1.models.scene_encoder import (
     SceneEncoder,
     SceneEncoding,
     SetCriterion,
+    build_scene_encoder,
     feature_dim,
     point_features,
     select_proposals,
 )
+from threedr1.models.scene_encoder.backbone import point_transformer_options, scattered_cells
 from threedr1.models.scene_encoder.criterion import box_losses, owner_centres
 from threedr1.models.scene_encoder.inputs import estimate_normals
 from threedr1.models.scene_encoder.layers import Attention, BallFeatures, EncoderLayer
 from threedr1.models.scene_encoder.matcher import assign, match_cost
+from threedr1.models.voxels import Voxels, pack
 from threedr1.third_party.pointnet2 import ball_query, group_points
 
 TINY = {
@@ -36,6 +41,21 @@ TINY = {
     "num_queries": 12,
     "dropout": 0.0,
 }
+TINY_PTV3 = {
+    "grid_size": 0.1,
+    "strides": [2],
+    "enc_depths": [1, 1],
+    "enc_channels": [8, 16],
+    "enc_heads": [2, 2],
+    "dec_depths": [1],
+    "dec_channels": [16],
+    "dec_heads": [2],
+    "patch_size": 64,
+    "drop_path": 0.0,
+    "stem_kernel": 3,
+}
+BACKBONES = {"pointnet2": {}, "ptv3": {"backbone": "ptv3", "ptv3": TINY_PTV3}}
+both_backbones = pytest.mark.parametrize("backbone", list(BACKBONES.values()), ids=list(BACKBONES))
 
 
 def tiny_encoder(**changes) -> SceneEncoder:
@@ -62,8 +82,9 @@ def encoding_of(boxes_Q7: torch.Tensor, logits_QC1: torch.Tensor) -> SceneEncodi
 
 
 @pytest.mark.parametrize("predict_heading", [False, True])
-def test_every_parameter_gets_a_gradient(predict_heading):
-    encoder = tiny_encoder(predict_heading=predict_heading)
+@both_backbones
+def test_every_parameter_gets_a_gradient(predict_heading, backbone):
+    encoder = tiny_encoder(predict_heading=predict_heading, **backbone)
     points_BN3, features_BNF, targets = random_batch()
     encoding = encoder(points_BN3, features_BNF)
     assert encoding.token_xyz_BM3.shape == (2, 32, 3)
@@ -93,13 +114,77 @@ def test_objectness_is_one_minus_no_object():
     assert encoding.objectness_BQ.item() == pytest.approx(0.5)
 
 
-def test_encoding_does_not_depend_on_the_other_scenes_of_a_batch():
-    encoder = tiny_encoder().eval()
+@both_backbones
+def test_encoding_does_not_depend_on_the_other_scenes_of_a_batch(backbone):
+    encoder = tiny_encoder(**backbone).eval()
     points_BN3, features_BNF, _ = random_batch(3)
+    points_BN3[0] *= 5  # with the other backbone, more cells than the scene in question
+    points_BN3[2] *= 0.5
     together = encoder(points_BN3, features_BNF)
     alone = encoder(points_BN3[1:2], features_BNF[1:2])
     torch.testing.assert_close(together.boxes_BQ7[1:2], alone.boxes_BQ7, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together.tokens_BMD[1:2], alone.tokens_BMD, rtol=1e-4, atol=1e-5)
+
+
+@both_backbones
+def test_the_order_of_the_points_does_not_matter(backbone):
+    """Beyond the first one, where PointNet++ starts its walk, and as long as no ball overflows."""
+    encoder = tiny_encoder(num_neighbors=256, **backbone).eval()
+    points_BN3, features_BNF, _ = random_batch()
+    order_N = torch.randperm(256, generator=torch.Generator().manual_seed(2))
+    if not backbone:
+        order_N = torch.cat([torch.tensor([0]), order_N[order_N != 0]])
+    first = encoder(points_BN3, features_BNF)
+    other = encoder(points_BN3[:, order_N], features_BNF[:, order_N])
+    torch.testing.assert_close(other.token_xyz_BM3, first.token_xyz_BM3, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(other.tokens_BMD, first.tokens_BMD, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other.boxes_BQ7, first.boxes_BQ7, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_are_furthest_cells_with_the_features_around_them():
+    encoder = tiny_encoder(num_neighbors=256, **BACKBONES["ptv3"]).eval()
+    points_BN3, features_BNF, _ = random_batch()
+    found = encoder.point_transformer.network(points_BN3, features_BNF)
+    token_xyz_BM3, tokens_BMD = encoder.set_abstraction(*encoder.point_transformer(points_BN3, features_BNF))
+    assert torch.equal(encoder(points_BN3, features_BNF).token_xyz_BM3, token_xyz_BM3)
+    for scene in range(2):
+        own_V = found.cells.voxels.scene_V == scene
+        xyz_V3, features_VC = found.cells.xyz_V3[own_V], found.features_VC[own_V]
+        assert len(xyz_V3) < 256, "some points share a cell"
+        distance_MV = torch.cdist(token_xyz_BM3[scene], xyz_V3, compute_mode="donot_use_mm_for_euclid_dist")
+        token_M = distance_MV.argmin(1)
+        assert torch.equal(xyz_V3[token_M], token_xyz_BM3[scene])
+        apart_VV = torch.cdist(xyz_V3, xyz_V3, compute_mode="donot_use_mm_for_euclid_dist")
+        for count in range(1, 32):  # each the furthest from those before
+            nearest_V = apart_VV[token_M[:count]].amin(0)
+            assert nearest_V[token_M[count]] == pytest.approx(nearest_V.max().item())
+        for token in (0, 31):
+            near_V = distance_MV[token] < 0.4
+            offset_V3 = (xyz_V3[near_V] - token_xyz_BM3[scene, token]) / 0.4
+            pooled_D = encoder.set_abstraction.ball.network(torch.cat([offset_V3, features_VC[near_V]], 1)).amax(0)
+            torch.testing.assert_close(tokens_BMD[scene, token], pooled_D, rtol=1e-4, atol=1e-5)
+
+
+def test_cells_go_to_the_balls_in_no_direction():
+    """The first cells of a box are spread over all of it, as the first ones of a random sample would be."""
+    grid_V3 = torch.cartesian_prod(torch.arange(20), torch.arange(20), torch.arange(2))
+    keys_V = torch.cat([pack(torch.zeros(800, dtype=torch.int64), grid_V3), pack(torch.tensor([1]), grid_V3[:1])])
+    cell_BX = scattered_cells(Voxels(keys_V, keys_V[None], 2, 16))
+    assert cell_BX.shape == (2, 800)
+    assert sorted(cell_BX[0].tolist()) == list(range(800)) and set(cell_BX[1].tolist()) == {800}
+    for count in (32, 64, 128):
+        mean_3 = grid_V3[cell_BX[0, :count]].float().mean(0)
+        assert (mean_3 - torch.tensor([9.5, 9.5, 0.5])).abs().max() < 2.0
+
+
+@both_backbones
+def test_points_that_are_not_finite_are_refused(backbone):
+    encoder = tiny_encoder(**backbone)
+    points_BN3, features_BNF, _ = random_batch()
+    for bad in (math.nan, math.inf, -math.inf):
+        points_BN3[1, 5, 2] = bad
+        with pytest.raises(ValueError, match="points with NaN or infinite coordinates; clean the scan"):
+            encoder(points_BN3, features_BNF)
 
 
 def balls_step_by_step(
@@ -149,14 +234,15 @@ def test_encoder_attention_stops_at_the_radius():
     assert not torch.equal(before[0, 2], after[0, 2])
 
 
-def test_wrong_sizes_are_explained():
-    encoder = tiny_encoder()
+@both_backbones
+def test_wrong_sizes_are_explained(backbone):
+    encoder = tiny_encoder(**backbone)
     with pytest.raises(ValueError, match="takes 4 channels.*got 3"):
         encoder(torch.rand(1, 64, 3), torch.rand(1, 64, 3))
     with pytest.raises(ValueError, match="empty"):
         encoder(torch.rand(1, 0, 3), torch.rand(1, 0, 4))
     with pytest.raises(ValueError, match="num_queries 40 is more than num_tokens 32"):
-        tiny_encoder(num_queries=40)
+        tiny_encoder(num_queries=40, **backbone)
     with pytest.raises(ValueError, match="not a multiple"):
         Attention(10, 3, 0.0)
 
@@ -242,14 +328,55 @@ def test_proposals_are_suppressed_ordered_and_padded():
         select_proposals(encoding, 0)
 
 
-def test_saved_encoder_is_the_same(tmp_path):
-    encoder = tiny_encoder().eval()
+def test_wrong_backbones_are_explained():
+    with pytest.raises(ValueError, match="backbone is 'pointnet3'; choose pointnet2 or ptv3"):
+        tiny_encoder(backbone="pointnet3")
+    with pytest.raises(ValueError, match="pointnet2 takes no ptv3 settings"):
+        tiny_encoder(ptv3=TINY_PTV3)
+    with pytest.raises(ValueError, match="unknown key 'grid'; known keys: grid_size, orders"):
+        tiny_encoder(backbone="ptv3", ptv3={"grid": 0.1})
+
+
+@both_backbones
+def test_saved_encoder_is_the_same(tmp_path, backbone):
+    encoder = tiny_encoder(**backbone).eval()
     encoder.save_pretrained(tmp_path / "model")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     points_BN3, features_BNF, _ = random_batch()
     for folder in (tmp_path / "model", tmp_path):  # also by the folder of a run
         loaded = SceneEncoder.from_pretrained(folder).eval()
         assert torch.equal(loaded(points_BN3, features_BNF).boxes_BQ7, encoder(points_BN3, features_BNF).boxes_BQ7)
+
+
+def test_checkpoints_from_before_the_choice_hold_pointnet2(tmp_path):
+    encoder = tiny_encoder().eval()
+    encoder.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("backbone") == "pointnet2" and config.pop("ptv3") is None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = SceneEncoder.from_pretrained(tmp_path).eval()
+    assert loaded.config == encoder.config
+    points_BN3, features_BNF, _ = random_batch()
+    assert torch.equal(loaded(points_BN3, features_BNF).boxes_BQ7, encoder(points_BN3, features_BNF).boxes_BQ7)
+
+
+def test_the_configuration_chooses_the_backbone(tmp_path):
+    sizes = {name: value for name, value in TINY.items() if name != "dropout"}
+    plain, chosen = (from_dict(EncoderConfig, sizes | more) for more in ({}, BACKBONES["ptv3"]))
+    assert build_scene_encoder(plain).point_transformer is None
+    encoder = build_scene_encoder(chosen)
+    assert encoder.point_transformer is not None and encoder.config["ptv3"]["enc_channels"] == [8, 16]
+    encoder.save_pretrained(tmp_path)
+    again = build_scene_encoder(dataclasses.replace(chosen, pretrained=str(tmp_path)))
+    assert torch.equal(again.class_head[0].weight, encoder.class_head[0].weight)
+    with pytest.raises(ValueError, match="has backbone ptv3, but the configuration says pointnet2"):
+        build_scene_encoder(dataclasses.replace(plain, pretrained=str(tmp_path)))
+    other = from_dict(EncoderConfig, sizes | {"backbone": "ptv3", "ptv3": TINY_PTV3 | {"patch_size": 32}})
+    with pytest.raises(ValueError, match="'patch_size': 64.*the configuration says.*'patch_size': 32"):
+        build_scene_encoder(dataclasses.replace(other, pretrained=str(tmp_path)))
+    assert dataclasses.asdict(PointTransformerConfig()) == point_transformer_options({}), "the same defaults twice"
+    with pytest.raises(ValueError, match="backbone is 'pointnet'"):
+        from_dict(EncoderConfig, {"backbone": "pointnet"})
 
 
 def test_checkpoints_that_do_not_fit_are_explained(tmp_path):
@@ -325,7 +452,8 @@ def test_normals_face_the_middle_of_the_cloud():
 
 
 @pytest.mark.slow
-def test_a_tiny_encoder_learns_three_boxes():
+@both_backbones
+def test_a_tiny_encoder_learns_three_boxes(backbone):
     """300 steps on one scene: every object is found with IoU > 0.5 and the right class."""
     rng = np.random.default_rng(0)
     boxes_K7 = np.array(
@@ -336,7 +464,7 @@ def test_a_tiny_encoder_learns_three_boxes():
     points_BN3 = torch.from_numpy(np.concatenate([*objects, floor_N3]).astype(np.float32))[None]
     features_BNF = points_BN3[..., 2:]
     targets = DetectionTargets([torch.from_numpy(boxes_K7.astype(np.float32))], [torch.tensor([4, 1, 9])])
-    encoder = tiny_encoder(feature_dim=1, num_tokens=64)
+    encoder = tiny_encoder(feature_dim=1, num_tokens=64, **backbone)
     criterion, adam = SetCriterion(18), torch.optim.Adam(encoder.parameters(), 3e-3)
     for _ in range(300):
         adam.zero_grad()
