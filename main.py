@@ -38,13 +38,21 @@ def say(text: str) -> None:
 
 
 def show_table(values: dict[str, Any], prefix: str = "") -> None:
-    """Nested results, one number a line; n/a for what could not be computed."""
+    """Nested results, one number, interval or note a line; n/a for what could not be computed."""
     for name, value in values.items():
         if isinstance(value, dict):
             show_table(value, f"{prefix}{name}.")
-        else:
-            shown = "n/a" if value is None else f"{value:.4f}" if isinstance(value, float) else value
-            say(f"{prefix + name:28} {shown}")
+        elif isinstance(value, list) and not all(isinstance(part, float) for part in value):
+            for part in value:
+                say(f"{prefix + name:28} {part}")
+        elif value != []:
+            say(f"{prefix + name:28} {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{_shown(value[0])} to {_shown(value[-1])}"
+    return "n/a" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def run_rooms(args: argparse.Namespace) -> int:
