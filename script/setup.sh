@@ -8,6 +8,7 @@
 #   PYTHON=/path/to/python3.11                interpreter that makes .venv (3.10 to 3.12; 3.11 preferred)
 #   THREEDR1_PYTHON=/path/to/python           use this interpreter as it is: no .venv, nothing is installed
 #   THREEDR1_NO_VENV=1                        the same with `python3` (or PYTHON)
+#   THREEDR1_BUILD_OPS=1                      compile the CUDA library too (default: cpu, where there is a compiler; 0)
 set -euo pipefail
 
 absolute() { # a path made absolute; a bare command name stays one
@@ -85,6 +86,10 @@ install_packages() {
     "$PY" -m pip install --disable-pip-version-check "$torch_pin"
     echo "setup: installing the other packages of requirements.txt"
     "$PY" -m pip install --disable-pip-version-check -r requirements.txt
+    if [[ -n "${THREEDR1_BUILD_OPS:-}" ]]; then # asked for by name: a failure is one
+        install_checkout
+        return
+    fi
     if THREEDR1_BUILD_OPS=cpu install_checkout; then return; fi
     echo "setup: nothing could be compiled here (see above); plain PyTorch will compute the same, more slowly" >&2
     install_checkout

@@ -310,6 +310,11 @@ def test_setup_goes_on_where_nothing_compiles(setup: Setup):
     assert not setup.setup().stderr
 
 
+def test_setup_fails_where_what_was_asked_for_does_not_compile(setup: Setup):
+    assert setup.setup(FAIL_AT="compiling 1", THREEDR1_BUILD_OPS="1").returncode != 0
+    assert setup.setup(THREEDR1_BUILD_OPS="1").returncode == 0
+
+
 def test_a_second_setup_does_nothing_within_a_second(setup: Setup):
     setup.setup()
     times = []
