@@ -40,10 +40,25 @@ def test_doctor_says_why_there_is_no_faster_backend(monkeypatch, tmp_path, forge
 def test_doctor_tells_of_the_gpu_too(monkeypatch, forget_backends):
     monkeypatch.delenv("THREEDR1_OPS", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (7, 5))
     on_cpu, on_gpu = environment.describe_ops()
     assert on_cpu.startswith("cpu tensors: ")
     assert on_gpu.startswith("cuda tensors: torch (no faster one: the kernels need a GPU of compute capability 8.0")
+
+
+def test_gpus_of_one_machine_may_differ(monkeypatch, tmp_path, forget_backends):
+    monkeypatch.delenv("THREEDR1_OPS", raising=False)
+    monkeypatch.setenv("THREEDR1_JIT", "0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "PREBUILT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: ((7, 5), (8, 6))[gpu])
+    monkeypatch.setenv("THREEDR1_OPS", "cuda")
+    with pytest.raises(ValueError, match="compute capability 8.0 or newer, not 7.5"):
+        pointnet2.backend_name("cuda:0")
+    with pytest.raises(ValueError, match="it is not built"):
+        pointnet2.backend_name("cuda:1")
 
 
 def test_a_second_line_stands_under_the_first(monkeypatch):

@@ -35,7 +35,7 @@ class _UnavailableError(RuntimeError):
 
 def available_backends() -> tuple[str, ...]:
     """Names that `THREEDR1_OPS` accepts on this machine; asking builds what can be built."""
-    return tuple(name for name in NAMES if not isinstance(_load(name), str))
+    return tuple(name for name in NAMES if not isinstance(_state(name), str))
 
 
 def backend_name(device: torch.device | str = "cpu") -> str:
@@ -44,14 +44,15 @@ def backend_name(device: torch.device | str = "cpu") -> str:
     Raises:
         ValueError: `THREEDR1_OPS` names a backend that this machine does not have, or one of another device.
     """
-    device_type = torch.device(device).type
+    device = torch.device(device)
+    device_type = device.type
     forced = os.environ.get(VARIABLE, "")
     if not forced:
-        native = device_type in ("cpu", "cuda") and not isinstance(_load(device_type), str)
+        native = device_type in ("cpu", "cuda") and not isinstance(_state(device_type, device), str)
         return device_type if native else "torch"
     if forced not in NAMES:
         raise ValueError(f"{VARIABLE}={forced} is not a backend; set it to torch, cpu or cuda, or unset it.")
-    state = _load(forced)
+    state = _state(forced, device)
     if isinstance(state, str):
         raise ValueError(f"{VARIABLE}={forced} cannot be had here: {state}; set it to torch, or unset it.")
     if forced not in ("torch", device_type):
@@ -64,7 +65,7 @@ def backend_name(device: torch.device | str = "cpu") -> str:
 
 def backend_for(device: torch.device) -> Backend:
     """The implementation that serves tensors of a device; ValueError as `backend_name`."""
-    backend = _load(backend_name(device))
+    backend = _state(backend_name(device), device)
     assert not isinstance(backend, str)
     return backend
 
@@ -73,7 +74,7 @@ def describe_backends() -> list[str]:
     """What serves CPU and GPU tensors here, and why not something faster: one line each."""
     lines = []
     for device_type in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
-        state = _load(device_type)
+        state = _state(device_type)
         reason = f" (no faster one: {state})" if isinstance(state, str) else f" ({state.path})"
         forced = f", set by {VARIABLE}" if os.environ.get(VARIABLE) else ""
         try:
@@ -83,30 +84,39 @@ def describe_backends() -> list[str]:
     return lines
 
 
+def _state(name: str, device: torch.device | None = None) -> Backend | str:
+    """The backend, or why it cannot be had; GPUs of one machine may differ, `cuda` is asked about a device's (default:
+    the current one)."""
+    gpu = 0
+    if name == "cuda" and torch.cuda.is_available():
+        index = device.index if device is not None and device.type == "cuda" else None
+        gpu = torch.cuda.current_device() if index is None else index
+    return _load(name, gpu)
+
+
 @functools.cache
-def _load(name: str) -> Backend | str:
-    """The backend, or why it cannot be had."""
+def _load(name: str, gpu: int) -> Backend | str:
     if name == "torch":
         return reference
     try:
-        return _load_native(name)
+        return _load_native(name, gpu)
     except (_UnavailableError, LibraryError) as error:
         return str(error)
 
 
-def _load_native(name: str) -> NativeBackend:
+def _load_native(name: str, gpu: int) -> NativeBackend:
     architecture = ""
     if name == "cuda":
         if not torch.cuda.is_available():
             raise _UnavailableError("PyTorch sees no GPU")
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(gpu)
         architecture = f"{major}{minor}"
         if major < 8:
             raise _UnavailableError(f"the kernels need a GPU of compute capability 8.0 or newer, not {major}.{minor}")
     path = find_library(name, architecture)
     if path is None:
         path = _build_once(name, architecture)
-    return NativeBackend(path, name)
+    return NativeBackend(path, name, gpu)
 
 
 def _build_once(name: str, architecture: str) -> Path:

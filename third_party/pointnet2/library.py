@@ -1,7 +1,8 @@
 """The point operations as torch.library operators `threedr1::…`: schemas, shapes for tracing, gradients.
 
 Compiled graphs see opaque operators with known output shapes; each call picks its backend (backends.py). Features of
-types that the libraries do not compute with (float64, say) go to the reference.
+types that the libraries do not compute with (float64, say) go to the reference, and so do more scenes than a CUDA grid
+has rows.
 
 Shapes: B scenes, N points, M centres, S or K neighbours, C or F channels, P positions, X = 3 + F.
 """
@@ -15,6 +16,7 @@ from . import native, reference
 from .backends import Backend, backend_for
 
 NAMESPACE = "threedr1"
+_MOST_SCENES = 65_535
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 SCHEMAS = {
@@ -34,6 +36,8 @@ SCHEMAS = {
 
 def _backend(tensor: Tensor, features: Tensor | None = None) -> Backend:
     chosen = backend_for(tensor.device)
+    if tensor.is_cuda and tensor.shape[0] > _MOST_SCENES:
+        return reference
     return chosen if features is None or native.accepts(features.dtype) else reference
 
 

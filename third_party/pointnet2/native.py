@@ -51,12 +51,13 @@ class NativeBackend:
     Args:
         path: the shared library.
         device_type: "cpu" or "cuda".
+        gpu: index of the CUDA device that it is for.
 
     Raises:
-        LibraryError: it cannot be loaded, has another interface, or cannot compute on this machine's device.
+        LibraryError: it cannot be loaded, has another interface, or cannot compute on that device.
     """
 
-    def __init__(self, path: Path, device_type: str):
+    def __init__(self, path: Path, device_type: str, gpu: int = 0):
         self.path, self._on_gpu = path, device_type == "cuda"
         try:
             library = ctypes.CDLL(str(path))
@@ -71,7 +72,7 @@ class NativeBackend:
             function = getattr(library, f"{name}_workspace")
             function.argtypes, function.restype = [_LONG] * count, _LONG
         self._library = library
-        usable = library.pn2_usable(torch.cuda.current_device() if self._on_gpu else 0)
+        usable = library.pn2_usable(gpu)
         if usable:
             raise LibraryError(f"{path}: {self._message(usable)}")
 

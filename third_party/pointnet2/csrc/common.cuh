@@ -7,6 +7,7 @@
 
 #include <cassert>
 #include <cstdint>
+#include <mutex>
 
 #include "pointnet2.h"
 
@@ -30,10 +31,12 @@ struct Device {
 // Properties of the current device, asked once: cudaGetDeviceProperties takes milliseconds.
 inline cudaError_t current_device(Device* found) {
     static Device known[kMaxDevices];
+    static std::mutex writing;
     int index = 0;
     cudaError_t error = cudaGetDevice(&index);
     if (error != cudaSuccess) return error;
     if (index >= kMaxDevices) return cudaErrorInvalidDevice;
+    const std::lock_guard<std::mutex> lock(writing);
     Device device = known[index];
     if (device.processors == 0) {
         device.index = index;
@@ -50,7 +53,9 @@ inline cudaError_t current_device(Device* found) {
 // Left to the variables that kernels declare in shared memory.
 constexpr int kStaticShared = 2 * 1024;
 
-// Shared memory beyond 48 KiB, the kernel's own variables included, has to be allowed first.
+// Shared memory beyond 48 KiB, the kernel's own variables included, has to be allowed first. What is allowed belongs to the
+// kernel, not to the launch: where launches of one kernel differ, all of them allow the most there is (`shared_bytes`), as
+// another thread may be between its two calls.
 template <typename Kernel>
 cudaError_t allow_shared(Kernel* kernel, int bytes) {
     if (bytes <= 48 * 1024 - kStaticShared) return cudaSuccess;

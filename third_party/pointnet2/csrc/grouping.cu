@@ -201,7 +201,7 @@ int group(const Device& device, const void* features, const int32_t* idx, int64_
     // staging pays where blocks fill the chip and gather several times what they load
     const int64_t splits = rows >= device.processors ? 1 : device.processors / rows;
     if (bytes <= device.shared_bytes && rows <= 65535 && rows * splits * 2 > device.processors && P >= 2 * N * splits) {
-        const cudaError_t error = allow_shared(group_staged<T>, bytes);
+        const cudaError_t error = allow_shared(group_staged<T>, device.shared_bytes);
         if (error != cudaSuccess) return error;
         group_staged<T><<<dim3(splits, rows), kStagedThreads, bytes, stream>>>(from, idx, C, N, P, wide, to);
     } else {

@@ -178,7 +178,7 @@ int pn2_interpolate(const void* features, const int32_t* idx, const float* weigh
         const int channels = M > 0 ? staged_channels(device, C, M) : 0;
         if (channels > 0 && N >= M) {  // else loading the rows costs more than the gathers
             const int bytes = channels * M * sizeof(float);
-            const cudaError_t error = allow_shared(interpolate_staged<T>, bytes);
+            const cudaError_t error = allow_shared(interpolate_staged<T>, device.shared_bytes);
             if (error != cudaSuccess) return error;
             const int64_t chunks = divide_up(C, channels);
             const dim3 grid(splits_of(device, B * chunks, M, N), chunks, B);
@@ -206,7 +206,7 @@ int pn2_interpolate_backward(const void* grad, const void* features, const int32
             const int channels = M > 0 ? staged_channels(device, C, M) : 0;
             if (channels > 0 && N >= M) {
                 const int bytes = channels * M * sizeof(float);
-                const cudaError_t error = allow_shared(feature_gradient_staged<T>, bytes);
+                const cudaError_t error = allow_shared(feature_gradient_staged<T>, device.shared_bytes);
                 if (error != cudaSuccess) return error;
                 const int64_t chunks = divide_up(C, channels);
                 const dim3 grid(splits_of(device, B * chunks, M, N), chunks, B);

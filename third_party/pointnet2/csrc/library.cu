@@ -9,7 +9,11 @@ extern "C" {
 
 int pn2_interface(void) { return PN2_INTERFACE; }
 
-const char* pn2_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+// Whoever asks for the message has the error: the runtime must not report it for the next launch again.
+const char* pn2_error(int code) {
+    cudaGetLastError();
+    return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
 
 int pn2_usable(int device) {
     int before = 0;

@@ -12,6 +12,7 @@
 // A candidate is (distance, index); the larger distance wins, then the lower index. Distances are not negative, so their
 // bits compare as integers; places beyond the last point hold -1.
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <cmath>
 #include <limits>
@@ -226,6 +227,8 @@ __global__ void __launch_bounds__(kThreads) sample_cluster(const float* points, 
         if (threadIdx.x == 0 && rank == 0) chosen[step] = best.index;
     }
     cluster_barrier();  // nobody leaves while others still write to its shared memory
+#else
+    __trap();  // code for older GPUs, run on a newer one
 #endif
 }
 
@@ -450,13 +453,13 @@ double cluster_step(const Device& device, int64_t B, int blocks, int places, int
 
 void consider_clusters(const Device& device, int64_t B, int64_t N, Plan* plan) {
     // One answer a device and number of places; asking takes tens of microseconds. Filled alike by any thread.
-    static int known[kMaxDevices][5][kMaxPlaces + 1];
+    static std::atomic<int> known[kMaxDevices][5][kMaxPlaces + 1];
     for (int power = 4; power >= 1; --power) {
         const int blocks = 1 << power;
         const int64_t needed = divide_up(N, (int64_t)blocks * kThreads);
         if (needed > kMaxPlaces) break;
         with_places<kMaxPlaces>(needed, [&](auto K) {
-            int& answer = known[device.index][power][K.value];
+            std::atomic<int>& answer = known[device.index][power][K.value];
             if (answer == 0) answer = 1 + active_clusters<K.value>(blocks);
             const int active = answer - 1;
             if (active > 0)
@@ -485,7 +488,8 @@ extern "C" {
 
 int64_t pn2_furthest_point_sample_workspace(int64_t B, int64_t N, int64_t M) {
     Device device;
-    if (B == 0 || M == 0 || current_device(&device) != cudaSuccess || choose(device, B, N).way != Way::kGrid) return 0;
+    if (B == 0 || M == 0 || N < 1 || current_device(&device) != cudaSuccess) return 0;
+    if (choose(device, B, N).way != Way::kGrid) return 0;
     const GridPlan grid = plan_grid(device, B, N);
     const int64_t words = align_up(B * M * grid.blocks * sizeof(unsigned long long));
     return words + (grid.places == 0 ? B * N * sizeof(float) : 0);
@@ -494,7 +498,8 @@ int64_t pn2_furthest_point_sample_workspace(int64_t B, int64_t N, int64_t M) {
 int pn2_furthest_point_sample(const float* points, int64_t B, int64_t N, int64_t M, int32_t* idx, void* workspace,
                               intptr_t context) {
     if (B == 0 || M == 0) return 0;
-    if (N > INT_MAX || M > INT_MAX || B > INT_MAX) return cudaErrorInvalidValue;
+    // loops count points in steps of a whole grid
+    if (N < 1 || N > INT_MAX - (1 << 20) || M > INT_MAX || B > INT_MAX) return cudaErrorInvalidValue;
     const cudaStream_t stream = stream_of(context);
     Device device;
     if (const int error = current_device(&device)) return error;
