@@ -14,7 +14,7 @@ cloud into `_aligned_bbox.npy`; `check_boxes` finds that.
 Shapes: V vertices, K objects.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ VERTICES, INSTANCES, CLASSES, BOXES = SUFFIXES = (
     *("_aligned_vert.npy", "_ins_label.npy", "_sem_label.npy", "_aligned_bbox.npy"),
 )
 UNALIGNED = "the stored boxes are those of the unaligned cloud"  # begins the note of a scene that fell into the trap
+SHIFTED = "the stored boxes name other objects than the vertices, their objectIds are off by one"
 _SLACK = 0.02  # metres that a vertex may stand out of its stored box
 _LEAST_IOU = 0.5  # of a stored box and the extents of its object's vertices, which may have been thinned
 
@@ -107,6 +108,8 @@ def _check_vertices(vertices_V: np.ndarray, path: Path) -> np.ndarray:
     broken = int((~np.isfinite(vertices_V[:, :6]).all(axis=1)).sum())
     if broken:
         raise ValueError(f"{path} has {broken} vertices with NaN or infinite values; copy it again from its source.")
+    if vertices_V[:, 3:6].max() <= 1 and (vertices_V[:, 3:6] != np.rint(vertices_V[:, 3:6])).any():
+        raise ValueError(f"{path}: columns 3 to 5 are colours in 0..1; multiply them by 255, as the field has them.")
     colors_V3 = np.rint(vertices_V[:, 3:6])
     if colors_V3.min() < 0 or colors_V3.max() > 255:
         raise ValueError(f"{path}: columns 3 to 5 are no colours in 0..255 ({colors_V3.max():.0f}); check the file.")
@@ -193,10 +196,11 @@ def _objects(
         fits = check_boxes(stored, extents)
         wrong = int((~fits).sum())
         if len(fits) and wrong > len(fits) / 2:
-            notes.append(f"{UNALIGNED} ({wrong} of {len(fits)} contradict the vertices): made again from the vertices")
+            why = SHIFTED if _ids_are_shifted(stored, extents) else UNALIGNED
+            notes.append(f"{why} ({wrong} of {len(fits)} contradict the vertices): made again from the vertices")
             if len(boxes) > len(fits):
                 notes.append(f"{len(boxes) - len(fits)} objects with such a box and no vertices left out")
-            boxes = {}
+            boxes, classes = {}, {}  # rows that contradict the vertices may name other objects, too
         elif wrong:
             notes.append(f"{wrong} of {len(fits)} stored boxes contradict the vertices; kept as they are")
     added = [object_id for object_id in extents if object_id not in boxes]
@@ -212,6 +216,12 @@ def _objects(
         LabelledObject(object_id, NYU40_NAMES[nyu40], class_of_nyu40(nyu40), box_7)
         for object_id, (nyu40, box_7) in kept.items()
     ]
+
+
+def _ids_are_shifted(stored: StoredBoxes, extents: dict[int, np.ndarray]) -> bool:
+    """Whether most boxes fit the object before or after theirs."""
+    moved = (check_boxes(replace(stored, object_ids_K=stored.object_ids_K + by), extents) for by in (-1, 1))
+    return any(len(fits) > 0 and 2 * int(fits.sum()) > len(fits) for fits in moved)
 
 
 def _class_of(object_id: int, instance_ids_V: np.ndarray, nyu40_V: np.ndarray) -> int:

@@ -115,7 +115,11 @@ def _read(place: Place, row: DataRow, found: _Found) -> None:
         found.refused.setdefault(str(error), []).append((row.dataset, row.split))
         return
     row.usable, row.problems = len(samples), dict(Counter(problem.kind for problem in report.problems))
-    row.state = "problems" if report.problems else "ok"
+    row.state = "problems" if report.problems else "ok" if samples else "empty"
+    if row.state == "empty":
+        message = f"{row.dataset} ({row.split}) gives no samples: commands that need them will refuse it."
+        fix = "take it out of data.datasets, or put a file with records of this split there"
+        found.notes.append(Finding("warning", "empty", message, fix, row.dataset, row.split, count=0, files=row.files))
     found.notes += [Finding("note", "reader", note, "", row.dataset, row.split) for note in report.notes]
     by_kind: dict[str, list[Problem]] = {}
     for problem in report.problems:

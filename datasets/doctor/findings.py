@@ -9,7 +9,7 @@ Level = Literal["error", "warning", "note"]
 # how a data root stands as a whole
 Kind = Literal["absent", "empty", "generated", "scans"]
 # how a data set stands in one split
-State = Literal["ok", "problems", "missing", "broken", "unchecked"]
+State = Literal["ok", "empty", "problems", "missing", "broken", "unchecked"]
 SCHEMA = 1  # raise it when a field of the JSON form changes its meaning or goes
 MAX_NAMED = 3
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from threedr1.datasets.scannet import load_label_map, prepare_scan, prepare_scans
-from threedr1.datasets.scannet_arrays import UNALIGNED, StoredBoxes, build_scene_of_arrays, check_boxes
+from threedr1.datasets.scannet_arrays import SHIFTED, UNALIGNED, StoredBoxes, build_scene_of_arrays, check_boxes
 from threedr1.datasets.scene import load_scene
 from threedr1.datasets.scene_store import SceneStore
 from threedr1.datasets.sources import ARRAYS, PICTURES, RAW, describe, find_sources
@@ -106,6 +106,20 @@ def test_objects_without_a_stored_box_get_one(tmp_path):
     np.testing.assert_allclose(again.boxes_K7, scene.boxes_K7, atol=1e-5)
 
 
+def test_boxes_of_shifted_ids_give_no_labels(tmp_path):
+    factory.write_arrays(tmp_path)
+    right = build_scene_of_arrays(tmp_path, SCENE)
+    path = tmp_path / f"{SCENE}_aligned_bbox.npy"
+    rows_K8 = np.load(path)
+    rows_K8[:, 7] += 1
+    np.save(path, rows_K8)
+    scene = build_scene_of_arrays(tmp_path, SCENE)
+    assert SHIFTED in notes_of(scene) and UNALIGNED not in notes_of(scene)
+    assert scene.object_ids_K.tolist() == right.object_ids_K.tolist()
+    assert scene.object_labels == right.object_labels
+    np.testing.assert_allclose(scene.boxes_K7, right.boxes_K7, atol=1e-5)
+
+
 def test_vertices_alone_are_an_unlabelled_scene_of_unknown_raw_frame(tmp_path):
     factory.write_arrays(tmp_path)
     for name in ("ins_label", "sem_label", "aligned_bbox"):
@@ -145,6 +159,8 @@ def _break(folder, kind):
         change("aligned_vert", put(3, 1, np.nan))
     elif kind == "colours":
         change("aligned_vert", put(3, 4, 300))
+    elif kind == "colours to 1":
+        change("aligned_vert", lambda array: array / ([1, 1, 1, 255, 255, 255]))
     elif kind == "half labelled":
         (folder / f"{SCENE}_sem_label.npy").unlink()
     elif kind == "other scan":
@@ -167,6 +183,7 @@ def _break(folder, kind):
     ("kind", "words"),
     [
         ("no vertices", "no array"),
+        ("colours to 1", "multiply them by 255"),
         ("truncated", "not a whole .npy"),
         ("pickle", "not a whole .npy"),
         ("columns", r"shape \[\d+, 4\], not \[V, 6 or 9\]"),

@@ -138,6 +138,9 @@ def _foreign_answer(task: str, row: Row, place: str, problems: list[Problem]) ->
         faults.append(("answer_top10", texts_fault(top10, empty=False)))
     elif key:
         faults.append((key, text_fault(row[key])))
+        others = [name for name in _TEXT_KEYS if name in row and row[name] != row[key]]
+        if others:
+            faults.append((key, f"differs from {others[0]}, and it is not clear which one is predicted; keep one"))
     elif task != "grounding":
         faults.append(("answer", f"there is no answer; give one of answer_top10, {', '.join(_TEXT_KEYS)}"))
     if task == "grounding" and boxes is None:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..json_rows import Problem, refuse
+from ..json_rows import Problem, read_document, refuse
 from ..predictions import Prediction, read_predictions
 from .answer_rows import Answers, read_answers
 from .reference_rows import read_references
@@ -56,12 +56,30 @@ def load_scored_pairs(task: str, references_path: str | Path | None, predictions
     rows of either file that cannot be read. Without `references_path` the predictions hold their references.
     """
     if references_path is None:
-        return [entry for entry in read_predictions(predictions_path) if entry.task == task]
+        return _of_one_data_set(task, predictions_path)
     problems: list[Problem] = []
     references = read_references(task, references_path, problems)
     answers = read_answers(task, predictions_path, problems)
     refuse(problems)
     return _join(references, answers, str(references_path), str(predictions_path))
+
+
+def _of_one_data_set(task: str, path: str | Path) -> list[Prediction]:
+    """Rows that hold their references; ValueError where they are of several data sets, whose mean means nothing."""
+    # what is wrong with the file itself is for read_predictions to say
+    single = read_document(path, [], "").single() if Path(path).is_file() else None
+    if single is not None and not single.keys() & {"sample_id", "task"}:
+        raise ValueError(
+            f"{path} holds answers by id and no references; give --references, or --data, --dataset and --split."
+        )
+    entries = [entry for entry in read_predictions(path) if entry.task == task]
+    names = sorted({str(entry.meta["dataset"]) for entry in entries if entry.meta.get("dataset")})
+    if len(names) > 1:
+        raise ValueError(
+            f"{path} holds answers of task {task} to {len(names)} data sets ({', '.join(names)}), which are scored "
+            "one by one: give --data, --dataset and --split."
+        )
+    return entries
 
 
 def join(

@@ -166,8 +166,15 @@ def sqa3d(items: Sequence[QaItem]) -> Scores:
         "EM": [exact_match(first_answer(item), item.references) for item in items],
         "EM-R": [qa_refined(first_answer(item), item.references) for item in items],
     }
-    kinds = [sqa3d_question_type(item.question) for item in items]
-    return grouped_percent(per_item, kinds)
+    kinds = [sqa3d_question_type(item.question) if item.question else "" for item in items]
+    scores = grouped_percent(per_item, kinds)
+    unknown = sum(not item.question for item in items)
+    if unknown:
+        scores.notes.append(
+            f"{unknown} of {len(items)} questions are not known and in no group: keep v1_balanced_questions_… beside "
+            "the annotation file."
+        )
+    return scores
 
 
 def exact(items: Sequence[QaItem]) -> Scores:

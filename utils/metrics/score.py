@@ -121,8 +121,9 @@ def _check(task: str, predictions: Sequence[Prediction]) -> None:
 def _is_scorable(task: str, prediction: Prediction) -> bool:
     if task == "detection":
         return False
-    if task == "grounding":
-        return bool(prediction.target_boxes)
+    if task == "grounding":  # who picks among given objects says no box
+        picked = not prediction.boxes and prediction.meta.get("chosen_object_id") is not None
+        return bool(prediction.target_boxes) and not picked
     # of dense captioning's rows some are objects without a caption, others captions of unannotated proposals
     captioned = task != "dense_caption" or caption_box(prediction) is not None
     return captioned and bool(prediction.references)
