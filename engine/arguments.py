@@ -168,7 +168,7 @@ def _add_loop_commands(add: AddCommand) -> None:
 
 def _add_result_commands(add: AddCommand) -> None:
     score = add("score", "score any prediction file, ours or another model's")
-    score.add_argument("--task", required=True, help=f"one of {TASKS}")
+    score.add_argument("--task", required=True, help=f"one of {TASKS}, detection")
     score.add_argument(
         "--scorer", metavar="NAME", help="a task has one or more, named after their source (default: first)"
     )

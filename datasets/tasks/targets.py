@@ -62,6 +62,11 @@ def load_scanrefer(root: Path, split: str, index: Index, report: Report) -> list
         multiple = len(members[sample.scene_id, number]) > 1
         sample.question_type = "multiple" if multiple else "unique"
         sample.meta |= {"multiple": multiple, "others": number == OTHERS}
+    if report.problems:
+        report.notes.append(
+            f"{report.dataset} ({split}): unique and multiple go by the {len(samples):,} sentences that can be used "
+            f"alone, without {len(report.problems):,} others; they are not ScanRefer's groups."
+        )
     return samples
 
 

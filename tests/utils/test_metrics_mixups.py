@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from threedr1.utils.metrics.files import join
 from threedr1.utils.metrics.score import score_file, score_predictions
 from threedr1.utils.predictions import Prediction, write_predictions
 
@@ -60,3 +61,33 @@ def test_a_picked_object_is_not_a_box_of_no_overlap():
     row.boxes, row.meta = [], {"chosen_object_id": 3, "target_object_id": 3}
     result = score_predictions("grounding", [row], "nr3d")
     assert result["metrics"]["Acc"] == 100.0 and result["sample_score"] is None
+
+
+def test_row_numbers_find_their_rows_where_nothing_else_does(tmp_path):
+    rows = [
+        {"question": "what?", "scene_id": "s", "answers": ["a"]},
+        {"question": "and?", "scene_id": "s", "answers": ["b"]},
+    ]
+    references = write(tmp_path / "r.json", rows)
+    for ids in (("2", "1"), ("dialogue-val-2", "dialogue-val-1")):
+        answers = [{"sample_id": ids[0], "answer": "b"}, {"sample_id": ids[1], "answer": "a"}]
+        result = score_file("dialogue", "ll3da_per_sample", references, write(tmp_path / "p.json", answers))
+        assert result["metrics"]["ROUGE-L"] == 1.0
+    # rows that say what was asked go by it, as their numbers may be those of another file
+    answers = [
+        {"sample_id": "2", "scene_id": "s", "question": "what?", "answer": "a"},
+        {"sample_id": "1", "scene_id": "s", "question": "and?", "answer": "b"},
+    ]
+    result = score_file("dialogue", "ll3da_per_sample", references, write(tmp_path / "p.json", answers))
+    assert result["metrics"]["ROUGE-L"] == 1.0
+
+
+def test_picked_objects_are_an_answer_without_a_box(tmp_path):
+    reference = box_row(24, "nr3d")
+    reference.meta |= {"target_object_id": 2}
+    path = write(tmp_path / "p.json", [{"sample_id": "24", "chosen_object_id": 2}])
+    (entry,) = join([reference], path)
+    assert entry.meta["chosen_object_id"] == 2 and entry.boxes == []
+    assert score_predictions("grounding", [entry], "nr3d")["metrics"]["Acc"] == 100.0
+    with pytest.raises(ValueError, match="chosen_object_id: must be a text or a whole number"):
+        join([reference], write(tmp_path / "p.json", [{"sample_id": "24", "chosen_object_id": [2]}]))

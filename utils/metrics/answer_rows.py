@@ -143,8 +143,12 @@ def _foreign_answer(task: str, row: Row, place: str, problems: list[Problem]) ->
             faults.append((key, f"differs from {others[0]}, and it is not clear which one is predicted; keep one"))
     elif task != "grounding":
         faults.append(("answer", f"there is no answer; give one of answer_top10, {', '.join(_TEXT_KEYS)}"))
-    if task == "grounding" and boxes is None:
-        faults.append(("boxes", f"there is no box; give boxes (a list, [] for none), {' or '.join(_BOX_KEYS)}"))
+    chosen = row.get("chosen_object_id")
+    if chosen is not None:
+        faults.append(("chosen_object_id", id_fault(chosen)))
+    elif task == "grounding" and boxes is None:
+        keys = f"{' or '.join(_BOX_KEYS)}; or chosen_object_id, where one of the scene's objects is picked"
+        faults.append(("boxes", f"there is no box; give boxes (a list, [] for none), {keys}"))
     if not report(row, place, faults, problems):
         return None
     return Prediction(
@@ -154,7 +158,9 @@ def _foreign_answer(task: str, row: Row, place: str, problems: list[Problem]) ->
         question=row.get("question", ""),
         text=top10[0] if top10 else row.get(key, ""),
         boxes=[seven(box) for box in boxes or ()],
-        meta={"answer_top10": top10} if top10 else {},
+        meta={
+            name: value for name, value in (("answer_top10", top10), ("chosen_object_id", chosen)) if value is not None
+        },
     )
 
 

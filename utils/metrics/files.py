@@ -140,14 +140,18 @@ def _merge(reference: Prediction, prediction: Prediction, key: str) -> Predictio
 
 
 def _keys(references: Sequence[Prediction], answers: Answers) -> tuple[list[Key], list[Key]]:
-    """Join keys of both sides: ids where both have them; row numbers where a mapping's answers have them and the
-    references have no ids, or ids that hold row numbers; else scene, question and running number of equal ones."""
+    """Join keys of both sides: ids where both have them; row numbers where answers without questions have them and
+    the references have no ids, or ids that hold row numbers; else scene, question and running number of equal ones."""
+    ids = [entry.sample_id for entry in answers.entries]
+    numbered = all(sample_id.isdecimal() or _ROW_ID.match(sample_id) for sample_id in ids)
+    # rows that say what was asked are found by that: their numbers may be those of another file
+    by_number = answers.mapping or (numbered and not any(entry.question for entry in answers.entries))
     if all(entry.sample_id for entry in (*references, *answers.entries)):
         numbers = [_ROW_ID.match(entry.sample_id) for entry in references]
-        if answers.mapping and all(numbers) and all(entry.sample_id.isdecimal() for entry in answers.entries):
+        if by_number and all(numbers) and all(sample_id.isdecimal() for sample_id in ids):
             return [(match[1],) for match in numbers if match], [(entry.sample_id,) for entry in answers.entries]
         return _id_keys(references), _id_keys(answers.entries)
-    if answers.mapping:
+    if by_number:
         matches = ((_ROW_ID.match(entry.sample_id), entry.sample_id) for entry in answers.entries)
         return (
             [(str(number),) for number in range(1, len(references) + 1)],
