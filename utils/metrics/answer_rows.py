@@ -1,7 +1,7 @@
 """Prediction files of any accepted form as predictions without references; files.py documents the forms."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,17 +172,19 @@ def _boxes(row: Row) -> Any:
 
 
 def _detections(task: str, row: Row, place: str, problems: list[Problem]) -> Prediction | None:
+    scene = scene_row(task, row, place, detection_faults(row), problems)
+    if scene is None:
+        return None
+    meta = {name: row[name] for name in ("class_probs", "objectness")}
+    return replace(scene, boxes=[seven(box) for box in row["boxes"]], meta=meta)
+
+
+def scene_row(
+    task: str, row: Row, place: str, faults: Iterable[tuple[str, str | None]], problems: list[Problem]
+) -> Prediction | None:
+    """A scene of a detection file, still without boxes; None, and a problem, where its id or a field is broken."""
     scene_id = row.get("scene_id")
-    faults = [("scene_id", text_fault(scene_id, empty=False)), *detection_faults(row)]
-    if not report(row, place, faults, problems, record=scene_id):
+    if not report(row, place, [("scene_id", text_fault(scene_id, empty=False)), *faults], problems, record=scene_id):
         return None
     assert isinstance(scene_id, str)
-    return Prediction(
-        sample_id=scene_id,
-        task=task,
-        scene_id=scene_id,
-        question="",
-        text="",
-        boxes=[seven(box) for box in row["boxes"]],
-        meta={name: row[name] for name in ("class_probs", "objectness")},
-    )
+    return Prediction(sample_id=scene_id, task=task, scene_id=scene_id, question="", text="")

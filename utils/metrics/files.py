@@ -66,13 +66,14 @@ def load_scored_pairs(task: str, references_path: str | Path | None, predictions
 
 def _of_one_data_set(task: str, path: str | Path) -> list[Prediction]:
     """Rows that hold their references; ValueError where they are of several data sets, whose mean means nothing."""
-    # what is wrong with the file itself is for read_predictions to say
-    single = read_document(path, [], "").single() if Path(path).is_file() else None
-    if single is not None and not single.keys() & {"sample_id", "task"}:
-        raise ValueError(
-            f"{path} holds answers by id and no references; give --references, or --data, --dataset and --split."
-        )
-    entries = [entry for entry in read_predictions(path) if entry.task == task]
+    try:
+        entries = [entry for entry in read_predictions(path) if entry.task == task]
+    except ValueError:
+        if _holds_answers_by_id(path):
+            raise ValueError(
+                f"{path} holds answers by id and no references; give --references, or --data, --dataset and --split."
+            ) from None
+        raise
     names = sorted({str(entry.meta["dataset"]) for entry in entries if entry.meta.get("dataset")})
     if len(names) > 1:
         raise ValueError(
@@ -80,6 +81,11 @@ def _of_one_data_set(task: str, path: str | Path) -> list[Prediction]:
             "one by one: give --data, --dataset and --split."
         )
     return entries
+
+
+def _holds_answers_by_id(path: str | Path) -> bool:
+    single = read_document(path, [], "").single() if Path(path).is_file() else None
+    return single is not None and not single.keys() & {"sample_id", "task"}
 
 
 def join(

@@ -1,12 +1,13 @@
 """Reference files as predictions without answers: our own rows, or official annotations; files.py documents them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..json_rows import Problem, Row, id_fault, read_document, seven, shown, text_fault, texts_fault
 from ..predictions import Prediction, from_row
-from .answer_rows import id_faults, is_own, object_rows, report, row_id
+from .answer_rows import id_faults, is_own, object_rows, report, row_id, scene_row
 from .detection_rows import truth_faults
 
 _ABSENT = "There is no file {}; check the path."
@@ -56,20 +57,10 @@ def _annotated(task: str, row: Row, place: str, problems: list[Problem]) -> Pred
 
 
 def _detection_truth(task: str, row: Row, place: str, problems: list[Problem]) -> Prediction | None:
-    scene_id = row.get("scene_id")
-    faults = [("scene_id", text_fault(scene_id, empty=False)), *truth_faults(row)]
-    if not report(row, place, faults, problems, record=scene_id):
+    scene = scene_row(task, row, place, truth_faults(row), problems)
+    if scene is None:
         return None
-    assert isinstance(scene_id, str)
-    return Prediction(
-        sample_id=scene_id,
-        task=task,
-        scene_id=scene_id,
-        question="",
-        text="",
-        target_boxes=[seven(box) for box in row["boxes"]],
-        meta={"classes": row["classes"]},
-    )
+    return replace(scene, target_boxes=[seven(box) for box in row["boxes"]], meta={"classes": row["classes"]})
 
 
 def _sqa3d_references(task: str, annotations: Any, path: Path, problems: list[Problem]) -> list[Prediction]:
