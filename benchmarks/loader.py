@@ -21,7 +21,7 @@ from ..datasets.rooms import generate_room
 from ..datasets.scene import Frame, Scene, floor_centre, save_scene
 from ..datasets.scene_store import SceneStore
 from ..engine.config import DataConfig, DetectConfig
-from ..engine.detect import CloudSample, CloudSampler
+from ..engine.detection_data import CloudSample, CloudSampler
 from ..utils.camera import look_at
 from ._arguments import measuring_parser, positive
 from ._loader_peer import PlainDataset, write_arrays_of

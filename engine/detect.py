@@ -7,130 +7,20 @@ where there are none) and `detection.json` (mAP and AR of that encoder).
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from ..datasets.collate import Draw, Loader
-from ..datasets.scannet import read_split
-from ..datasets.scene import Scene
-from ..datasets.scene_store import SceneStore
-from ..datasets.transforms import Augmentation, object_outlines
-from ..models.scene_encoder import DetectionTargets, PointInput, SceneEncoder, SetCriterion, build_scene_encoder
-from ..models.scene_encoder.inputs import features_of, sample_indices
+from ..models.scene_encoder import SceneEncoder, SetCriterion, build_scene_encoder
 from ..utils.metrics.detection import SceneDetections, SceneObjects, evaluate_detections, split_logits
 from .checkpoint import checkpoint_path, load_state, open_run, save_checkpoint, set_rng_state
 from .config import DetectConfig
+from .detection_data import SceneSamples
 from .optim import Optimizer
-from .runtime import Runtime, batch_indices, close_runtime, init_runtime, log, seed_everything, stream
+from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything, stream
 from .tracking import Tracker
 
-_KEPT_SCENES = 256  # prepared scenes held open (they are mapped), a file descriptor each
-_TRAIN_STREAM, _EVAL_STREAM = 21, 22  # names of random streams
-
-
-Batch = tuple[torch.Tensor, torch.Tensor, DetectionTargets]  # points [B, N, 3], features [B, N, F], targets
-
-
-class CloudSample(NamedTuple):
-    """One scene's sampled points and its objects' boxes (both in the model frame) and classes."""
-
-    inputs: PointInput
-    boxes_K7: np.ndarray
-    class_ids_K: np.ndarray
-
-
-class CloudSampler:
-    """Makes one sample of a scene; goes to the loader's workers."""
-
-    def __init__(self, config: DetectConfig, *, augment: bool):
-        self.num_points = config.data.num_points
-        self.channels = {"use_color": config.encoder.use_color, "use_height": config.encoder.use_height}
-        self.augment = augment
-        self._outlines: dict[int, list[np.ndarray | None]] = {}  # by row
-
-    def __call__(self, row: int, scene: Scene, rng: np.random.Generator) -> CloudSample:
-        kept_N = sample_indices(len(scene.points_N3), self.num_points, rng)
-        points_N3, boxes_K7 = scene.to_model(scene.points_N3.take(kept_N, axis=0)), scene.to_model(scene.boxes_K7)
-        if self.augment:
-            change = Augmentation().draw(rng)
-            if row not in self._outlines:
-                everything_N3 = scene.to_model(scene.points_N3)
-                self._outlines[row] = object_outlines(everything_N3, scene.instance_ids_N, scene.object_ids_K)
-            boxes_K7 = change.axis_aligned_boxes(boxes_K7, self._outlines[row])
-            points_N3 = change.points(points_N3)
-        inputs = features_of(points_N3, scene.colors_N3.take(kept_N, axis=0), **self.channels)
-        return CloudSample(inputs, boxes_K7, scene.class_ids_K.astype(np.int64))
-
-
-def _collate(samples: Sequence[CloudSample]) -> Batch:
-    return (
-        torch.from_numpy(np.stack([sample.inputs.points_N3 for sample in samples])),
-        torch.from_numpy(np.stack([sample.inputs.features_NF for sample in samples])),
-        DetectionTargets(
-            [torch.from_numpy(sample.boxes_K7) for sample in samples],
-            [torch.from_numpy(sample.class_ids_K) for sample in samples],
-        ),
-    )
-
-
-class SceneSamples:
-    """Prepared scenes of one split, sampled for the encoder.
-
-    Raises:
-        ValueError: no scene of the split is prepared.
-    """
-
-    def __init__(self, config: DetectConfig, split: str):
-        root = Path(config.data.root)
-        self.config = config
-        self.store = SceneStore(root / "prepared", capacity=_KEPT_SCENES)
-        wanted = read_split(root, split)
-        self._samplers = {augment: CloudSampler(config, augment=augment) for augment in (False, True)}
-        self.scene_ids = [scene_id for scene_id in wanted if scene_id in self.store]
-        if not self.scene_ids:
-            raise ValueError(
-                f"No scene of split {split} is prepared under {root}; run `python main.py prepare` first."
-            )
-        if len(self.scene_ids) < len(wanted):
-            missing = len(wanted) - len(self.scene_ids)
-            log.warning("%d of %d scenes of split %s are not prepared and left out", missing, len(wanted), split)
-
-        self.loader = Loader(self.store, self.scene_ids, self._samplers[config.augment], workers=config.data.workers)
-        self._coming: tuple[int, Iterator[list[CloudSample]]] | None = None
-
-    def __len__(self) -> int:
-        return len(self.scene_ids)
-
-    def __getitem__(self, row: int) -> Scene:
-        return self.store[self.scene_ids[row]]
-
-    def batch(self, rows: Sequence[int], streams: Sequence[np.random.Generator], *, augment: bool) -> Batch:
-        """Some rows, each sampled from its own stream."""
-        sampler = self._samplers[augment]
-        return _collate([sampler(row, self[row], rng) for row, rng in zip(rows, streams, strict=True)])
-
-    def training_batch(self, step: int, runtime: Runtime) -> Batch:
-        """This rank's part of one step's batch. Asked for step after step, workers make the next ones meanwhile.
-
-        What is sampled is a function of the seed, the step and the place in the global batch alone, so that a resumed
-        run and another number of ranks see the same.
-        """
-        run = self.config.run
-
-        def plan(step: int) -> list[Draw]:
-            rows = batch_indices(len(self), step, run.batch_size, run.seed, runtime)
-            first = runtime.rank * len(rows)
-            return [Draw(row, (run.seed, _TRAIN_STREAM, step, first + place)) for place, row in enumerate(rows)]
-
-        if self._coming is None or self._coming[0] != step:
-            self._coming = step, self.loader.batches(plan, step, run.steps)
-        samples = next(self._coming[1])
-        self._coming = step + 1, self._coming[1]
-        return _collate(samples)
+_EVAL_STREAM = 22  # name of a random stream
 
 
 @torch.no_grad()

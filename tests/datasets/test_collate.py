@@ -11,7 +11,7 @@ from threedr1.datasets.collate import Draw, Loader, epoch_draws
 from threedr1.datasets.scannet import prepare_scans
 from threedr1.datasets.scene_store import SceneStore
 from threedr1.engine.config import DataConfig, DetectConfig
-from threedr1.engine.detect import CloudSampler
+from threedr1.engine.detection_data import CloudSampler
 
 from .. import data_factory as factory
 

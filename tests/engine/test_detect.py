@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from threedr1.datasets.scene import Scene, floor_centre, save_scene
 from threedr1.engine import detect
 from threedr1.engine.config import DetectConfig, from_dict, save_config, to_dict
+from threedr1.engine.detection_data import SceneSamples
 from threedr1.engine.tracking import read_metrics
 from threedr1.models.scene_encoder import SceneEncoder
 
@@ -187,7 +188,7 @@ def test_no_steps_write_the_untrained_encoder(data_root, tmp_path):
 
 
 def test_samples_follow_their_stream_and_not_their_neighbours(data_root, tmp_path):
-    scenes = detect.SceneSamples(make_config(data_root, tmp_path / "run"), "train")
+    scenes = SceneSamples(make_config(data_root, tmp_path / "run"), "train")
     streams = [np.random.default_rng(seed) for seed in (1, 2)]
     points_BN3, features_BNF, targets = scenes.batch([0, 2], streams, augment=True)
     alone_BN3, alone_BNF, alone = scenes.batch([2], [np.random.default_rng(2)], augment=True)
