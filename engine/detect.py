@@ -43,7 +43,8 @@ def evaluate_encoder(encoder: SceneEncoder, scenes: SceneSamples, device: torch.
         ):
             probability_QC, objectness_Q = split_logits(logits_QC1.numpy())
             predictions.append(SceneDetections(boxes_Q7, probability_QC, objectness_Q, points_BN3[index].numpy()))
-            truth.append(SceneObjects(targets.boxes[index], targets.classes[index].numpy()))
+            boxes_K7, classes_K = targets.of_scene(index)
+            truth.append(SceneObjects(boxes_K7, classes_K.numpy()))
     encoder.train(was_training)
     return evaluate_detections(predictions, truth)
 

@@ -59,7 +59,7 @@ def _collate(samples: Sequence[CloudSample]) -> Batch:
     return (
         torch.from_numpy(np.stack([sample.inputs.points_N3 for sample in samples])),
         torch.from_numpy(np.stack([sample.inputs.features_NF for sample in samples])),
-        DetectionTargets(
+        DetectionTargets.of(
             [torch.from_numpy(sample.boxes_K7) for sample in samples],
             [torch.from_numpy(sample.class_ids_K) for sample in samples],
         ),

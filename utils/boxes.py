@@ -141,9 +141,12 @@ def paired_giou(boxes_N7: ArrayLike, others_N7: ArrayLike, enclosing: Enclosing 
     return _row_by_row(boxes_N7, others_N7, enclosing)
 
 
-def paired_giou_axis_aligned(boxes_N7: ArrayLike, others_N7: ArrayLike) -> Tensor:
-    """Generalised IoU [N] of row i with row i, headings ignored: differentiable and cheap, for losses."""
-    return _row_by_row(_read(boxes_N7)[:, :6], _read(others_N7)[:, :6], "aabb")
+def giou_axis_aligned(boxes: Tensor, others: Tensor) -> Tensor:
+    """Generalised IoU of boxes [..., 6 or 7], headings ignored; axes broadcast. Cheap, for losses and costs."""
+    axes = max(boxes.dim(), others.dim())
+    boxes, others = (side[(None,) * (axes - side.dim())] for side in (boxes, others))
+    first_6, second_6 = (side[..., :6].movedim(-1, 0).contiguous() for side in (boxes, others))
+    return _score(first_6, second_6, _intersection(first_6, second_6), "aabb")
 
 
 def nms_3d(

@@ -1,10 +1,11 @@
 """The scene encoder and what belongs to it: criterion, proposals, inputs."""
 
 from .build import build_scene_encoder
-from .criterion import DetectionTargets, LossWeights, SetCriterion
+from .criterion import LossWeights, SetCriterion
 from .encoder import LayerPrediction, SceneEncoder, SceneEncoding
 from .inputs import PointInput, feature_dim, point_features
 from .proposals import Proposals, select_proposals
+from .targets import DetectionTargets
 
 __all__ = [
     "DetectionTargets",

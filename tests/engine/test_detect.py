@@ -194,11 +194,11 @@ def test_samples_follow_their_stream_and_not_their_neighbours(data_root, tmp_pat
     alone_BN3, alone_BNF, alone = scenes.batch([2], [np.random.default_rng(2)], augment=True)
     assert points_BN3.shape == (2, 512, 3) and features_BNF.shape == (2, 512, 4)
     assert torch.equal(points_BN3[1:], alone_BN3) and torch.equal(features_BNF[1:], alone_BNF)
-    assert torch.equal(targets.boxes[1], alone.boxes[0])
-    assert targets.classes[0].tolist() == [2, 4, 7]
+    assert torch.equal(targets.of_scene(1)[0], alone.of_scene(0)[0])
+    assert targets.of_scene(0)[1].tolist() == [2, 4, 7]
     plain_BN3, _, plain = scenes.batch([2], [np.random.default_rng(2)], augment=False)
     assert not torch.equal(plain_BN3, alone_BN3)
-    assert plain.boxes[0][:, 2].min() > 0, "boxes stand on the floor of the model frame"
+    assert plain.of_scene(0)[0][:, 2].min() > 0, "boxes stand on the floor of the model frame"
 
 
 def test_missing_data_and_settings_that_do_not_fit_are_explained(data_root, tmp_path):

@@ -13,7 +13,6 @@ from threedr1.engine.config import EncoderConfig, PointTransformerConfig, from_d
 from threedr1.models.scene_encoder import (
     DetectionTargets,
     LayerPrediction,
-    LossWeights,
     SceneEncoder,
     SceneEncoding,
     SetCriterion,
@@ -23,10 +22,8 @@ from threedr1.models.scene_encoder import (
     select_proposals,
 )
 from threedr1.models.scene_encoder.backbone import point_transformer_options, scattered_cells
-from threedr1.models.scene_encoder.criterion import box_losses, owner_centres
 from threedr1.models.scene_encoder.inputs import estimate_normals
 from threedr1.models.scene_encoder.layers import Attention, BallFeatures, EncoderLayer
-from threedr1.models.scene_encoder.matcher import assign, match_cost
 from threedr1.models.voxels import Voxels, pack
 from threedr1.third_party.pointnet2 import ball_query, group_points
 
@@ -67,7 +64,7 @@ def random_batch(num_scenes: int = 2, num_points: int = 256) -> tuple[torch.Tens
     generator = torch.Generator().manual_seed(1)
     points_BN3 = torch.rand(num_scenes, num_points, 3, generator=generator) * torch.tensor([4.0, 3.0, 2.0])
     boxes = torch.tensor([[1.0, 1.0, 0.5, 1.0, 0.8, 1.0, 0.0], [3.0, 2.0, 1.0, 0.5, 1.5, 2.0, 0.0]])
-    targets = DetectionTargets([boxes] * num_scenes, [torch.tensor([2, 7])] * num_scenes)
+    targets = DetectionTargets.of([boxes] * num_scenes, [torch.tensor([2, 7])] * num_scenes)
     return points_BN3, torch.rand(num_scenes, num_points, 4, generator=generator), targets
 
 
@@ -247,59 +244,6 @@ def test_wrong_sizes_are_explained(backbone):
         Attention(10, 3, 0.0)
 
 
-def test_match_cost_and_assignment_by_hand():
-    boxes_Q7 = torch.tensor([[0.0, 0, 0, 1, 1, 1, 0], [2.0, 0, 0, 1, 1, 1, 0], [9.0, 0, 0, 1, 1, 1, 0]])
-    target_K7 = torch.tensor([[2.0, 0, 0, 1, 1, 1, 0], [0.5, 0, 0, 1, 1, 1, 0]])
-    logits_QC1 = torch.zeros(3, 4)  # every probability is 1/4
-    cost_QK = match_cost(logits_QC1, boxes_Q7, target_K7, torch.tensor([0, 2]))
-    # query 0, object 1: centre 0.5 m, IoU 0.5 / 1.5, no gap in the enclosing box
-    assert cost_QK[0, 1].item() == pytest.approx(0.5 - 0.25 - 2 / 3)
-    # query 1, object 0: the same box
-    assert cost_QK[1, 0].item() == pytest.approx(0.0 - 0.25 - 2.0)
-    # query 0, object 0: 2 m apart, IoU 0, the enclosing box of 3 m is a third empty
-    assert cost_QK[0, 0].item() == pytest.approx(2.0 - 0.25 + 2 / 3)
-    query_R, object_R = assign(cost_QK)
-    assert list(zip(query_R.tolist(), object_R.tolist(), strict=True)) == [(0, 1), (1, 0)]
-    with pytest.raises(FloatingPointError, match="diverged"):
-        assign(torch.full((1, 1), float("nan")))
-    assert assign(torch.zeros(3, 0))[0].numel() == 0
-
-
-def test_box_losses_by_hand():
-    predicted_R7 = torch.tensor([[0.0, 0, 0, 2, 1, 1, 0], [5.0, 5, 5, 1, 1, 1, 0]])
-    truth_R7 = torch.tensor([[0.5, 0, 0, 1, 1, 1, 0], [5.0, 5, 5, 1, 1, 1, math.pi / 4]])
-    losses = box_losses(predicted_R7, truth_R7, torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
-    assert losses["centre"].item() == pytest.approx(0.25)
-    assert losses["size"].item() == pytest.approx(math.log(2) / 2)
-    assert losses["giou"].item() == pytest.approx((0.5 + 0.0) / 2)  # IoU 1 / 2 inside its own enclosing box
-    assert losses["heading"].item() == pytest.approx(2.0 / 2)  # (cos, sin) of 90 degrees against (1, 0)
-
-
-def test_classification_loss_by_hand_and_without_objects():
-    boxes_Q7 = torch.tensor([[0.0, 0, 0, 1, 1, 1, 0], [9.0, 0, 0, 1, 1, 1, 0]])
-    logits_QC1 = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    criterion = SetCriterion(2, LossWeights(no_object=0.1))
-    prediction = LayerPrediction(logits_QC1[None], boxes_Q7[None])
-    losses = criterion.layer_losses(prediction, DetectionTargets([boxes_Q7[:1]], [torch.tensor([0])]))
-    first, second = math.log(math.e**2 + 2) - 2, math.log(2 + math.e) - 1
-    assert losses["classification"].item() == pytest.approx((first + 0.1 * second) / 1.1, rel=1e-5)
-    empty = DetectionTargets([torch.zeros(0, 7)], [torch.zeros(0, dtype=torch.int64)])
-    losses = criterion.layer_losses(prediction, empty)
-    assert losses["centre"].item() == 0.0 and losses["giou"].item() == 0.0
-    background = math.log(math.e**2 + 2)
-    assert losses["classification"].item() == pytest.approx(0.1 * (background + second) / 1.0, rel=1e-5)
-
-
-def test_points_belong_to_the_smallest_box_around_them():
-    boxes_K7 = torch.tensor([[0.0, 0, 0, 4, 4, 4, 0], [1.0, 0, 0, 1, 1, 1, 0], [10.0, 0, 0, 4, 1, 1, math.pi / 2]])
-    points_P3 = torch.tensor([[1.2, 0.0, 0.0], [-1.0, 0, 0], [7.0, 0, 0], [10.0, 1.8, 0.0], [11.8, 0.0, 0.0]])
-    centres_P3, inside_P = owner_centres(points_P3, boxes_K7)
-    assert inside_P.tolist() == [True, True, False, True, False]
-    assert centres_P3[:2, 0].tolist() == [1.0, 0.0]
-    assert centres_P3[3, 0].item() == 10.0
-    assert not owner_centres(points_P3, torch.zeros(0, 7))[1].any()
-
-
 def test_proposals_are_suppressed_ordered_and_padded():
     boxes_Q7 = torch.tensor(
         [
@@ -463,7 +407,7 @@ def test_a_tiny_encoder_learns_three_boxes(backbone):
     floor_N3 = np.c_[rng.uniform(-2, 2, (600, 2)), np.zeros(600)]
     points_BN3 = torch.from_numpy(np.concatenate([*objects, floor_N3]).astype(np.float32))[None]
     features_BNF = points_BN3[..., 2:]
-    targets = DetectionTargets([torch.from_numpy(boxes_K7.astype(np.float32))], [torch.tensor([4, 1, 9])])
+    targets = DetectionTargets.of([torch.from_numpy(boxes_K7.astype(np.float32))], [torch.tensor([4, 1, 9])])
     encoder = tiny_encoder(feature_dim=1, num_tokens=64, **backbone)
     criterion, adam = SetCriterion(18), torch.optim.Adam(encoder.parameters(), 3e-3)
     for _ in range(300):
@@ -473,7 +417,7 @@ def test_a_tiny_encoder_learns_three_boxes(backbone):
     from threedr1.utils.boxes import box3d_iou
 
     found = select_proposals(encoder.eval()(points_BN3, features_BNF), 3)
-    iou_KK = box3d_iou(found.boxes_BK7[0].detach(), targets.boxes[0])
+    iou_KK = box3d_iou(found.boxes_BK7[0].detach(), targets.of_scene(0)[0])
     best_K = iou_KK.argmax(0)
     assert (iou_KK.amax(0) > 0.5).all()
     assert found.classes_BK[0, best_K].tolist() == [4, 1, 9]
