@@ -12,13 +12,12 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import yaml
 
-from ..models.scene_vlm import SceneVLM
 from ..utils.files import read_text
 from .config import PointTransformerConfig, save_config, to_dict
 from .optim import Optimizer
@@ -110,11 +109,17 @@ def remove_leftovers(run_dir: str | Path) -> None:
             shutil.rmtree(entry)
 
 
+class Saved(Protocol):
+    """A model that writes itself into a folder."""
+
+    def save_pretrained(self, folder: Path, /) -> None: ...
+
+
 def save_run(
     runtime: Runtime,
     config: Any,
     step: int,
-    model: SceneVLM,
+    model: Saved,
     optimizer: Optimizer,
     extra: dict[str, Any] | None = None,
 ) -> Path:
@@ -131,14 +136,16 @@ def save_run(
     return checkpoint_path(run.dir, step)
 
 
-def restore_run(checkpoint: Path | None, optimizer: Optimizer, data: str) -> int:
-    """Restore optimizer and RNG; returns the number of finished steps, 0 for a fresh run.
+def restore_run(checkpoint: Path | None, optimizer: Optimizer, data: str) -> dict[str, Any]:
+    """Restore optimizer and RNG; returns the saved state: `step`, the number of finished steps, and what `extra` held.
+
+    A fresh run has made 0 steps.
 
     Args:
         data: fingerprint of the training samples; ValueError where it is another than at the start.
     """
     if checkpoint is None:
-        return 0
+        return {"step": 0}
     state = load_state(checkpoint)
     if state["data"] != data:
         raise ValueError(
@@ -147,7 +154,7 @@ def restore_run(checkpoint: Path | None, optimizer: Optimizer, data: str) -> int
     optimizer.load_state_dict(state["optimizer"])
     set_rng_state(state["rng"])
     log.info("resumed from %s", checkpoint)
-    return state["step"]
+    return state
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:

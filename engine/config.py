@@ -189,6 +189,15 @@ class DetectConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=7e-4))
     augment: bool = True
+    precision: str = "float32"  # of the encoder's matrix products: float32, bfloat16
+    ema_decay: float = 0.0  # of the averaged weights that are evaluated and kept; 0: the weights themselves
+    queries_per_object: int = 1  # that learn an object in the layers before the last
+
+    def __post_init__(self):
+        _one_of(self, precision=("float32", "bfloat16"))
+        _at_least(self, queries_per_object=1)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1.")
 
 
 @dataclass(frozen=True)

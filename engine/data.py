@@ -153,6 +153,6 @@ def _nothing(config: DataConfig, datasets: Sequence[str], split: str, left_out: 
     )
 
 
-def fingerprint(samples: Sequence[Sample]) -> str:
+def fingerprint(names: Sequence[str]) -> str:
     """Hash of which samples there are and in which order: a resumed run must go on with the same."""
-    return hashlib.sha256("\n".join(sample.sample_id for sample in samples).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

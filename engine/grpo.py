@@ -288,9 +288,9 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
     rewards = build_reward_set(config.reward, runtime)
     seed_everything(run.seed)
     model, initial = load_policy(config, last, runtime)
-    extra = {"init": str(initial.resolve()), "data": fingerprint(samples)}
+    extra = {"init": str(initial.resolve()), "data": fingerprint([sample.sample_id for sample in samples])}
     optimizer = Optimizer(model.trainable_parameters(), config.optim, run.steps, runtime)
-    first_step = restore_run(last, optimizer, extra["data"])
+    first_step = restore_run(last, optimizer, extra["data"])["step"]
     observations = ObservationCache(store, model, seed=run.seed, capacity=config.data.cached_scenes)
     group_size = config.rollout.group_size
     completions_path = Path(run.dir) / "completions.jsonl"

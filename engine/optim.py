@@ -130,3 +130,13 @@ class Optimizer:
             for master, saved in zip(self.masters, state["masters"], strict=True):
                 if saved is not None:
                     master.copy_(saved)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average of a model's parameters after a step, in place.
+
+    The decay grows to `decay` over the first steps, as (1 + step) / (10 + step), so that the start is soon forgotten.
+    """
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)

@@ -105,8 +105,8 @@ def train(config: SftConfig, resume: bool = False) -> Path:
     seed_everything(run.seed)
     model = load_model(config, last, runtime)
     optimizer = Optimizer(model.trainable_parameters(), config.optim, run.steps, runtime)
-    extra = {"data": fingerprint(samples)}
-    first_step = restore_run(last, optimizer, extra["data"])
+    extra = {"data": fingerprint([sample.sample_id for sample in samples])}
+    first_step = restore_run(last, optimizer, extra["data"])["step"]
     num_trained = sum(parameter.numel() for parameter in model.trainable_parameters().values())
     log.info("%d samples of %s, %.2f M trained parameters", len(samples), config.data.datasets, num_trained / 1e6)
     observations = ObservationCache(store, model, seed=run.seed, capacity=config.data.cached_scenes)

@@ -86,6 +86,11 @@ class Tracker:
         for sink in self.sinks:
             sink.close()
 
+    @property
+    def seconds(self) -> float:
+        """Since this tracker was made."""
+        return time.perf_counter() - self.started
+
     def advance(self, **shown: float) -> None:
         """One step done; `shown` stands beside the bar."""
         if shown:
@@ -96,7 +101,7 @@ class Tracker:
         """Append one row to metrics.jsonl. Non-finite values are written as null, which JSON has."""
         if not self.enabled:
             return
-        row = {"step": step, "seconds": round(time.perf_counter() - self.started, 3)}
+        row = {"step": step, "seconds": round(self.seconds, 3)}
         row |= {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")

@@ -254,17 +254,20 @@ class SceneEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "SceneEncoder":
-        """The encoder that `save_pretrained` wrote: its folder, or one that holds it as `model/`, as a run's does.
+        """The encoder that `save_pretrained` wrote: its folder, or that of the run or checkpoint that holds it.
 
         ValueError: missing, broken, or of another size than config.json says.
         """
         folder = Path(folder)
-        if not (folder / CONFIG_NAME).exists() and (folder / "model" / CONFIG_NAME).exists():
-            folder = folder / "model"
+        inside = [folder / name for name in ("", "best", "model") if (folder / name / CONFIG_NAME).exists()]
+        folder = inside[0] if inside else folder
         try:
             config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ValueError(f"There is no scene encoder at {folder}; run `python main.py detect` first.") from None
+            raise ValueError(
+                f"There is no scene encoder at {folder}; train one with `bash script/pretrain.detector.sh`, or name "
+                "another folder."
+            ) from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{folder / CONFIG_NAME} is not JSON ({error.msg}); write the model again.") from None
         unknown = set(config) - set(inspect.signature(cls).parameters)
@@ -280,7 +283,7 @@ class SceneEncoder(nn.Module):
         try:
             state = load_file(path)
         except FileNotFoundError:
-            raise ValueError(f"There are no scene encoder weights at {path}; run `python main.py detect`.") from None
+            raise ValueError(f"There are no scene encoder weights at {path}; copy the whole folder again.") from None
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or no safetensors file ({error}); copy it again.") from None
         check_fit(self, state, path)

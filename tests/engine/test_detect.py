@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from threedr1.datasets.scene import Scene, floor_centre, save_scene
 from threedr1.engine import detect
+from threedr1.engine.checkpoint import list_checkpoints
 from threedr1.engine.config import DetectConfig, from_dict, save_config, to_dict
 from threedr1.engine.detection_data import SceneSamples
 from threedr1.engine.tracking import read_metrics
@@ -116,8 +117,9 @@ def assert_same_weights(first: Path, second: Path) -> None:
 @both_backbones
 def test_a_killed_and_resumed_run_equals_one_that_was_not(data_root, tmp_path, monkeypatch, backbone):
     whole = make_config(data_root, tmp_path / "whole", backbone, eval_every=3)
+    whole = dataclasses.replace(whole, ema_decay=0.9, precision="bfloat16", queries_per_object=2)
     folder = detect.train(whole)
-    assert folder == tmp_path / "whole" / "model"
+    assert folder == tmp_path / "whole" / "best"
     assert SceneEncoder.from_pretrained(tmp_path / "whole").config["width"] == 32
     scores = json.loads((tmp_path / "whole" / "detection.json").read_text())
     assert scores["scenes"] == 2 and 0 <= scores["0.25"]["mAP"] <= 1
@@ -128,10 +130,10 @@ def test_a_killed_and_resumed_run_equals_one_that_was_not(data_root, tmp_path, m
     broken = dataclasses.replace(whole, run=dataclasses.replace(whole.run, dir=str(tmp_path / "broken")))
     real_step = detect.train_step
 
-    def killed_at_step_4(encoder, criterion, scenes, step, runtime):
+    def killed_at_step_4(encoder, criterion, scenes, step, *more):
         if step == 4:
             raise KeyboardInterrupt
-        return real_step(encoder, criterion, scenes, step, runtime)
+        return real_step(encoder, criterion, scenes, step, *more)
 
     monkeypatch.setattr(detect, "train_step", killed_at_step_4)
     with pytest.raises(KeyboardInterrupt):
@@ -143,7 +145,7 @@ def test_a_killed_and_resumed_run_equals_one_that_was_not(data_root, tmp_path, m
     assert without_time(tmp_path / "broken") == rows
     last = Path("checkpoints") / "step-000006" / "model"
     assert_same_weights(tmp_path / "whole" / last, tmp_path / "broken" / last)
-    assert_same_weights(tmp_path / "whole" / "model", tmp_path / "broken" / "model")
+    assert_same_weights(tmp_path / "whole" / "best", tmp_path / "broken" / "best")
 
 
 def test_workers_change_nothing(data_root, tmp_path):
@@ -153,20 +155,48 @@ def test_workers_change_nothing(data_root, tmp_path):
     detect.train(alone)
     detect.train(pair)
     assert without_time(tmp_path / "pair") == without_time(tmp_path / "alone")
-    assert_same_weights(tmp_path / "alone" / "model", tmp_path / "pair" / "model")
+    assert_same_weights(tmp_path / "alone" / "best", tmp_path / "pair" / "best")
 
 
 def test_the_best_encoder_is_kept_and_not_the_last(data_root, tmp_path, monkeypatch):
-    values = iter([0.4, 0.1])
+    values = iter([(0.3, 0.2), (0.4, 0.1)])  # the best at IoU 0.5 counts
 
-    def scores(encoder, scenes, device):
-        entry = {"mAP": next(values), "AR": 0.0}
-        return {"0.25": entry, "0.5": entry}
+    def scores(*_):
+        entries = [{"mAP": value, "AR": 0.0} for value in next(values)]
+        return dict(zip(("0.25", "0.5"), entries, strict=True))
 
     monkeypatch.setattr(detect, "evaluate_encoder", scores)
     folder = detect.train(make_config(data_root, tmp_path / "run", eval_every=3))
     assert_same_weights(folder, tmp_path / "run" / "checkpoints" / "step-000003" / "model")
     assert json.loads((tmp_path / "run" / "detection.json").read_text())["step"] == 3
+
+
+def test_the_averaged_weights_are_evaluated_and_kept(data_root, tmp_path):
+    """Recomputed from the weights of every step."""
+    config = make_config(data_root, tmp_path / "run", steps=3, save_every=1, keep_checkpoints=0)
+    config = dataclasses.replace(config, ema_decay=0.2)
+    start = make_config(data_root, tmp_path / "start", steps=0)
+    weights = [load_file(detect.train(start) / "model.safetensors")]
+    folder = detect.train(config)
+    for checkpoint in list_checkpoints(tmp_path / "run"):
+        weights.append(load_file(checkpoint / "model" / "model.safetensors"))
+    assert len(weights) == 4
+    kept = load_file(folder / "model.safetensors")
+    for name, value in kept.items():
+        expected = weights[0][name]
+        for step, now in enumerate(weights[1:]):
+            decay = min(0.2, (1 + step) / (10 + step))
+            expected = decay * expected + (1 - decay) * now[name]
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6, msg=name)
+    assert not torch.equal(kept["class_head.0.weight"], weights[3]["class_head.0.weight"])
+
+
+def test_a_resumed_run_wants_the_same_scenes(data_root, tmp_path):
+    config = make_config(data_root, tmp_path / "run", steps=2, save_every=1)
+    detect.train(config)
+    (data_root / "scannetv2_train.txt").write_text("scene0000_00\nscene0002_00\n")
+    with pytest.raises(ValueError, match="training data has changed"):
+        detect.train(config, resume=True)
 
 
 def test_runs_from_before_the_choice_of_a_backbone_go_on(data_root, tmp_path):
@@ -176,7 +206,7 @@ def test_runs_from_before_the_choice_of_a_backbone_go_on(data_root, tmp_path):
     old = to_dict(config)
     del old["encoder"]["backbone"], old["encoder"]["ptv3"]
     saved.write_text(yaml.safe_dump(old))
-    assert detect.train(config, resume=True) == tmp_path / "run" / "model"
+    assert detect.train(config, resume=True) == tmp_path / "run" / "best"
     other = make_config(data_root, tmp_path / "run", PTV3, steps=1)
     with pytest.raises(ValueError, match="encoder.backbone: pointnet2 -> ptv3"):
         detect.train(other, resume=True)

@@ -243,7 +243,7 @@ def test_detect_killed_several_times(rooms_root, tmp_path):
         arguments = command("detect", config, tmp_path, "--resume")
         assert run_with_kills(arguments, tmp_path / name, kills=kills, steps=30, seed=3) >= kills - 1
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
-    best = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("killed", "whole")]
+    best = [load_file(tmp_path / name / "best" / "model.safetensors") for name in ("killed", "whole")]
     assert best[0].keys() == best[1].keys() and all(torch.equal(best[0][key], best[1][key]) for key in best[0])
     kept = [(tmp_path / name / "detection.json").read_text() for name in ("killed", "whole")]
     assert kept[0] == kept[1]

@@ -287,7 +287,8 @@ def test_saved_encoder_is_the_same(tmp_path, backbone):
     encoder.save_pretrained(tmp_path / "model")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     points_BN3, features_BNF, _ = random_batch()
-    for folder in (tmp_path / "model", tmp_path):  # also by the folder of a run
+    encoder.save_pretrained(tmp_path / "run" / "best")
+    for folder in (tmp_path / "model", tmp_path, tmp_path / "run"):  # also by the folder of a checkpoint or a run
         loaded = SceneEncoder.from_pretrained(folder).eval()
         assert torch.equal(loaded(points_BN3, features_BNF).boxes_BQ7, encoder(points_BN3, features_BNF).boxes_BQ7)
 
