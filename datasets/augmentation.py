@@ -6,19 +6,21 @@ take arrays in any one frame that is z up.
 Shapes: N points, K objects with a box, M of them that stay, P points that stay.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import ndtri
 
 from .labelled_cloud import GREY
 from .scene import Scene
 from .transforms import Augmentation, Transform
 
-_ASPECT, _TRIES = 0.8, 20  # 3DETR takes the same limit, and 100 tries
+_ASPECT, _TRIES = 0.8, 50  # 3DETR takes the same limit, and 100 tries
 _FEWEST_POINTS = 20  # an object that is cut and has fewer left is no target: its extents would be chance
-_LARGEST_JITTER = 3.0  # standard deviations
+_LARGEST_NOISE = 3.0  # standard deviations
 
 
 def random_cuboids(
@@ -45,7 +47,9 @@ def random_cuboids(
         inside_N = np.ones(len(points_N3), bool)
         for column_N, middle, half in zip(columns_3N, center_3, (half_3 * share_3).astype(np.float32), strict=True):
             inside_N &= np.abs(column_N - middle) <= half
-        if np.count_nonzero(inside_N) >= min_points:
+            if np.count_nonzero(inside_N) < min_points:
+                break
+        else:
             yield inside_N
 
 
@@ -70,41 +74,43 @@ def cut_objects(
 
     An object stays where at least `min_share` of its own points do, and 20 of them unless it is whole. 3DETR asks
     instead whether the box's centre is inside, and keeps the whole box: a target then reaches into space that the
-    model cannot see, and a sofa in an L, whose centre is empty, is lost or kept by chance. So the box is fitted to what
-    remains: a side moves to the outermost point left where the object's outermost point is gone, and else stays. An
-    object with no point in the cloud is no target either: nothing says whether it is inside.
+    model cannot see, and a sofa in an L, whose centre is empty, is lost or kept by chance. So the box is fitted to
+    what remains: a side moves to the outermost point left where the object's outermost point is gone, and else stays.
+    An object with no point in the cloud is no target either: nothing says whether it is inside.
     """
     slots = int(max(instance_ids_N.max(initial=-1), object_ids_K.max(initial=-1))) + 2  # slot 0: points of no object
     slots_N = instance_ids_N.astype(np.intp) + 1
     slots_K = object_ids_K.astype(np.intp) + 1
-    total_K = np.bincount(slots_N, minlength=slots)[slots_K]
-    left_K = np.bincount(slots_N[kept_N], minlength=slots)[slots_K]
-    whole_K = (left_K == total_K) & (total_K > 0)
-    cut_K = ~whole_K & (left_K >= np.maximum(min_share * total_K, _FEWEST_POINTS))
+    gone_K, left_K = np.bincount(2 * slots_N + kept_N, minlength=2 * slots).reshape(slots, 2)[slots_K].T
+    whole_K = (gone_K == 0) & (left_K > 0)
+    cut_K = ~whole_K & (left_K >= np.maximum(min_share * (gone_K + left_K), _FEWEST_POINTS))
     of_cut = np.zeros(slots, bool)
     of_cut[slots_K[cut_K]] = True
-    own_P = np.flatnonzero(of_cut[slots_N])
-    own_P3, own_slots_P, own_kept_P = points_N3[own_P], slots_N[own_P], kept_N[own_P]
+    own_P = np.flatnonzero(of_cut.take(slots_N))
+    own_P3, own_slots_P, own_kept_P = points_N3.take(own_P, axis=0), slots_N.take(own_P), kept_N.take(own_P)
     rows_M = np.flatnonzero(whole_K | cut_K)
     boxes_M7 = np.array(boxes_K7[rows_M], np.float32).reshape(-1, 7)
-    points: list[np.ndarray | None] = []
-    for row, box_7 in zip(rows_M, boxes_M7, strict=True):
-        if whole_K[row]:
-            points.append(None)
-            continue
-        mine_P = own_slots_P == slots_K[row]
-        points.append(own_P3[mine_P & own_kept_P])
-        _fit_cut_box(box_7, own_P3[mine_P], points[-1])
+    points: list[np.ndarray | None] = [None] * len(rows_M)
+    for place in np.flatnonzero(cut_K[rows_M]):
+        mine_P = own_slots_P == slots_K[rows_M[place]]
+        left_P3 = own_P3[mine_P & own_kept_P]
+        _fit_cut_box(boxes_M7[place], own_P3[mine_P], left_P3)
+        points[place] = left_P3
     return CutObjects(rows_M, boxes_M7, points)
 
 
 def _fit_cut_box(box_7: np.ndarray, all_P3: np.ndarray, left_P3: np.ndarray) -> None:
     """Move the sides of one box in place where the object's outermost point is gone."""
     low_3, high_3 = box_7[:3] - box_7[3:6] / 2, box_7[:3] + box_7[3:6] / 2
-    low_left_3, high_left_3 = left_P3.min(0), left_P3.max(0)
-    low_3 = np.where(low_left_3 > all_P3.min(0), low_left_3, low_3)
-    high_3 = np.where(high_left_3 < all_P3.max(0), high_left_3, high_3)
+    (low_all_3, high_all_3), (low_left_3, high_left_3) = _extent(all_P3), _extent(left_P3)
+    low_3 = np.where(low_left_3 > low_all_3, low_left_3, low_3)
+    high_3 = np.where(high_left_3 < high_all_3, high_left_3, high_3)
     box_7[:3], box_7[3:6] = (low_3 + high_3) / 2, high_3 - low_3
+
+
+def _extent(points_P3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    columns_3P = np.ascontiguousarray(points_P3.T)  # NumPy is many times faster along the last axis
+    return columns_3P.min(1), columns_3P.max(1)
 
 
 def drop_objects(
@@ -149,23 +155,32 @@ def change_colors(
     mean = float(colors_N3.mean()) if colors_N3.size else 0.0
     changed_N3 = colors_N3 * np.float32(1 + contrast) + np.float32(brightness - mean * contrast)
     if noise:
-        changed_N3 += np.float32(noise) * rng.standard_normal(changed_N3.shape, np.float32)
+        changed_N3 += _gaussian(changed_N3.shape, noise, rng)
     return np.clip(changed_N3, 0, 1, out=changed_N3)
 
 
 def jitter_points(points_N3: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
     """Points moved by Gaussian noise of this standard deviation (metres), at most 3 times it along an axis."""
-    noise_N3 = rng.standard_normal(points_N3.shape, np.float32)
-    np.clip(noise_N3, -_LARGEST_JITTER, _LARGEST_JITTER, out=noise_N3)
-    noise_N3 *= np.float32(deviation)
-    noise_N3 += points_N3
-    return noise_N3
+    return points_N3 + _gaussian(points_N3.shape, deviation, rng)
+
+
+def _gaussian(shape: tuple[int, ...], deviation: float, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian noise cut off at 3 standard deviations, float32: five times as fast as `standard_normal`."""
+    table = _quantiles() * np.float32(deviation)
+    return table.take(rng.integers(len(table), size=shape, dtype=np.uint16))
+
+
+@functools.cache
+def _quantiles() -> np.ndarray:
+    """Middles of 65536 slices, equally probable, of the standard normal distribution, those beyond 3 set to 3."""
+    quantiles = ndtri((np.arange(1 << 16) + 0.5) / (1 << 16))
+    return np.clip(quantiles, -_LARGEST_NOISE, _LARGEST_NOISE).astype(np.float32)
 
 
 class ScenePart(NamedTuple):
     """What a sample is taken from; boxes and outlines in the model frame."""
 
-    kept_P: np.ndarray  # indices of the scene's points
+    kept_P: np.ndarray | None  # indices of the scene's points, None for all
     rows_M: np.ndarray  # rows of the scene's objects
     boxes_M7: np.ndarray
     outlines: list[np.ndarray | None]  # M, as transforms.object_outlines
@@ -182,7 +197,7 @@ class SceneAugmentation:
     motion: Augmentation = Augmentation()
     cuboid: float = 0.0  # probability
     cuboid_min_share: float = 0.5  # of the scene's extents
-    cuboid_min_points: float = 0.2  # of the scene's points
+    cuboid_min_points: float = 0.3  # of the scene's points
     object_dropout: float = 0.0
     jitter: float = 0.0  # metres
     color_change: float = 0.0
@@ -195,20 +210,22 @@ class SceneAugmentation:
         The model frame stays the whole scene's: a part lies somewhere in it, on its floor.
         """
         drop_rng, cuboid_rng = rng.spawn(2)
-        kept_P, rows_M, boxes_M7 = np.arange(len(scene.points_N3)), np.arange(len(scene.boxes_K7)), scene.boxes_K7
+        points_P3, ids_P, kept_P = scene.points_N3, scene.instance_ids_N, None
+        rows_M, boxes_M7 = np.arange(len(scene.boxes_K7)), scene.boxes_K7
         if self.object_dropout:
-            kept_N, stays_K = drop_objects(scene.instance_ids_N, scene.object_ids_K, self.object_dropout, drop_rng)
+            kept_N, stays_K = drop_objects(ids_P, scene.object_ids_K, self.object_dropout, drop_rng)
             kept_P, rows_M, boxes_M7 = np.flatnonzero(kept_N), np.flatnonzero(stays_K), boxes_M7[stays_K]
-        outlines = [outlines[row] for row in rows_M]
+            points_P3, ids_P = points_P3.take(kept_P, axis=0), ids_P.take(kept_P)
+        outlines = [outlines[row] for row in rows_M.tolist()]
         if cuboid_rng.random() < self.cuboid:
-            points_P3, ids_P = scene.points_N3.take(kept_P, axis=0), scene.instance_ids_N.take(kept_P)
             found = self._cut(points_P3, ids_P, scene.object_ids_K[rows_M], boxes_M7, cuboid_rng)
             if found is not None:
                 inside_P, left = found
-                kept_P, rows_M, boxes_M7 = kept_P[inside_P], rows_M[left.rows_M], left.boxes_M7
+                kept_P = np.flatnonzero(inside_P) if kept_P is None else kept_P[inside_P]
+                rows_M, boxes_M7 = rows_M[left.rows_M], left.boxes_M7
                 outlines = [
                     outlines[row] if own_P3 is None else scene.to_model(own_P3)[:, :2].astype(np.float64)
-                    for row, own_P3 in zip(left.rows_M, left.points, strict=True)
+                    for row, own_P3 in zip(left.rows_M.tolist(), left.points, strict=True)
                 ]
         return ScenePart(kept_P, rows_M, scene.to_model(boxes_M7), outlines)
 
@@ -245,6 +262,7 @@ class SceneAugmentation:
         (color_rng,) = rng.spawn(1)
         if not (self.color_change or self.color_noise or self.color_drop):
             return colors_N3
+        colors_N3 = np.ascontiguousarray(colors_N3)
         return change_colors(
             colors_N3, color_rng, change=self.color_change, noise=self.color_noise, drop=self.color_drop
         )

@@ -195,7 +195,7 @@ class AugmentConfig:
     scale_high: float = 1.1
     cuboid: float = 0.0  # probability that a scene is cut to a random box
     cuboid_min_share: float = 0.5  # its sides, of the scene's extents
-    cuboid_min_points: float = 0.2  # in it, of the scene's points
+    cuboid_min_points: float = 0.3  # in it, of the scene's points; where no box has them the scene stays whole
     color: float = 0.0  # most that brightness and contrast change, of the full range: 0.2
     color_noise: float = 0.0  # standard deviation, every channel of every point: 0.02
     color_drop: float = 0.0  # probability that a scene is grey throughout
@@ -479,9 +479,10 @@ def _paths(cls: type, prefix: str) -> list[str]:
 
 def _convert(kind: Any, value: Any, key: str, base: Any = None) -> Any:
     if dataclasses.is_dataclass(kind):
+        values: Any = value
         if isinstance(value, bool) and "enabled" in typing.get_type_hints(kind):
-            value = {"enabled": value}
-        return from_dict(typing.cast(type, kind), value, key + ".", base)
+            values = {"enabled": value}
+        return from_dict(typing.cast(type, kind), values, key + ".", base)
     origin = typing.get_origin(kind)
     if origin is tuple:
         if isinstance(value, str):

@@ -92,7 +92,10 @@ class CloudSampler:
             everything_N3 = scene.to_model(scene.points_N3)
             self._outlines[row] = object_outlines(everything_N3, scene.instance_ids_N, scene.object_ids_K)
         part = self.augmentation.part(scene, self._outlines[row], rng)
-        kept_N = part.kept_P.take(sample_indices(len(part.kept_P), self.num_points, rng))
+        available = len(scene.points_N3) if part.kept_P is None else len(part.kept_P)
+        kept_N = sample_indices(available, self.num_points, rng)
+        if part.kept_P is not None:
+            kept_N = part.kept_P.take(kept_N)
         points_N3 = scene.to_model(scene.points_N3.take(kept_N, axis=0))
         points_N3, boxes_K7, _ = self.augmentation.moved(points_N3, part, rng)
         return _Placed(kept_N, points_N3, boxes_K7, part.rows_M)
