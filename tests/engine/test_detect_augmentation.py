@@ -196,5 +196,7 @@ def test_a_resumed_run_with_everything_on_equals_one_that_was_not(tmp_path, monk
 def assert_same(batch, other) -> None:
     for one, two in zip(batch[:2], other[:2], strict=True):
         assert detect.torch.equal(one, two)
-    for one, two in zip([*batch[2].boxes, *batch[2].classes], [*other[2].boxes, *other[2].classes], strict=True):
-        assert detect.torch.equal(one, two)
+    assert batch[2].counts == other[2].counts
+    for scene in range(len(batch[2].counts)):
+        for one, two in zip(batch[2].of_scene(scene), other[2].of_scene(scene), strict=True):
+            assert detect.torch.equal(one, two)
