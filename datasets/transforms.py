@@ -27,14 +27,18 @@ class Augmentation:
     scale: tuple[float, float] = (0.9, 1.1)
 
     def draw(self, rng: np.random.Generator) -> "Transform":
-        """One transform. The same number of random values is drawn whatever is switched on."""
+        """One transform. The same number of random values is drawn whatever is switched on.
+
+        Of an angle beyond 45 degrees the whole quarter turns, which are exact for boxes, are counted as such.
+        """
         flips = rng.random(2) < 0.5
         turns, angle, scale = rng.integers(4), rng.uniform(-self.max_angle, self.max_angle), rng.uniform(*self.scale)
+        quarters = round(angle / (math.pi / 2))
         return Transform(
             flip_x=bool(flips[0]) and self.flip_x,
             flip_y=bool(flips[1]) and self.flip_y,
-            quarter_turns=int(turns) if self.quarter_turns else 0,
-            angle=float(angle),
+            quarter_turns=((int(turns) if self.quarter_turns else 0) + quarters) % 4,
+            angle=float(angle - quarters * (math.pi / 2)),
             scale=float(scale),
         )
 

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from ..utils.files import read_text
-from .config import PointTransformerConfig, save_config, to_dict
+from .config import AugmentConfig, PointTransformerConfig, save_config, to_dict
 from .optim import Optimizer
 from .runtime import Runtime, log
 
@@ -210,6 +210,8 @@ def _saved_config(checkpoint: Path) -> dict:
         encoder = group.get("encoder") if isinstance(group, dict) else None
         if isinstance(encoder, dict) and "backbone" not in encoder:
             encoder |= {"backbone": "pointnet2", "ptv3": to_dict(PointTransformerConfig())}
+    if isinstance(saved.get("augment"), bool):  # from before augmentation was a group; its defaults are what it was
+        saved["augment"] = to_dict(AugmentConfig(enabled=saved["augment"]))
     return saved
 
 

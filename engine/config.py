@@ -181,6 +181,41 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """Augmentation of the detector's training scenes (datasets/transforms.py and datasets/augmentation.py).
+
+    In a recipe or an override `augment: true` and `augment: false` set `enabled`.
+    """
+
+    enabled: bool = True
+    flip: bool = True  # along x and along y, half of the time each
+    quarter_turns: bool = True
+    max_angle: float = 5.0  # degrees about z, either way; 180: any turn
+    scale_low: float = 0.9
+    scale_high: float = 1.1
+    cuboid: float = 0.0  # probability that a scene is cut to a random box
+    cuboid_min_share: float = 0.5  # its sides, of the scene's extents
+    cuboid_min_points: float = 0.3  # in it, of the scene's points; where no box has them the scene stays whole
+    color: float = 0.0  # most that brightness and contrast change, of the full range: 0.2
+    color_noise: float = 0.0  # standard deviation, every channel of every point: 0.02
+    color_drop: float = 0.0  # probability that a scene is grey throughout
+    jitter: float = 0.0  # millimetres, standard deviation of each coordinate, cut off at three
+    object_dropout: float = 0.0  # probability that an object is left out; clouds of labelled instances only
+
+    def __post_init__(self):
+        for name in ("cuboid", "cuboid_min_share", "cuboid_min_points", "color", "color_drop", "object_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be within 0 and 1.")
+        if not 0 <= self.max_angle <= 180:
+            raise ValueError(f"max_angle is {self.max_angle}; it is in degrees, from 0 to 180.")
+        if not 0 < self.scale_low <= self.scale_high:
+            raise ValueError(f"scale_low is {self.scale_low}; it must be above 0 and not above scale_high.")
+        for name in ("jitter", "color_noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be below 0.")
+
+
+@dataclass(frozen=True)
 class DetectConfig:
     """`python main.py detect`: pre-training of the scene encoder."""
 
@@ -188,7 +223,7 @@ class DetectConfig:
     data: DataConfig = field(default_factory=DataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=7e-4))
-    augment: bool = True
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     precision: str = "float32"  # of the encoder's matrix products: float32, bfloat16
     ema_decay: float = 0.0  # of the averaged weights that are evaluated and kept; 0: the weights themselves
     queries_per_object: int = 1  # that learn an object in the layers before the last
@@ -406,19 +441,30 @@ def _parse_yaml(text: str, source: str) -> Any:
 
 def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:
     for key, value in source.items():
+        if isinstance(value, dict) and isinstance(target.get(key), bool):
+            target[key] = {"enabled": target[key]}
         if isinstance(value, dict) and isinstance(target.get(key), dict):
             _merge(target[key], value)
         else:
-            target[key] = value
+            _set_or_switch(target, key, value)
+
+
+def _set_or_switch(target: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key; `true` or `false` for a group with a switch keep the group's other keys."""
+    if isinstance(value, bool) and isinstance(target.get(key), dict):
+        value = {**target[key], "enabled": value}
+    target[key] = value
 
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
+        if isinstance(values.get(parent), bool):
+            values[parent] = {"enabled": values[parent]}
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise ValueError(f"Config key {key}: {parent} is not a group of keys.")
-    values[last] = value
+    _set_or_switch(values, last, value)
 
 
 def _unknown_key(prefix: str, key: str, cls: type) -> str:
@@ -442,7 +488,10 @@ def _paths(cls: type, prefix: str) -> list[str]:
 
 def _convert(kind: Any, value: Any, key: str, base: Any = None) -> Any:
     if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value, key + ".", base)
+        values: Any = value
+        if isinstance(value, bool) and "enabled" in typing.get_type_hints(kind):
+            values = {"enabled": value}
+        return from_dict(typing.cast(type, kind), values, key + ".", base)
     origin = typing.get_origin(kind)
     if origin is tuple:
         if isinstance(value, str):

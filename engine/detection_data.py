@@ -1,5 +1,6 @@
 """Prepared scenes as batches of sampled points and ground-truth boxes, for the pre-training of the scene encoder."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..datasets.augmentation import SceneAugmentation
 from ..datasets.collate import Draw, Loader
 from ..datasets.scannet import read_split
 from ..datasets.scene import Scene
@@ -14,7 +16,7 @@ from ..datasets.scene_store import SceneStore
 from ..datasets.transforms import Augmentation, object_outlines
 from ..models.scene_encoder import DetectionTargets, PointInput
 from ..models.scene_encoder.inputs import features_of, sample_indices
-from .config import DetectConfig
+from .config import AugmentConfig, DetectConfig
 from .runtime import Runtime, batch_indices, log
 
 _KEPT_SCENES = 256  # prepared scenes held open (they are mapped), a file descriptor each
@@ -32,27 +34,71 @@ class CloudSample(NamedTuple):
     class_ids_K: np.ndarray
 
 
+class _Placed(NamedTuple):
+    """Sampled points and boxes in the model frame, before the points' channels."""
+
+    kept_N: np.ndarray  # indices of the scene's points
+    points_N3: np.ndarray
+    boxes_K7: np.ndarray
+    rows_K: np.ndarray  # rows of the scene's objects
+
+
+def build_augmentation(config: AugmentConfig) -> SceneAugmentation:
+    """What a configuration asks for, whether it is enabled or not."""
+    return SceneAugmentation(
+        motion=Augmentation(
+            flip_x=config.flip,
+            flip_y=config.flip,
+            quarter_turns=config.quarter_turns,
+            max_angle=math.radians(config.max_angle),
+            scale=(config.scale_low, config.scale_high),
+        ),
+        cuboid=config.cuboid,
+        cuboid_min_share=config.cuboid_min_share,
+        cuboid_min_points=config.cuboid_min_points,
+        object_dropout=config.object_dropout,
+        jitter=config.jitter / 1000,
+        color_change=config.color,
+        color_noise=config.color_noise,
+        color_drop=config.color_drop,
+    )
+
+
 class CloudSampler:
-    """Makes one sample of a scene; goes to the loader's workers."""
+    """Makes one sample of a scene; goes to the loader's workers. With `augment`, `config.augment` says how."""
 
     def __init__(self, config: DetectConfig, *, augment: bool):
         self.num_points = config.data.num_points
         self.channels = {"use_color": config.encoder.use_color, "use_height": config.encoder.use_height}
-        self.augment = augment
+        self.augmentation = build_augmentation(config.augment) if augment else None
         self._outlines: dict[int, list[np.ndarray | None]] = {}  # by row
 
     def __call__(self, row: int, scene: Scene, rng: np.random.Generator) -> CloudSample:
+        placed = self._plain(scene, rng) if self.augmentation is None else self._augmented(row, scene, rng)
+        inputs = features_of(placed.points_N3, scene.colors_N3.take(placed.kept_N, axis=0), **self.channels)
+        if self.augmentation is not None and self.channels["use_color"]:  # colours are the first channels
+            inputs.features_NF[:, :3] = self.augmentation.recolored(inputs.features_NF[:, :3], rng)
+        return CloudSample(inputs, placed.boxes_K7, scene.class_ids_K[placed.rows_K].astype(np.int64))
+
+    def _plain(self, scene: Scene, rng: np.random.Generator) -> _Placed:
         kept_N = sample_indices(len(scene.points_N3), self.num_points, rng)
-        points_N3, boxes_K7 = scene.to_model(scene.points_N3.take(kept_N, axis=0)), scene.to_model(scene.boxes_K7)
-        if self.augment:
-            change = Augmentation().draw(rng)
-            if row not in self._outlines:
-                everything_N3 = scene.to_model(scene.points_N3)
-                self._outlines[row] = object_outlines(everything_N3, scene.instance_ids_N, scene.object_ids_K)
-            boxes_K7 = change.axis_aligned_boxes(boxes_K7, self._outlines[row])
-            points_N3 = change.points(points_N3)
-        inputs = features_of(points_N3, scene.colors_N3.take(kept_N, axis=0), **self.channels)
-        return CloudSample(inputs, boxes_K7, scene.class_ids_K.astype(np.int64))
+        points_N3 = scene.to_model(scene.points_N3.take(kept_N, axis=0))
+        return _Placed(kept_N, points_N3, scene.to_model(scene.boxes_K7), np.arange(len(scene.boxes_K7)))
+
+    def _augmented(self, row: int, scene: Scene, rng: np.random.Generator) -> _Placed:
+        """Points sampled from what augmentation leaves of the scene, so that a part of it is as dense as can be."""
+        assert self.augmentation is not None
+        if row not in self._outlines:
+            everything_N3 = scene.to_model(scene.points_N3)
+            self._outlines[row] = object_outlines(everything_N3, scene.instance_ids_N, scene.object_ids_K)
+        part = self.augmentation.part(scene, self._outlines[row], rng)
+        available = len(scene.points_N3) if part.kept_P is None else len(part.kept_P)
+        kept_N = sample_indices(available, self.num_points, rng)
+        if part.kept_P is not None:
+            kept_N = part.kept_P.take(kept_N)
+        points_N3 = scene.to_model(scene.points_N3.take(kept_N, axis=0))
+        points_N3, boxes_K7, _ = self.augmentation.moved(points_N3, part, rng)
+        return _Placed(kept_N, points_N3, boxes_K7, part.rows_M)
 
 
 def _collate(samples: Sequence[CloudSample]) -> Batch:
@@ -88,7 +134,9 @@ class SceneSamples:
             missing = len(wanted) - len(self.scene_ids)
             log.warning("%d of %d scenes of split %s are not prepared and left out", missing, len(wanted), split)
 
-        self.loader = Loader(self.store, self.scene_ids, self._samplers[config.augment], workers=config.data.workers)
+        self.loader = Loader(
+            self.store, self.scene_ids, self._samplers[config.augment.enabled], workers=config.data.workers
+        )
         self._coming: tuple[int, Iterator[list[CloudSample]]] | None = None
 
     def __len__(self) -> int:

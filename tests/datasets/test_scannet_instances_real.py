@@ -166,7 +166,7 @@ def test_the_recipe_trains_on_a_few_real_scans(real_root, tmp_path):
     overrides += [f"data.root={root}", "data.num_points=2048", "data.workers=0"]
     overrides += [f"run.dir={tmp_path / 'run'}", "run.steps=2", "run.batch_size=2", "run.device=cpu"]
     config = load_config("detect", RECIPE, overrides)
-    assert config.augment and not config.encoder.use_color
+    assert config.augment.enabled and config.augment.object_dropout and not config.encoder.use_color
     encoder = SceneEncoder.from_pretrained(detect.train(config))
     assert encoder.config["feature_dim"] == 1, "height alone"
     scores = json.loads((tmp_path / "run" / "detection.json").read_text())

@@ -31,7 +31,7 @@ transforms = st.builds(
     flip_x=st.booleans(),
     flip_y=st.booleans(),
     quarter_turns=st.integers(0, 3),
-    angle=st.floats(-0.3, 0.3),
+    angle=st.floats(-math.pi, math.pi),
     scale=st.floats(0.8, 1.2),
 )
 
@@ -89,6 +89,32 @@ def test_draws_repeat_and_respect_the_switches():
     assert {draw.quarter_turns for draw in draws} == {0, 1, 2, 3}
     assert max(abs(draw.angle) for draw in draws) <= math.radians(5.0)
     assert all(0.9 <= draw.scale <= 1.1 for draw in draws)
+
+
+def test_full_turns_are_drawn_evenly_and_their_quarters_counted():
+    around = Augmentation(flip_x=False, flip_y=False, quarter_turns=False, max_angle=math.pi, scale=(1.0, 1.0))
+    draws = [around.draw(np.random.default_rng(seed)) for seed in range(200)]
+    assert max(abs(draw.angle) for draw in draws) <= math.pi / 4 + 1e-9
+    assert {draw.quarter_turns for draw in draws} == {0, 1, 2, 3}
+    for seed, draw in enumerate(draws[:20]):
+        rng = np.random.default_rng(seed)
+        rng.random(2), rng.integers(4)
+        angle = rng.uniform(-math.pi, math.pi)
+        turned_13 = draw.points(np.array([[1.0, 0, 5]], np.float32))
+        np.testing.assert_allclose(turned_13, [[math.cos(angle), math.sin(angle), 5]], atol=1e-6)
+
+
+def test_a_turn_by_half_takes_a_boxs_margin_to_the_other_side():
+    """The box reaches 0.5 beyond its points at the high x side alone."""
+    points_N3 = np.stack(np.meshgrid([1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0], [0.0, 1.0]), -1).reshape(-1, 3)
+    outlines = object_outlines(points_N3.astype(np.float32), np.zeros(24, np.int32), np.array([0]))
+    box_K7 = np.array([[2.25, 1.5, 0.5, 2.5, 3, 1, 0]], np.float32)
+    around = Augmentation(flip_x=False, flip_y=False, quarter_turns=False, max_angle=math.pi, scale=(1.0, 1.0))
+    draws = [around.draw(np.random.default_rng(seed)) for seed in range(2000)]
+    nearest = min(draws, key=lambda draw: abs(draw.angle) + 10 * (draw.quarter_turns != 2))
+    assert abs(nearest.angle) < 0.01
+    turned_7 = nearest.axis_aligned_boxes(box_K7, outlines)[0]
+    np.testing.assert_allclose([turned_7[0] - turned_7[3] / 2, turned_7[0] + turned_7[3] / 2], [-3.5, -1], atol=0.06)
 
 
 def test_no_boxes_stay_no_boxes():
