@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from ..datasets.collate import Draw, Loader
+from ..datasets.multiview import open_multiview
 from ..datasets.scannet import read_split
 from ..datasets.scene import Scene
 from ..datasets.scene_store import SceneStore
-from ..datasets.transforms import Augmentation, object_outlines
+from ..datasets.transforms import Augmentation, Transform, object_outlines
 from ..models.scene_encoder import DetectionTargets, PointInput
-from ..models.scene_encoder.inputs import features_of, sample_indices
+from ..models.scene_encoder.inputs import features_of, sample_indices, scene_normals
 from .config import DetectConfig
 from .runtime import Runtime, batch_indices, log
 
@@ -38,12 +39,16 @@ class CloudSampler:
     def __init__(self, config: DetectConfig, *, augment: bool):
         self.num_points = config.data.num_points
         self.channels = {"use_color": config.encoder.use_color, "use_height": config.encoder.use_height}
+        self.use_normal = config.encoder.use_normal
+        self.multiview = open_multiview(config.data.multiview, config.encoder.multiview_dim)
         self.augment = augment
         self._outlines: dict[int, list[np.ndarray | None]] = {}  # by row
+        self._normals: dict[int, np.ndarray] = {}  # by row; the store drops scenes, and they are slow to make again
 
     def __call__(self, row: int, scene: Scene, rng: np.random.Generator) -> CloudSample:
         kept_N = sample_indices(len(scene.points_N3), self.num_points, rng)
         points_N3, boxes_K7 = scene.to_model(scene.points_N3.take(kept_N, axis=0)), scene.to_model(scene.boxes_K7)
+        normals_N3 = self._scene_normals(row, scene).take(kept_N, axis=0) if self.use_normal else None
         if self.augment:
             change = Augmentation().draw(rng)
             if row not in self._outlines:
@@ -51,8 +56,29 @@ class CloudSampler:
                 self._outlines[row] = object_outlines(everything_N3, scene.instance_ids_N, scene.object_ids_K)
             boxes_K7 = change.axis_aligned_boxes(boxes_K7, self._outlines[row])
             points_N3 = change.points(points_N3)
-        inputs = features_of(points_N3, scene.colors_N3.take(kept_N, axis=0), **self.channels)
+            if normals_N3 is not None:
+                normals_N3 = turn_directions(change, normals_N3)
+        inputs = features_of(
+            points_N3,
+            scene.colors_N3.take(kept_N, axis=0),
+            normals_N3=normals_N3,
+            multiview_NW=None if self.multiview is None else self.multiview.of(scene, kept_N),
+            **self.channels,
+        )
         return CloudSample(inputs, boxes_K7, scene.class_ids_K.astype(np.int64))
+
+    def _scene_normals(self, row: int, scene: Scene) -> np.ndarray:
+        if row not in self._normals:
+            self._normals[row] = scene_normals(scene)
+        return self._normals[row]
+
+
+def turn_directions(change: Transform, directions_N3: np.ndarray) -> np.ndarray:
+    """Directions turned and flipped as a transform does with points, float32, their lengths kept.
+
+    Flips and turns about the origin are orthogonal, so they do to a normal what they do to a point.
+    """
+    return change.points(directions_N3) / np.float32(change.scale)
 
 
 def _collate(samples: Sequence[CloudSample]) -> Batch:
@@ -87,6 +113,9 @@ class SceneSamples:
         if len(self.scene_ids) < len(wanted):
             missing = len(wanted) - len(self.scene_ids)
             log.warning("%d of %d scenes of split %s are not prepared and left out", missing, len(wanted), split)
+        multiview = self._samplers[config.augment].multiview
+        if multiview is not None:
+            multiview.check(self.scene_ids)
 
         self.loader = Loader(self.store, self.scene_ids, self._samplers[config.augment], workers=config.data.workers)
         self._coming: tuple[int, Iterator[list[CloudSample]]] | None = None

@@ -88,6 +88,7 @@ class SceneEncoder(nn.Module):
         predict_heading: predict a heading about z, modulo pi; otherwise headings are 0, as ScanNet's are.
         backbone: what the tokens pool: `pointnet2` raw points, `ptv3` the features of Point Transformer V3.
         ptv3: with that backbone, arguments of PointTransformer by name; those left out are the paper's.
+        channels: what the F channels are (inputs.channel_names), kept for who loads the weights; "" for unknown.
     """
 
     def __init__(  # noqa: PLR0913 - the architecture, spelled out
@@ -107,6 +108,7 @@ class SceneEncoder(nn.Module):
         predict_heading: bool = False,
         backbone: str = "pointnet2",
         ptv3: Mapping[str, Any] | None = None,
+        channels: str = "",
     ):
         super().__init__()
         arguments = inspect.signature(SceneEncoder.__init__).parameters
