@@ -180,7 +180,7 @@ class SceneEncoder(nn.Module):
         if features_BNF.shape[-1] != self.config["feature_dim"]:
             raise ValueError(
                 f"This scene encoder takes {self.config['feature_dim']} channels a point besides xyz, but got "
-                f"{features_BNF.shape[-1]}; set use_color and use_height as in its training."
+                f"{features_BNF.shape[-1]}; choose the channels as in its training."
             )
         points_BN3, features_BNF = points_BN3.float(), features_BNF.float()
         if not bool(torch.isfinite(points_BN3).all()):

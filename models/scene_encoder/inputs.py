@@ -105,8 +105,9 @@ def features_of(
         channels.append(colors_N3.astype(np.float32) / 255)
     if use_height:
         channels.append(points_N3[:, 2:3].astype(np.float32))
-    channels += [extra_NX.astype(np.float32) for extra_NX in (normals_N3, multiview_NW) if extra_NX is not None]
-    features_NF = np.concatenate(channels, 1) if channels else np.zeros((len(points_N3), 0), np.float32)
+    channels += [extra_NX for extra_NX in (normals_N3, multiview_NW) if extra_NX is not None]
+    nothing_N0 = np.zeros((len(points_N3), 0), np.float32)
+    features_NF = np.concatenate([nothing_N0, *channels], 1, dtype=np.float32)
     return PointInput(points_N3.astype(np.float32), features_NF)
 
 
