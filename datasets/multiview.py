@@ -60,7 +60,8 @@ class MultiviewFeatures:
         """
         if scene.vertex_ids_N is None:
             raise ValueError(
-                f"Scene {scene.scene_id} does not say which vertices its points are; run `python main.py prepare`."
+                f"Scene {scene.scene_id} does not say which vertices its points are; take a raw scan or "
+                "prepared arrays, and run `python main.py prepare` again where that was done by an older version."
             )
         content = self._content(scene.scene_id)
         if content.shape[0] != scene.num_vertices:
