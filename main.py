@@ -155,6 +155,7 @@ def run_infer(args: argparse.Namespace) -> int:
         align=args.align,
         out=args.out,
         language_model=args.language_model,
+        multiview=args.multiview,
     )
     for note in answered.scene.notes:
         sys.stderr.write(f"assumed: {note}\n")

@@ -91,6 +91,8 @@ class Scene:
     num_vertices: int = 0  # of the source, 0 where unknown
     raw_frame_known: bool = True  # False: axis_align_44 is a stand-in, so nothing given in the raw frame can be placed
     pictures: list[Picture] = field(default_factory=list)  # without poses
+    # float16, unit; made of the points when a model first asks (scene_encoder/inputs.py), and neither saved nor copied
+    normals_N3: np.ndarray | None = field(default=None, init=False, repr=False, compare=False)
 
     def to_model(self, boxes_K7: np.ndarray) -> np.ndarray:
         """Boxes or points (first three columns are a position) from the world frame to the model frame."""

@@ -199,6 +199,9 @@ def _add_result_commands(add: AddCommand) -> None:
     infer.add_argument(
         "--language-model", metavar="NAME", help="base language model, if it does not lie where it did in training"
     )
+    infer.add_argument(
+        "--multiview", default="", metavar="FILE", help="HDF5 file of multi-view features, if the model takes them"
+    )
     infer.add_argument("--task", default="qa", help=f"how to ask and read: {TASKS} (default: %(default)s)")
     infer.add_argument(
         "--align", choices=("auto", "none"), default="auto", help="correct up-axis, scale and walls, or take as is"

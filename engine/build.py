@@ -1,5 +1,9 @@
 """Builds the assembled model from configuration objects; nothing below the engine knows them."""
 
+from collections.abc import Iterable
+
+from ..datasets.multiview import open_multiview
+from ..datasets.scene import Sample
 from ..models.language_model import add_lora, load_language_model
 from ..models.observation import SceneSettings
 from ..models.scene_encoder.build import build_scene_encoder
@@ -65,6 +69,8 @@ def scene_settings(config: ModelConfig, data: DataConfig) -> SceneSettings:
         num_points=data.num_points,
         use_color=config.encoder.use_color,
         use_height=config.encoder.use_height,
+        use_normal=config.encoder.use_normal,
+        multiview_dim=config.encoder.multiview_dim,
         num_proposals=config.language.num_proposals,
         view_source=config.views.source,
         num_candidates=config.views.num_candidates,
@@ -89,3 +95,13 @@ def check_settings(model: SceneVLM, config: ModelConfig, data: DataConfig) -> No
                 f"The model to start from was made with {name} {found}, but the configuration says {asked}; "
                 "give it the same settings, or build a new model."
             )
+
+
+def give_multiview(model: SceneVLM, data: DataConfig, samples: Iterable[Sample]) -> None:
+    """Open the file of multi-view features where the model takes them.
+
+    ValueError: the data names no file, or one without the samples' scenes or of another width.
+    """
+    model.multiview = open_multiview(data.multiview, model.settings.multiview_dim)
+    if model.multiview is not None:
+        model.multiview.check(sorted({sample.scene_id for sample in samples}))

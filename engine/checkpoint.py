@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from ..utils.files import read_text
-from .config import AugmentConfig, PointTransformerConfig, save_config, to_dict
+from .config import AugmentConfig, save_config, to_dict
 from .optim import Optimizer
 from .runtime import Runtime, log
 
@@ -185,7 +185,7 @@ def open_run(config: Any, resume: bool) -> Path | None:
         raise ValueError(
             f"{config.run.dir} already holds checkpoints; pass --resume to go on, or set another run.dir."
         )
-    saved = _saved_config(newest)
+    saved = _saved_config(newest, to_dict(type(config)()))
     changed = _differences(saved, to_dict(config))
     if config.optim.schedule == "constant":  # any other schedule is stretched over the steps
         changed = [entry for entry in changed if not entry.startswith("run.steps:")]
@@ -197,7 +197,12 @@ def open_run(config: Any, resume: bool) -> Path | None:
     return newest
 
 
-def _saved_config(checkpoint: Path) -> dict:
+# Keys that came to these groups later have defaults that mean what was done before there were such keys.
+_GROWN = ("data", "encoder", "model.encoder")
+
+
+def _saved_config(checkpoint: Path, defaults: dict) -> dict:
+    """A checkpoint's configuration; keys of `_GROWN` that it was written without take their defaults."""
     path = checkpoint / "config.yaml"
     text = read_text(path, f"{checkpoint} has no config.yaml; delete that checkpoint and resume from the one before.")
     try:
@@ -206,13 +211,25 @@ def _saved_config(checkpoint: Path) -> dict:
         saved = None
     if not isinstance(saved, dict):
         raise ValueError(f"{path} is broken; delete that checkpoint and resume from the one before.")
-    for group in (saved, saved.get("model")):  # checkpoints from before the encoder's backbone was a choice
-        encoder = group.get("encoder") if isinstance(group, dict) else None
-        if isinstance(encoder, dict) and "backbone" not in encoder:
-            encoder |= {"backbone": "pointnet2", "ptv3": to_dict(PointTransformerConfig())}
     if isinstance(saved.get("augment"), bool):  # from before augmentation was a group; its defaults are what it was
         saved["augment"] = to_dict(AugmentConfig(enabled=saved["augment"]))
+    for path in _GROWN:
+        group, default = saved, defaults
+        for name in path.split("."):
+            group = group.get(name) if isinstance(group, dict) else None
+            default = default.get(name, {})
+        if isinstance(group, dict):
+            _fill(group, default)
     return saved
+
+
+def _fill(saved: dict, defaults: dict) -> None:
+    """Add the keys that are missing, at every depth."""
+    for key, value in defaults.items():
+        if isinstance(value, dict) and isinstance(saved.get(key), dict):
+            _fill(saved[key], value)
+        else:
+            saved.setdefault(key, value)
 
 
 # Settings that change how a run is carried out, not what it computes.

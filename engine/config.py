@@ -66,6 +66,7 @@ class DataConfig:
     cached_scenes: int = 128  # scenes kept with their points, encoding and views; more is faster and takes memory
     max_samples: int = 0  # per data set, chosen by seed; 0 takes all
     workers: int = 0  # processes that make the detector's batches ahead of the loop; 0: the loop makes them
+    multiview: str = ""  # HDF5 file of multi-view features, where the encoder takes them
 
     def __post_init__(self):
         _at_least(self, num_points=1, max_samples=0, workers=0)
@@ -109,12 +110,15 @@ class EncoderConfig:
     dropout: float = 0.1
     use_color: bool = True
     use_height: bool = True
+    use_normal: bool = False  # unit normals of the points
+    multiview_dim: int = 0  # channels of multi-view features (data.multiview); 0 for none
     pretrained: str = ""  # folder written by `detect`; "" starts from random weights
     backbone: str = "pointnet2"  # what the tokens pool: pointnet2 (raw points) or ptv3 (learned features)
     ptv3: PointTransformerConfig = field(default_factory=PointTransformerConfig)  # read where that is the backbone
 
     def __post_init__(self):
         _one_of(self, backbone=("pointnet2", "ptv3"))
+        _at_least(self, multiview_dim=0)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import torch
 
 from ..datasets.augmentation import SceneAugmentation
 from ..datasets.collate import Draw, Loader
+from ..datasets.multiview import open_multiview
 from ..datasets.scannet import read_split
 from ..datasets.scene import Scene
 from ..datasets.scene_store import SceneStore
-from ..datasets.transforms import Augmentation, object_outlines
+from ..datasets.transforms import Augmentation, Transform, object_outlines
 from ..models.scene_encoder import DetectionTargets, PointInput
-from ..models.scene_encoder.inputs import features_of, sample_indices
+from ..models.scene_encoder.inputs import features_of, sample_indices, scene_normals
 from .config import AugmentConfig, DetectConfig
 from .runtime import Runtime, batch_indices, log
 
@@ -41,6 +42,7 @@ class _Placed(NamedTuple):
     points_N3: np.ndarray
     boxes_K7: np.ndarray
     rows_K: np.ndarray  # rows of the scene's objects
+    change: Transform  # from the scene to the sample
 
 
 def build_augmentation(config: AugmentConfig) -> SceneAugmentation:
@@ -70,12 +72,24 @@ class CloudSampler:
     def __init__(self, config: DetectConfig, *, augment: bool):
         self.num_points = config.data.num_points
         self.channels = {"use_color": config.encoder.use_color, "use_height": config.encoder.use_height}
+        self.use_normal = config.encoder.use_normal
+        self.multiview = open_multiview(config.data.multiview, config.encoder.multiview_dim)
         self.augmentation = build_augmentation(config.augment) if augment else None
         self._outlines: dict[int, list[np.ndarray | None]] = {}  # by row
+        self._normals: dict[int, np.ndarray] = {}  # by row; the store drops scenes, and they are slow to make again
 
     def __call__(self, row: int, scene: Scene, rng: np.random.Generator) -> CloudSample:
         placed = self._plain(scene, rng) if self.augmentation is None else self._augmented(row, scene, rng)
-        inputs = features_of(placed.points_N3, scene.colors_N3.take(placed.kept_N, axis=0), **self.channels)
+        normals_N3 = None
+        if self.use_normal:
+            normals_N3 = turn_directions(placed.change, self._scene_normals(row, scene).take(placed.kept_N, axis=0))
+        inputs = features_of(
+            placed.points_N3,
+            scene.colors_N3.take(placed.kept_N, axis=0),
+            normals_N3=normals_N3,
+            multiview_NW=None if self.multiview is None else self.multiview.of(scene, placed.kept_N),
+            **self.channels,
+        )
         if self.augmentation is not None and self.channels["use_color"]:  # colours are the first channels
             inputs.features_NF[:, :3] = self.augmentation.recolored(inputs.features_NF[:, :3], rng)
         return CloudSample(inputs, placed.boxes_K7, scene.class_ids_K[placed.rows_K].astype(np.int64))
@@ -83,7 +97,9 @@ class CloudSampler:
     def _plain(self, scene: Scene, rng: np.random.Generator) -> _Placed:
         kept_N = sample_indices(len(scene.points_N3), self.num_points, rng)
         points_N3 = scene.to_model(scene.points_N3.take(kept_N, axis=0))
-        return _Placed(kept_N, points_N3, scene.to_model(scene.boxes_K7), np.arange(len(scene.boxes_K7)))
+        return _Placed(
+            kept_N, points_N3, scene.to_model(scene.boxes_K7), np.arange(len(scene.boxes_K7)), Transform()
+        )
 
     def _augmented(self, row: int, scene: Scene, rng: np.random.Generator) -> _Placed:
         """Points sampled from what augmentation leaves of the scene, so that a part of it is as dense as can be."""
@@ -97,8 +113,21 @@ class CloudSampler:
         if part.kept_P is not None:
             kept_N = part.kept_P.take(kept_N)
         points_N3 = scene.to_model(scene.points_N3.take(kept_N, axis=0))
-        points_N3, boxes_K7, _ = self.augmentation.moved(points_N3, part, rng)
-        return _Placed(kept_N, points_N3, boxes_K7, part.rows_M)
+        points_N3, boxes_K7, change = self.augmentation.moved(points_N3, part, rng)
+        return _Placed(kept_N, points_N3, boxes_K7, part.rows_M, change)
+
+    def _scene_normals(self, row: int, scene: Scene) -> np.ndarray:
+        if row not in self._normals:
+            self._normals[row] = scene_normals(scene)
+        return self._normals[row]
+
+
+def turn_directions(change: Transform, directions_N3: np.ndarray) -> np.ndarray:
+    """Directions turned and flipped as a transform does with points, float32, their lengths kept.
+
+    Flips and turns about the origin are orthogonal, so they do to a normal what they do to a point.
+    """
+    return change.points(directions_N3) / np.float32(change.scale)
 
 
 def _collate(samples: Sequence[CloudSample]) -> Batch:
@@ -133,6 +162,9 @@ class SceneSamples:
         if len(self.scene_ids) < len(wanted):
             missing = len(wanted) - len(self.scene_ids)
             log.warning("%d of %d scenes of split %s are not prepared and left out", missing, len(wanted), split)
+        multiview = self._samplers[False].multiview
+        if multiview is not None:
+            multiview.check(self.scene_ids)
 
         self.loader = Loader(
             self.store, self.scene_ids, self._samplers[config.augment.enabled], workers=config.data.workers

@@ -25,6 +25,7 @@ from ..utils.metrics.dense_caption import filter_proposals
 from ..utils.metrics.score import SCORERS, score_predictions, scorer_name
 from ..utils.predictions import Prediction, write_predictions
 from ..utils.text import format_box, parse_response, resolve_boxes
+from .build import give_multiview
 from .checkpoint import model_folder
 from .config import DataConfig, EvalConfig, save_config
 from .data import Loaded, ObservationCache, load_evaluated, load_split, open_store
@@ -240,6 +241,7 @@ def evaluate(config: EvalConfig) -> Path:
     for loaded in parts:
         check_scorers(scorers_for(config, loaded.dataset, loaded.task), loaded)
     model = SceneVLM.from_pretrained(folder, device=runtime.device, language_model=config.language_model or None)
+    give_multiview(model, config.data, [sample for loaded in parts for sample in loaded.samples])
     evaluation = _Evaluation(config, model, store)
     predictions: list[Prediction] = []
     results: dict[str, dict] = {}

@@ -23,6 +23,7 @@ from ..models.image_encoder import load_text_encoder
 from ..models.language_model import active_adapter, add_lora, copy_lora, load_lora
 from ..models.lm_head import token_logprobs
 from ..models.scene_vlm import POLICY, SceneVLM
+from .build import give_multiview
 from .checkpoint import load_state, model_folder, open_run, restore_run, save_run
 from .config import GrpoConfig, RewardConfig
 from .data import ObservationCache, fingerprint, load_split
@@ -288,6 +289,7 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
     rewards = build_reward_set(config.reward, runtime)
     seed_everything(run.seed)
     model, initial = load_policy(config, last, runtime)
+    give_multiview(model, config.data, samples)
     extra = {"init": str(initial.resolve()), "data": fingerprint([sample.sample_id for sample in samples])}
     optimizer = Optimizer(model.trainable_parameters(), config.optim, run.steps, runtime)
     first_step = restore_run(last, optimizer, extra["data"])["step"]

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ..datasets.multiview import open_multiview
 from ..datasets.prompts import DEFAULT_MODE
 from ..datasets.readers import read_scene
 from ..datasets.scene import TASKS, Sample, Scene
@@ -132,6 +133,7 @@ def infer(
     device: str = "auto",
     max_new_tokens: int = 256,
     language_model: str | None = None,
+    multiview: str = "",
 ) -> Answered:
     """Answer questions about one scan, labelled or not.
 
@@ -142,6 +144,7 @@ def infer(
         task: how the questions are put (datasets/prompts.py).
         align: "auto" checks up-axis, scale and walls; "none" takes the scan as it is.
         out: folder for predictions.jsonl.
+        multiview: HDF5 file of multi-view features, for a model that takes them.
 
     Raises:
         ValueError: no question, an empty one, an unknown task, unreadable scan, unreadable model.
@@ -160,6 +163,7 @@ def infer(
     model = SceneVLM.from_pretrained(
         model_folder(model_path), device=pick_device(device), language_model=language_model
     )
+    model.multiview = open_multiview(multiview, model.settings.multiview_dim)
     observation = model.observe(scene)
     model.encode([observation])
     samples = [

@@ -15,7 +15,7 @@ from ..models.inputs import IGNORE
 from ..models.lm_head import cross_entropy
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
-from .build import build_model, check_settings
+from .build import build_model, check_settings, give_multiview
 from .checkpoint import model_folder, open_run, restore_run, save_run
 from .config import SftConfig
 from .data import ObservationCache, fingerprint, load_split
@@ -104,6 +104,7 @@ def train(config: SftConfig, resume: bool = False) -> Path:
     samples, store = load_split(config.data, config.data.train_split, run.seed)
     seed_everything(run.seed)
     model = load_model(config, last, runtime)
+    give_multiview(model, config.data, samples)
     optimizer = Optimizer(model.trainable_parameters(), config.optim, run.steps, runtime)
     extra = {"data": fingerprint([sample.sample_id for sample in samples])}
     first_step = restore_run(last, optimizer, extra["data"])["step"]

@@ -25,6 +25,8 @@ class SceneSettings:
     num_points: int = 40_000
     use_color: bool = True
     use_height: bool = True
+    use_normal: bool = False
+    multiview_dim: int = 0  # channels of multi-view features a point; 0 for none
     num_proposals: int = 64
     view_source: str = "mixed"  # posed, rendered, mixed, none
     num_candidates: int = 16

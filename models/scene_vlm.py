@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..datasets.multiview import MultiviewFeatures
 from ..datasets.prompts import DEFAULT_MODE, SYSTEM_PROMPT, build_question, check_prompts, prompt_record
 from ..datasets.scene import Sample, Scene
 from ..utils.files import read_text
@@ -90,6 +91,7 @@ class SceneVLM(nn.Module):
         self.connector = connector
         self.view_selector = view_selector
         self.settings = settings
+        self.multiview: MultiviewFeatures | None = None  # given after loading: the file is the data's, not the model's
         self.writer = RowWriter(language.tokenizer, merge_size=language.merge_size)
         self.train_scene_encoder = False
         self.train_vision_tower = False
@@ -137,6 +139,9 @@ class SceneVLM(nn.Module):
             np.random.default_rng(seed),
             use_color=settings.use_color,
             use_height=settings.use_height,
+            use_normal=settings.use_normal,
+            multiview_dim=settings.multiview_dim,
+            multiview=self.multiview,
         )
         return Observation(
             scene, torch.from_numpy(sampled.points_N3), torch.from_numpy(sampled.features_NF), seed=seed

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Protocol
 
 from .encoder import SceneEncoder
-from .inputs import feature_dim
+from .inputs import channel_names, feature_dim
 
 
 class EncoderSettings(Protocol):
@@ -33,6 +33,10 @@ class EncoderSettings(Protocol):
     @property
     def use_height(self) -> bool: ...
     @property
+    def use_normal(self) -> bool: ...
+    @property
+    def multiview_dim(self) -> int: ...
+    @property
     def pretrained(self) -> str: ...
     @property
     def backbone(self) -> str: ...
@@ -45,8 +49,15 @@ def build_scene_encoder(config: EncoderSettings) -> SceneEncoder:
 
     ValueError: the pretrained encoder is of another size than the configuration says.
     """
+    inputs = {
+        "use_color": config.use_color,
+        "use_height": config.use_height,
+        "use_normal": config.use_normal,
+        "multiview_dim": config.multiview_dim,
+    }
     encoder = SceneEncoder(
-        feature_dim(use_color=config.use_color, use_height=config.use_height),
+        feature_dim(**inputs),
+        channels=channel_names(**inputs),
         num_tokens=config.num_tokens,
         radius=config.radius,
         num_neighbors=config.num_neighbors,
@@ -62,6 +73,8 @@ def build_scene_encoder(config: EncoderSettings) -> SceneEncoder:
     if config.pretrained:
         saved = SceneEncoder.from_pretrained(config.pretrained)
         for name, value in encoder.config.items():
+            if name == "channels" and not saved.config[name]:
+                continue  # saved before encoders said what their channels are
             if saved.config[name] != value:
                 raise ValueError(
                     f"The scene encoder in {config.pretrained} has {name} {saved.config[name]}, but the "

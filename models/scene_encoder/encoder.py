@@ -88,6 +88,7 @@ class SceneEncoder(nn.Module):
         predict_heading: predict a heading about z, modulo pi; otherwise headings are 0, as ScanNet's are.
         backbone: what the tokens pool: `pointnet2` raw points, `ptv3` the features of Point Transformer V3.
         ptv3: with that backbone, arguments of PointTransformer by name; those left out are the paper's.
+        channels: what the F channels are (inputs.channel_names), kept for who loads the weights; "" for unknown.
     """
 
     def __init__(  # noqa: PLR0913 - the architecture, spelled out
@@ -107,6 +108,7 @@ class SceneEncoder(nn.Module):
         predict_heading: bool = False,
         backbone: str = "pointnet2",
         ptv3: Mapping[str, Any] | None = None,
+        channels: str = "",
     ):
         super().__init__()
         arguments = inspect.signature(SceneEncoder.__init__).parameters
@@ -178,7 +180,7 @@ class SceneEncoder(nn.Module):
         if features_BNF.shape[-1] != self.config["feature_dim"]:
             raise ValueError(
                 f"This scene encoder takes {self.config['feature_dim']} channels a point besides xyz, but got "
-                f"{features_BNF.shape[-1]}; set use_color and use_height as in its training."
+                f"{features_BNF.shape[-1]}; choose the channels as in its training."
             )
         points_BN3, features_BNF = points_BN3.float(), features_BNF.float()
         if not bool(torch.isfinite(points_BN3).all()):

@@ -1,6 +1,6 @@
 """What the scene encoder reads of a scene: sampled points in the model frame and their extra channels.
 
-Shapes: N points kept, A points of the scene, F extra channels.
+Shapes: N points kept, A points of the scene, F extra channels, W channels of multi-view features.
 """
 
 from typing import NamedTuple
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.spatial import KDTree
 
+from ...datasets.multiview import MultiviewFeatures
 from ...datasets.scene import Scene
 
 NOT_FINITE = "The scene has points with NaN or infinite coordinates; clean the scan first."
@@ -20,9 +21,19 @@ class PointInput(NamedTuple):
     features_NF: np.ndarray  # see point_features
 
 
-def feature_dim(*, use_color: bool = True, use_height: bool = True, use_normal: bool = False) -> int:
+def feature_dim(
+    *, use_color: bool = True, use_height: bool = True, use_normal: bool = False, multiview_dim: int = 0
+) -> int:
     """Number of extra channels F."""
-    return 3 * use_color + use_height + 3 * use_normal
+    return 3 * use_color + use_height + 3 * use_normal + multiview_dim
+
+
+def channel_names(
+    *, use_color: bool = True, use_height: bool = True, use_normal: bool = False, multiview_dim: int = 0
+) -> str:
+    """What the extra channels are, in their order: `color height normal multiview`, `none` where there are none."""
+    asked = {"color": use_color, "height": use_height, "normal": use_normal, "multiview": multiview_dim > 0}
+    return " ".join(name for name, wanted in asked.items() if wanted) or "none"
 
 
 def sample_indices(num_available: int, num_points: int, rng: np.random.Generator) -> np.ndarray:
@@ -42,17 +53,31 @@ def point_features(
     use_color: bool = True,
     use_height: bool = True,
     use_normal: bool = False,
+    multiview_dim: int = 0,
+    multiview: MultiviewFeatures | None = None,
 ) -> PointInput:
-    """Sample a scene for the encoder.
+    """Sample a scene for the encoder; what is sampled depends on the generator alone.
 
-    Channels, in this order and as asked for: colour (3, in 0..1), height above the floor (1, metres), normal (3, unit,
-    towards the scene's middle). The sample depends on the generator alone. Augment first (datasets/transforms.py): the
-    height is read off the points given.
+    Args:
+        multiview_dim: channels W of multi-view features; 0 for none.
+        multiview: where they come from.
+
+    Raises:
+        ValueError: NaN coordinates, or no multi-view features where they are asked for.
     """
+    if multiview_dim and multiview is None:
+        raise ValueError(
+            f"The scene encoder takes {multiview_dim} multi-view features a point, but no file of them is given; name "
+            "it by data.multiview, or by --multiview."
+        )
     kept_N = sample_indices(len(scene.points_N3), num_points, rng)
-    points_N3 = scene.to_model(scene.points_N3[kept_N])
     return features_of(
-        points_N3, scene.colors_N3[kept_N], use_color=use_color, use_height=use_height, use_normal=use_normal
+        scene.to_model(scene.points_N3[kept_N]),
+        scene.colors_N3[kept_N],
+        use_color=use_color,
+        use_height=use_height,
+        normals_N3=scene_normals(scene)[kept_N] if use_normal else None,
+        multiview_NW=multiview.of(scene, kept_N) if multiview_dim and multiview is not None else None,
     )
 
 
@@ -62,9 +87,17 @@ def features_of(
     *,
     use_color: bool = True,
     use_height: bool = True,
-    use_normal: bool = False,
+    normals_N3: np.ndarray | None = None,
+    multiview_NW: np.ndarray | None = None,
 ) -> PointInput:
-    """The same for points already sampled and in the model frame (colours uint8). ValueError: NaN coordinates."""
+    """Points in the model frame (augmented or not) with their channels.
+
+    Channels, in this order and as asked for: colour (3, in 0..1, from uint8), height above the floor (1, metres),
+    normal (3, unit, towards the scene's middle, turned as the points are), multi-view features (W).
+
+    Raises:
+        ValueError: NaN coordinates.
+    """
     if not np.isfinite(points_N3).all():
         raise ValueError(NOT_FINITE)
     channels = []
@@ -72,14 +105,27 @@ def features_of(
         channels.append(colors_N3.astype(np.float32) / 255)
     if use_height:
         channels.append(points_N3[:, 2:3].astype(np.float32))
-    if use_normal:
-        channels.append(estimate_normals(points_N3))
-    features_NF = np.concatenate(channels, 1) if channels else np.zeros((len(points_N3), 0), np.float32)
+    channels += [extra_NX for extra_NX in (normals_N3, multiview_NW) if extra_NX is not None]
+    nothing_N0 = np.zeros((len(points_N3), 0), np.float32)
+    features_NF = np.concatenate([nothing_N0, *channels], 1, dtype=np.float32)
     return PointInput(points_N3.astype(np.float32), features_NF)
+
+
+def scene_normals(scene: Scene) -> np.ndarray:
+    """Unit normals [A, 3], float16, of all points of a scene, as `estimate_normals` makes them.
+
+    They are made once and kept with the scene: the full cloud's are truer than a sample's, and they take a quarter of
+    a second for 50,000 points.
+    """
+    if scene.normals_N3 is None:
+        scene.normals_N3 = estimate_normals(scene.points_N3).astype(np.float16)
+    return scene.normals_N3
 
 
 def estimate_normals(points_N3: np.ndarray, num_neighbors: int = 16) -> np.ndarray:
     """Unit normals [N, 3] of the planes through each point's neighbours, turned towards the cloud's mean position."""
+    if not np.isfinite(points_N3).all():
+        raise ValueError(NOT_FINITE)
     if len(points_N3) < 3:
         raise ValueError(f"Normals need at least 3 points, the cloud has {len(points_N3)}; set use_normal=False.")
     _, neighbor_NK = KDTree(points_N3).query(points_N3, k=min(num_neighbors, len(points_N3)))
