@@ -203,6 +203,10 @@ def _saved_config(checkpoint: Path) -> dict:
         encoder = group.get("encoder") if isinstance(group, dict) else None
         if isinstance(encoder, dict) and "backbone" not in encoder:
             encoder |= {"backbone": "pointnet2", "ptv3": to_dict(PointTransformerConfig())}
+    model = saved.get("model")
+    language = model.get("language") if isinstance(model, dict) else None
+    if isinstance(language, dict):
+        language.setdefault("object_token", False)  # checkpoints from before there was one
     return saved
 
 
