@@ -1,11 +1,12 @@
 """From samples to predictions: greedy answers, boxes resolved to the world frame."""
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from ..datasets.prompts import CAPTION_QUESTION, DEFAULT_MODE, OBJECT_PLACEHOLDER
 from ..datasets.readers import read_scene
 from ..datasets.scene import TASKS, Sample, Scene
-from ..models.observation import Observation
+from ..models.observation import Observation, clicked_box
 from ..models.scene_vlm import SceneVLM
 from ..utils.boxes import points_in_boxes
 from ..utils.predictions import Prediction, write_predictions
@@ -25,6 +26,7 @@ from .rollout import Rollout, roll_out
 from .runtime import log, pick_device
 
 CAPTION_TASKS = ("dense_caption", "object_caption")
+Asked: TypeAlias = tuple[np.ndarray | None, dict[str, Any]]  # the box of an object, world frame, and a sample's `meta`
 
 
 def to_prediction(model: SceneVLM, rollout: Rollout, label: str) -> Prediction:
@@ -146,7 +148,7 @@ def infer(
         model_path: model folder, checkpoint or run.
         questions: one or more, or none where objects are to be captioned. With boxes or clicks each question is asked
             of each object, which stands in it as `{object}`.
-        boxes: objects, each centre, size and optional heading in metres, world frame (after alignment).
+        boxes: objects (answered before clicks), each centre, size and optional heading in metres, world frame (after alignment).
         clicks: points on objects, world frame; each means the smallest detected box around it, else the nearest.
         task: how the questions are put (datasets/prompts.py); by default `qa`, or `object_caption` without questions.
         align: "auto" checks up-axis, scale and walls; "none" takes the scan as it is.
@@ -162,17 +164,17 @@ def infer(
     if out and Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"{out} is a file; name a folder to write the answers to.")
     scene = read_scene(scene_path, align=align)  # type: ignore[arg-type]
-    asked = [{"query_box_7": _checked_box(box, scene)} for box in boxes]
+    asked: list[Asked] = [(_checked_box(box, scene), {}) for box in boxes]
     model = SceneVLM.from_pretrained(
         model_folder(model_path), device=pick_device(device), language_model=language_model
     )
     observation = model.observe(scene)
     model.encode([observation])
-    asked += [_clicked(model, click, observation) for click in clicks]
-    pairs = [(question, entry) for entry in asked or [{}] for question in questions or [CAPTION_QUESTION]]
+    asked += [_clicked(click, observation) for click in clicks]
+    pairs = itertools.product(asked or [(None, {})], questions or [CAPTION_QUESTION])
     samples = [
-        Sample(f"{scene.scene_id}-{index}", task, "own", scene.scene_id, question, answer="", **entry)
-        for index, (question, entry) in enumerate(pairs)
+        Sample(f"{scene.scene_id}-{index}", task, "own", scene.scene_id, question, "", query_box_7=box_7, meta=meta)
+        for index, ((box_7, meta), question) in enumerate(pairs)
     ]
     rollouts = roll_out(
         model,
@@ -225,16 +227,17 @@ def _checked_box(box: Sequence[float], scene: Scene) -> np.ndarray:
     return box_7
 
 
-def _clicked(model: SceneVLM, click: Sequence[float], observation: Observation) -> dict[str, Any]:
-    """What a sample holds of a click: the box that it means, world frame, and the click in `meta`."""
+def _clicked(click: Sequence[float], observation: Observation) -> Asked:
+    """The box that a click means, world frame; the sample keeps the click in `meta`."""
     if len(click) != 3:
         raise ValueError(f"A click has three coordinates, x,y,z, not {len(click)}.")
-    box_7, distance = model.clicked_box(click, observation)
+    assert observation.encoded is not None
+    box_7, distance = clicked_box(click, observation.scene, observation.encoded)
     if np.isinf(distance):
         log.warning("nothing is detected in this scan; the click %s means what lies around it", _shown(click))
     elif distance > 0:
         log.warning("the click %s lies in no detected object; the nearest is %.2f m away", _shown(click), distance)
-    return {"query_box_7": box_7, "meta": {"query_point": [float(number) for number in click]}}
+    return box_7, {"query_point": [float(number) for number in click]}
 
 
 def _shown(point_3: Sequence[float] | np.ndarray) -> str:

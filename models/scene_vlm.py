@@ -38,11 +38,10 @@ from .language_model import (
     load_lora,
     save_language_model,
 )
-from .observation import NAME_IOU, Answer, EncodedScene, Observation, SceneSettings, point_at
+from .observation import Answer, EncodedScene, Observation, SceneSettings, asked_objects, point_at
 from .scene_encoder import SceneEncoder, select_proposals
 from .scene_encoder.encoder import check_fit
 from .scene_encoder.inputs import point_features
-from .scene_encoder.object_query import click_boxes, query_boxes
 from .view_pool import ViewPool, build_view_pool
 from .view_selector import ViewSelector
 
@@ -198,33 +197,6 @@ class SceneVLM(nn.Module):
         }
         return [tokens[id(scene)] for scene in encoded]
 
-    def asked_tokens(self, boxes: Sequence[Sequence[float]], encoded: Sequence[EncodedScene]) -> torch.Tensor:
-        """Language-model tokens [B, D] of the objects in boxes (model frame), each of its own scene."""
-        queried = query_boxes(
-            torch.tensor(boxes, dtype=torch.float32, device=self.device),
-            proposals_BK7=torch.stack([scene.boxes_K7 for scene in encoded]),
-            features_BKE=torch.stack([scene.features_KE for scene in encoded]),
-            class_probs_BKC=torch.stack([scene.class_probs_KC for scene in encoded]),
-            valid_BK=torch.stack([scene.valid_K for scene in encoded]),
-            token_xyz_BT3=torch.stack([scene.token_xyz_T3 for scene in encoded]),
-            tokens_BTE=torch.stack([scene.tokens_TE for scene in encoded]),
-            min_iou=NAME_IOU,
-        )
-        return self.connector.asked(queried)
-
-    def clicked_box(self, point_3: Sequence[float] | np.ndarray, observation: Observation) -> tuple[np.ndarray, float]:
-        """What a click means: the box [7] of a detected object, and how far from it the click is; world frame, metres.
-
-        The smallest object that contains the click, else the nearest one; where nothing is detected a small cube
-        around the click, at an infinite distance.
-        """
-        (encoded,) = self.encode([observation])
-        model_3 = observation.scene.to_model(np.asarray(point_3, dtype=np.float32))
-        boxes_17, distance_1 = click_boxes(
-            torch.from_numpy(model_3)[None].to(self.device), encoded.boxes_K7[None], encoded.valid_K[None]
-        )
-        return observation.scene.to_world(boxes_17[0].detach().cpu().numpy()), float(distance_1[0])
-
     # -- views -----------------------------------------------------------------------------------------------------
 
     def view_pool(self, observation: Observation) -> ViewPool:
@@ -351,8 +323,8 @@ class SceneVLM(nn.Module):
         scene_tokens = self.scene_tokens(encoded)
         asked = {place: row.asked_box_7 for place, row in enumerate(rows) if row.asked_box_7 is not None}
         if asked:
-            tokens_BD = self.asked_tokens(list(asked.values()), [encoded[place] for place in asked])
-            for place, token_D in zip(asked, tokens_BD, strict=True):
+            queried = asked_objects(list(asked.values()), [encoded[place] for place in asked])
+            for place, token_D in zip(asked, self.connector.asked(queried), strict=True):
                 scene_tokens[place] = torch.cat([scene_tokens[place], token_D[None]])
         shown = [
             (observation, view) for observation, chosen in zip(observations, views, strict=True) for view in chosen

@@ -21,6 +21,7 @@ from threedr1.engine.predict import infer
 from threedr1.engine.rollout import completion_row, roll_out
 from threedr1.engine.sft import sft_loss
 from threedr1.models.inputs import SCENE, SCENE_PLACEHOLDER, pad_rows
+from threedr1.models.observation import asked_objects
 from threedr1.models.scene_vlm import SceneVLM
 from threedr1.utils.boxes import box3d_iou
 from threedr1.utils.predictions import read_predictions
@@ -75,7 +76,6 @@ def scene(rooms_root):
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "model"
-    model.language_source = str(model.language_source)
     model.save_pretrained(folder)
     return folder
 
@@ -96,7 +96,7 @@ def inputs_of(model, samples, observations, **options):
     return rows, model.embed_rows(rows, observations, [views for _, views in written], **options)
 
 
-def test_the_token_stands_behind_the_words_that_point_at_the_object(model, rooms_root, scene):
+def test_the_token_stands_behind_the_words_that_point_at_the_object(model, scene):
     observation = model.observe(scene)
     (encoded,) = model.encode([observation])
     proposal_7 = scene.to_world(encoded.proposals[:1])[0]
@@ -111,13 +111,11 @@ def test_the_token_stands_behind_the_words_that_point_at_the_object(model, rooms
         # one position a token, as text
         positions = pad_rows([row], 0, left=False)["position_ids"][:, 0]
         assert torch.equal(positions, torch.arange(len(row.token_ids)).expand(4, -1))
-    assert build(rooms_root, "model.language.object_token=false").connector.object_token is False
 
 
 def test_rows_without_a_box_and_models_without_the_token_write_as_before(model, rooms_root, scene):
     observation = model.observe(scene)
     plain = build(rooms_root, "model.language.object_token=false")
-    plain.load_state_dict(model.state_dict() | plain.state_dict(), strict=False)
     plain.load_state_dict({key: model.state_dict()[key] for key in plain.state_dict()})
     other = plain.observe(scene)
     with torch.no_grad():
@@ -149,7 +147,8 @@ def test_a_mixed_batch_gives_each_row_its_own_token(model, scene, rooms_root):
                 real_L = together.attention_mask_BL[place].bool()
                 torch.testing.assert_close(together.inputs_embeds_BLD[place, real_L], alone.inputs_embeds_BLD[0])
                 if sample.query_box_7 is not None:
-                    token_D = model.asked_tokens([row.asked_box_7], model.encode([observation]))[0]
+                    queried = asked_objects([row.asked_box_7], model.encode([observation]))
+                    (token_D,) = model.connector.asked(queried)
                     last = max(index for index, kind in enumerate(row.kinds) if kind == SCENE)
                     torch.testing.assert_close(alone.inputs_embeds_BLD[0, last], token_D)
         assert [row.asked_box_7 is None for row in rows] == [False, True, False, False]
