@@ -111,18 +111,21 @@ def pool_in_boxes(
     Raises:
         ValueError: a box or a token's position that is not finite, or a scene without tokens.
     """
-    if valid_BT is None:
-        valid_BT = torch.ones_like(token_xyz_BT3[..., 0], dtype=torch.bool)
     _refuse_not_finite("a box", boxes_B7)
-    _refuse_not_finite("an encoder token", token_xyz_BT3.masked_fill(~valid_BT[..., None], 0))
-    if not bool(valid_BT.any(-1).all()):
+    if valid_BT is not None:  # whatever padding holds, it must not reach the sums
+        token_xyz_BT3 = token_xyz_BT3.masked_fill(~valid_BT[..., None], 0)
+        tokens_BTE = tokens_BTE.masked_fill(~valid_BT[..., None], 0)
+    _refuse_not_finite("an encoder token", token_xyz_BT3)
+    if token_xyz_BT3.shape[1] == 0 or (valid_BT is not None and not bool(valid_BT.any(-1).all())):
         raise ValueError("A scene without encoder tokens has nothing to pool; encode it first.")
-    distance_BT = distance_to_boxes(token_xyz_BT3, boxes_B7[:, None]).masked_fill(~valid_BT, torch.inf)
+    distance_BT = distance_to_boxes(token_xyz_BT3, boxes_B7[:, None])
+    if valid_BT is not None:
+        distance_BT = distance_BT.masked_fill(~valid_BT, torch.inf)
     least_B1, nearest_B1 = distance_BT.min(-1, keepdim=True)
-    only_nearest_BT = torch.zeros_like(valid_BT).scatter(1, nearest_B1, True)
+    only_nearest_BT = torch.zeros_like(distance_BT, dtype=torch.bool).scatter(1, nearest_B1, True)
     share_BT = torch.where(least_B1 == 0, distance_BT == 0, only_nearest_BT).to(tokens_BTE.dtype)
     share_BT = share_BT / share_BT.sum(-1, keepdim=True)
-    return (share_BT[:, None] @ tokens_BTE.masked_fill(~valid_BT[..., None], 0))[:, 0]
+    return (share_BT[:, None] @ tokens_BTE)[:, 0]
 
 
 def query_boxes(

@@ -109,6 +109,8 @@ def test_padded_tokens_are_not_pooled_whatever_they_hold():
     torch.testing.assert_close(pooled, TOKENS[None, 4])  # inside is none, and the table's corner is nearest
     with pytest.raises(ValueError, match="without encoder tokens"):
         pool_in_boxes(torch.tensor([CUP]), xyz[None], tokens[None], torch.zeros_like(valid))
+    with pytest.raises(ValueError, match="without encoder tokens"):
+        pool_in_boxes(torch.tensor([CUP]), xyz[None, :0], tokens[None, :0])
     with pytest.raises(ValueError, match="an encoder token is not finite"):
         pool_in_boxes(torch.tensor([CUP]), xyz[None], tokens[None])
 
