@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from threedr1.datasets.scene import Scene
 from threedr1.models.connector import Connector
+from threedr1.models.observation import NAME_IOU, EncodedScene, asked_objects, clicked_box, point_at
 from threedr1.models.scene_encoder import SceneEncoder, select_proposals
 from threedr1.models.scene_encoder.object_query import (
     CLICK_REACH,
@@ -262,3 +264,52 @@ def test_a_real_encoders_output_is_queried_and_its_tokens_get_gradients():
     assert not asked_B7.requires_grad
     queried.pooled_BE.pow(2).sum().backward()
     assert bool((encoding.tokens_BMD.grad.abs().sum((1, 2)) > 0).all())
+
+
+def encoded_scene(proposals_K7=PROPOSALS):
+    num_proposals = len(proposals_K7)
+    return EncodedScene(
+        features_KE=torch.arange(2.0 * num_proposals).view(num_proposals, 2),
+        boxes_K7=proposals_K7,
+        class_probs_KC=torch.eye(3)[:num_proposals],
+        objectness_K=torch.ones(num_proposals),
+        valid_K=torch.ones(num_proposals, dtype=torch.bool),
+        token_xyz_T3=XYZ,
+        tokens_TE=TOKENS,
+    )
+
+
+def test_a_proposal_counts_as_the_object_exactly_where_it_lends_its_name():
+    encoded = encoded_scene()
+    # slid along a table of 2 m by d, the overlap is (2 - d) / (2 + d): 0.25 at 1.2 m
+    asked = [[shift, *TABLE[1:]] for shift in (1.19, 1.21)]
+    queried = asked_objects(asked, [encoded, encoded])
+    assert queried.proposal_B.tolist() == [0, NOTHING] and NAME_IOU == 0.25
+    names = [point_at(box, encoded.proposals).partition(">")[0] for box in asked]
+    assert names == ["<obj0", "<box"]
+
+
+def test_a_click_is_read_and_answered_in_the_world_frame():
+    empty = np.zeros(0, np.int32)
+    origin_3 = np.array([10.0, -20.0, 0.5], np.float32)
+    scene = Scene(
+        scene_id="s",
+        points_N3=np.zeros((1, 3), np.float32),
+        colors_N3=np.zeros((1, 3), np.uint8),
+        instance_ids_N=np.full(1, -1, np.int32),
+        nyu40_N=np.zeros(1, np.uint8),
+        object_ids_K=empty,
+        object_labels=[],
+        class_ids_K=empty,
+        boxes_K7=np.zeros((0, 7), np.float32),
+        axis_align_44=np.eye(4),
+        origin_3=origin_3,
+    )
+    box_7, distance = clicked_box(origin_3 + [4.0, 1.3, 1.0], scene, encoded_scene())
+    np.testing.assert_allclose(box_7, [14.0, -20.0, 1.5, *SHELF[3:]], atol=1e-5)
+    assert distance == pytest.approx(0.3, abs=1e-5)
+    box_7, distance = clicked_box(origin_3, scene, encoded_scene(PROPOSALS[:0]))
+    np.testing.assert_allclose(box_7, [*origin_3, *[2 * CLICK_REACH] * 3, 0.0], atol=1e-5)
+    assert distance == math.inf
+    with pytest.raises(ValueError, match="a click is not finite"):
+        clicked_box([math.nan, 0.0, 0.0], scene, encoded_scene())
