@@ -148,7 +148,8 @@ def infer(
         model_path: model folder, checkpoint or run.
         questions: one or more, or none where objects are to be captioned. With boxes or clicks each question is asked
             of each object, which stands in it as `{object}`.
-        boxes: objects (answered before clicks), each centre, size and optional heading in metres, world frame (after alignment).
+        boxes: objects, each centre, size and optional heading in metres, world frame (after alignment). They are
+            answered before the clicks.
         clicks: points on objects, world frame; each means the smallest detected box around it, else the nearest.
         task: how the questions are put (datasets/prompts.py); by default `qa`, or `object_caption` without questions.
         align: "auto" checks up-axis, scale and walls; "none" takes the scan as it is.
