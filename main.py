@@ -141,7 +141,7 @@ def run_infer(args: argparse.Namespace) -> int:
     if args.questions:
         text = read_text(args.questions, f"There is no question file at {args.questions}; write one question a line.")
         questions += [line.strip() for line in text.splitlines() if line.strip()]
-    if not questions:
+    if not questions and not args.box and not args.click:
         raise ValueError("There is no question; give one or more with --ask, or a file with one a line: --questions.")
     if not all(question.strip() for question in questions):
         raise ValueError("A question is empty; write it after --ask, in quotes.")
@@ -151,6 +151,8 @@ def run_infer(args: argparse.Namespace) -> int:
         args.scene,
         args.model,
         questions,
+        boxes=args.box,
+        clicks=args.click,
         task=args.task,
         align=args.align,
         out=args.out,
@@ -171,14 +173,16 @@ def run_infer(args: argparse.Namespace) -> int:
 
 
 def save_answer_pictures(answered: "Answered", folder: Path) -> None:
-    """The scan with the detected boxes and those of each answer, one picture an answer."""
+    """The scan with the detected boxes, the one asked about and those of each answer, one picture an answer."""
     from .engine.predict import world_boxes
-    from .visualization.pictures import DETECTED, PREDICTED, save_picture, scene_picture
+    from .visualization.pictures import DETECTED, PREDICTED, TARGET, save_picture, scene_picture
 
     assert answered.observation.encoded is not None
     detected = world_boxes(answered.observation, answered.observation.encoded.proposals.tolist())
     for number, prediction in enumerate(answered.predictions):
-        picture = scene_picture(answered.scene, [(detected, DETECTED), (prediction.boxes, PREDICTED)])
+        asked = [prediction.meta["query_box"]] if "query_box" in prediction.meta else []
+        boxes = [(detected, DETECTED), (asked, TARGET), (prediction.boxes, PREDICTED)]
+        picture = scene_picture(answered.scene, boxes)
         save_picture(picture, folder / f"answer-{number}.png")
 
 

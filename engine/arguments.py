@@ -1,17 +1,34 @@
 """The command line's arguments and help texts; imports nothing heavy, so that every `--help` answers at once."""
 
 import argparse
+import math
 import os
-from collections.abc import Callable, Mapping
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 TASKS = "dense_caption, object_caption, grounding, qa, situated_qa, dialogue, planning, scene_description"
 DEFAULT_MODEL = os.environ.get("THREEDR1_MODEL", "runs/quickstart/grpo")
 AddCommand = Callable[..., argparse.ArgumentParser]
+_POINTING = ("--box", "--click")
+_MINUS = re.compile(r"-[\d.]")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers a wrong command line with one sentence instead of the whole usage."""
+    """A parser that answers a wrong command line with one sentence instead of the whole usage.
+
+    It takes `--click -1,0.5,0.4` as it is meant; argparse alone reads the numbers as an option for their minus sign.
+    """
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        joined: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            if joined and joined[-1] in _POINTING and _MINUS.match(word):
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return super().parse_known_args(joined, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
@@ -25,6 +42,22 @@ def at_least(bound: int) -> Callable[[str], int]:
         if number is None or number < bound:
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {bound}")
         return number
+
+    return read
+
+
+def numbers(*counts: int) -> Callable[[str], list[float]]:
+    """Numbers between commas, as many as one of `counts`, as an argument's type."""
+
+    def read(text: str) -> list[float]:
+        try:
+            values = [float(part) for part in text.split(",")]
+        except ValueError:
+            values = []
+        if len(values) not in counts or not all(map(math.isfinite, values)):
+            wanted = " or ".join(map(str, counts))
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} numbers with commas between, without blanks")
+        return values
 
     return read
 
@@ -194,6 +227,23 @@ def _add_result_commands(add: AddCommand) -> None:
     infer.add_argument("--ask", action="append", default=[], metavar="TEXT", help="a question; may be repeated")
     infer.add_argument("--questions", metavar="FILE", help="questions, one a line")
     infer.add_argument(
+        "--box",
+        action="append",
+        default=[],
+        type=numbers(6, 7),
+        metavar="X,Y,Z,DX,DY,DZ[,HEADING]",
+        help="an object: centre and size in metres, aligned frame. It is captioned, or stands in the questions as "
+        "{object}; may be repeated",
+    )
+    infer.add_argument(
+        "--click",
+        action="append",
+        default=[],
+        type=numbers(3),
+        metavar="X,Y,Z",
+        help="the same by a point: the smallest detected object around it, else the nearest",
+    )
+    infer.add_argument(
         "--model", default=DEFAULT_MODEL, metavar="DIR", help="model or run folder (default: %(default)s)"
     )
     infer.add_argument(
@@ -202,7 +252,8 @@ def _add_result_commands(add: AddCommand) -> None:
     infer.add_argument(
         "--multiview", default="", metavar="FILE", help="HDF5 file of multi-view features, if the model takes them"
     )
-    infer.add_argument("--task", default="qa", help=f"how to ask and read: {TASKS} (default: %(default)s)")
+    infer.add_argument(
+        "--task", help=f"how to ask and read: {TASKS} (default: qa; object_caption for boxes without questions)"
     infer.add_argument(
         "--align", choices=("auto", "none"), default="auto", help="correct up-axis, scale and walls, or take as is"
     )

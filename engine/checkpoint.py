@@ -211,6 +211,10 @@ def _saved_config(checkpoint: Path, defaults: dict) -> dict:
         saved = None
     if not isinstance(saved, dict):
         raise ValueError(f"{path} is broken; delete that checkpoint and resume from the one before.")
+    model = saved.get("model")
+    language = model.get("language") if isinstance(model, dict) else None
+    if isinstance(language, dict):
+        language.setdefault("object_token", False)  # checkpoints from before there was one
     if isinstance(saved.get("augment"), bool):  # from before augmentation was a group; its defaults are what it was
         saved["augment"] = to_dict(AugmentConfig(enabled=saved["augment"]))
     for path in _GROWN:

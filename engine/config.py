@@ -152,6 +152,7 @@ class LanguageConfig:
     lora_last_blocks: int = 0  # adapt only the last n blocks; 0 adapts all
     num_proposals: int = 64
     num_layout_tokens: int = 32
+    object_token: bool = True  # an object that a caption is asked for has a token of its own, beside its name or box
     gradient_checkpointing: bool = False
 
     def __post_init__(self):

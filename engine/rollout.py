@@ -6,7 +6,7 @@ Shapes: G completions of a prompt.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -110,9 +110,9 @@ def roll_out(
 
 def completion_row(prompt: Row, token_ids: Sequence[int]) -> Row:
     """The prompt followed by a completion, taught in full: a row for log-probabilities."""
-    return Row(
-        [*prompt.token_ids, *token_ids],
-        [*prompt.kinds, *[TEXT] * len(token_ids)],
-        [*prompt.labels, *token_ids],
-        prompt.grids,
+    return replace(
+        prompt,
+        token_ids=[*prompt.token_ids, *token_ids],
+        kinds=[*prompt.kinds, *[TEXT] * len(token_ids)],
+        labels=[*prompt.labels, *token_ids],
     )

@@ -1,12 +1,14 @@
-"""From the scene encoder to the language model: each proposal and each patch of layout becomes one token.
+"""From the scene encoder to the language model: each proposal, each patch of layout, and the object that the user
+points at become one token.
 
-Shapes: B scenes, K proposals, T encoder tokens, M layout tokens, E encoder width, D language-model width.
+Shapes: B scenes (or queries), K proposals, T encoder tokens, M layout tokens, E encoder width, D language-model width.
 """
 
 import torch
 from torch import nn
 
 from ..third_party.pointnet2 import furthest_point_sample
+from .scene_encoder.object_query import QueriedObjects
 
 
 def fourier_features(values: torch.Tensor, num_bands: int) -> torch.Tensor:
@@ -36,7 +38,9 @@ class Connector(nn.Module):
     """Projects proposals and layout to the width of the language model (paper 1.1: a linear projection, concatenated).
 
     A proposal's token is made of its feature, its box and its class probabilities, and carries an embedding of its
-    place in the fixed order, which ties it to the name beside it.
+    place in the fixed order, which ties it to the name beside it. The token of the object that the user points at is
+    made of the proposal that covers it, where one does, of the asked box and of the encoder tokens inside; it carries
+    a mark instead of a place.
 
     Args:
         encoder_width: E.
@@ -44,6 +48,7 @@ class Connector(nn.Module):
         num_classes: detection classes.
         num_proposals: K, the number of places.
         num_layout_tokens: M; 0 for none.
+        object_token: whether an object that is pointed at has a token of its own.
         output_scale: standard deviation that tokens start with; the language model's embeddings'.
     """
 
@@ -57,9 +62,11 @@ class Connector(nn.Module):
         num_classes: int,
         num_proposals: int,
         num_layout_tokens: int,
+        object_token: bool = True,
         output_scale: float = 0.02,
     ):
         super().__init__()
+        self.object_token = object_token
         self.num_proposals = num_proposals
         self.num_layout_tokens = num_layout_tokens
         box_features = 7 + 6 * 2 * self.NUM_BANDS
@@ -74,22 +81,30 @@ class Connector(nn.Module):
         self.layout_linear = nn.Linear(encoder_width + 3 + 3 * 2 * self.NUM_BANDS, language_width)
         self.output_norm = nn.LayerNorm(language_width)
         nn.init.constant_(self.output_norm.weight, output_scale)
+        if object_token:
+            self.pooled_norm = nn.LayerNorm(encoder_width)
+            self.pooled_linear = nn.Linear(encoder_width, language_width)
+            self.asked_mark = nn.Embedding(1, language_width)
 
     def objects(
         self, features_BKE: torch.Tensor, boxes_BK7: torch.Tensor, class_probs_BKC: torch.Tensor
     ) -> torch.Tensor:
         """Proposal tokens [B, K, D]; boxes in metres, model frame."""
-        described = torch.cat(
-            [
-                self.feature_norm(features_BKE),
-                boxes_BK7,
-                fourier_features(boxes_BK7[..., :6], self.NUM_BANDS),
-                class_probs_BKC,
-            ],
-            dim=-1,
-        )
         places = self.place_embedding.weight[: features_BKE.shape[1]]
-        return self.output_norm(self.object_mlp(described) + places)
+        return self.output_norm(self._described(features_BKE, boxes_BK7, class_probs_BKC) + places)
+
+    def asked(self, queried: QueriedObjects) -> torch.Tensor:
+        """Tokens [B, D] of the objects that are pointed at; ValueError where this connector has no such token."""
+        if not self.object_token:
+            raise ValueError("This model was made without object tokens; train one with model.language.object_token.")
+        covering_BD = self._described(queried.features_BE, queried.boxes_B7, queried.class_probs_BC)
+        inside_BD = self.pooled_linear(self.pooled_norm(queried.pooled_BE))
+        return self.output_norm(covering_BD + inside_BD + self.asked_mark.weight)
+
+    def _described(self, features: torch.Tensor, boxes: torch.Tensor, class_probs: torch.Tensor) -> torch.Tensor:
+        """Objects [..., D] by their feature, box and class probabilities."""
+        box_features = [boxes, fourier_features(boxes[..., :6], self.NUM_BANDS)]
+        return self.object_mlp(torch.cat([self.feature_norm(features), *box_features, class_probs], dim=-1))
 
     def layout(self, token_xyz_BT3: torch.Tensor, tokens_BTE: torch.Tensor) -> torch.Tensor:
         """Layout tokens [B, M, D]."""

@@ -30,6 +30,7 @@ class Row:
     kinds: list[int]
     labels: list[int]
     grids: list[tuple[int, int, int]]  # (1, h, w) patches of each image, before merging
+    asked_box_7: tuple[float, ...] | None = None  # model frame; set where the row has a token for the object asked for
 
     @property
     def num_scene_tokens(self) -> int:
@@ -94,10 +95,16 @@ class RowWriter:
         num_layout_tokens: int,
         grids: Sequence[tuple[int, int, int]] = (),
         target: str | None = None,
+        asked_box_7: Sequence[float] | None = None,
+        after_object: str = "",
     ) -> Row:
         """One row: system, views, named proposals, layout, question, and the target where one is taught.
 
-        Scene tokens stand in the order proposals 0..K-1, then layout tokens.
+        Scene tokens stand in the order proposals 0..K-1, then layout tokens, then that of the object asked for.
+
+        Args:
+            asked_box_7: box of the object asked for, model frame. Its token stands behind `question`, whose rest is
+                `after_object`. None without such a token.
         """
         ids: list[int] = []
         kinds: list[int] = []
@@ -125,14 +132,18 @@ class RowWriter:
             put(self._fixed("Layout: "))
             put([self.scene_pad] * num_layout_tokens, SCENE)
             put(self._fixed("\n"))
-        put([*self._text(question), self.im_end, *self._fixed("\n")])
+        put(self._text(question))
+        if asked_box_7 is not None:
+            put([self.scene_pad], SCENE)
+            put(self._text(after_object))
+        put([self.im_end, *self._fixed("\n")])
         put([self.im_start, *self._fixed("assistant\n")])
         labels = [IGNORE] * len(ids)
         if target is not None:
             answer = [*self._text(target), self.im_end]
             put(answer)
             labels += answer
-        return Row(ids, kinds, labels, list(grids))
+        return Row(ids, kinds, labels, list(grids), None if asked_box_7 is None else tuple(map(float, asked_box_7)))
 
 
 def mrope_positions(kinds: Sequence[int], grids: Sequence[tuple[int, int, int]], merge_size: int = 2) -> torch.Tensor:

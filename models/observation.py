@@ -1,6 +1,6 @@
 """What the model takes of a scene and what it has made of it so far; how boxes get their names.
 
-Shapes: K proposals, T encoder tokens, E encoder width, C classes, N points, V views.
+Shapes: B boxes, K proposals, T encoder tokens, E encoder width, C classes, N points, V views.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import torch
 from ..datasets.scene import Scene
 from ..utils.boxes import box3d_iou
 from ..utils.text import format_box, format_name
+from .scene_encoder.object_query import QueriedObjects, click_boxes, query_boxes
 from .view_pool import ViewPool
 
 # A box is spoken of by a proposal's name where the proposal covers it at least this much.
@@ -90,3 +91,35 @@ def point_at(box_7: Sequence[float] | np.ndarray, proposals_K7: np.ndarray) -> s
     """The pointer to a box (model frame): the name of the proposal that covers it, else its numbers."""
     index = best_proposal(np.asarray(box_7, dtype=np.float32), proposals_K7)
     return format_box([float(value) for value in box_7]) if index is None else format_name(index)
+
+
+def asked_objects(boxes_B7: Sequence[Sequence[float]], scenes: Sequence[EncodedScene]) -> QueriedObjects:
+    """The objects in boxes (model frame), each of its own scene; a proposal counts where it would lend its name."""
+    return query_boxes(
+        torch.tensor(boxes_B7, dtype=torch.float32, device=scenes[0].boxes_K7.device),
+        proposals_BK7=torch.stack([scene.boxes_K7 for scene in scenes]),
+        features_BKE=torch.stack([scene.features_KE for scene in scenes]),
+        class_probs_BKC=torch.stack([scene.class_probs_KC for scene in scenes]),
+        valid_BK=torch.stack([scene.valid_K for scene in scenes]),
+        token_xyz_BT3=torch.stack([scene.token_xyz_T3 for scene in scenes]),
+        tokens_BTE=torch.stack([scene.tokens_TE for scene in scenes]),
+        min_iou=NAME_IOU,
+    )
+
+
+def clicked_box(
+    point_3: Sequence[float] | np.ndarray, scene: Scene, encoded: EncodedScene
+) -> tuple[np.ndarray, float]:
+    """What a click means: the box [7] of a detected object, and how far from it the click is; world frame, metres.
+
+    The smallest object that contains the click, else the nearest one; where nothing is detected a small cube around
+    the click, at an infinite distance.
+
+    Raises:
+        ValueError: a click that is not finite.
+    """
+    model_3 = torch.from_numpy(scene.to_model(np.asarray(point_3, dtype=np.float32)))
+    boxes_17, distance_1 = click_boxes(
+        model_3[None].to(encoded.boxes_K7.device), encoded.boxes_K7[None], encoded.valid_K[None]
+    )
+    return scene.to_world(boxes_17[0].detach().cpu().numpy()), float(distance_1[0])

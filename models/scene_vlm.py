@@ -19,7 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..datasets.multiview import MultiviewFeatures
-from ..datasets.prompts import DEFAULT_MODE, SYSTEM_PROMPT, build_question, check_prompts, prompt_record
+from ..datasets.prompts import (
+    DEFAULT_MODE,
+    OBJECT_PLACEHOLDER,
+    SYSTEM_PROMPT,
+    build_question,
+    check_prompts,
+    prompt_record,
+)
 from ..datasets.scene import Sample, Scene
 from ..utils.files import read_text
 from ..utils.text import parse_response, replace_boxes, resolve_boxes
@@ -32,7 +39,7 @@ from .language_model import (
     load_lora,
     save_language_model,
 )
-from .observation import Answer, EncodedScene, Observation, SceneSettings, point_at
+from .observation import Answer, EncodedScene, Observation, SceneSettings, asked_objects, point_at
 from .scene_encoder import SceneEncoder, select_proposals
 from .scene_encoder.encoder import check_fit
 from .scene_encoder.inputs import point_features
@@ -276,14 +283,21 @@ class SceneVLM(nn.Module):
     def write_row(
         self, sample: Sample, observation: Observation, mode: str, target: str | None
     ) -> tuple[Row, list[int]]:
-        """Tokens of one sample and the views that go with it."""
+        """Tokens of one sample and the views that go with it.
+
+        OBJECT_PLACEHOLDER in a question about a box becomes the box's name or numbers, then its object token.
+        """
         (encoded,) = self.encode([observation])
         proposals_K7 = encoded.proposals
         views = self.choose_views(sample, observation)
-        question = build_question(sample, mode)
+        question, after_object, asked_7 = build_question(sample, mode), "", None
         if sample.query_box_7 is not None:
-            pointer = point_at(observation.scene.to_model(sample.query_box_7), proposals_K7)
-            question = question.replace("{object}", pointer)
+            box_7 = observation.scene.to_model(sample.query_box_7)
+            pointer = point_at(box_7, proposals_K7)
+            if self.connector.object_token and OBJECT_PLACEHOLDER in question:
+                before, _, after_object = question.partition(OBJECT_PLACEHOLDER)
+                question, asked_7 = before + pointer, box_7.tolist()
+            question, after_object = (text.replace(OBJECT_PLACEHOLDER, pointer) for text in (question, after_object))
         row = self.writer.write(
             system=SYSTEM_PROMPT,
             question=question,
@@ -291,6 +305,8 @@ class SceneVLM(nn.Module):
             num_layout_tokens=self.connector.num_layout_tokens,
             grids=[self.view_pixels(observation, view)[1] for view in views],
             target=target,
+            asked_box_7=asked_7,
+            after_object=after_object,
         )
         return row, views
 
@@ -308,7 +324,13 @@ class SceneVLM(nn.Module):
         left: bool = False,
     ) -> ModelInputs:
         """Embed written rows with their scenes' tokens and views."""
-        scene_tokens = self.scene_tokens(self.encode(observations))
+        encoded = self.encode(observations)
+        scene_tokens = self.scene_tokens(encoded)
+        asked = {place: row.asked_box_7 for place, row in enumerate(rows) if row.asked_box_7 is not None}
+        if asked:
+            queried = asked_objects(list(asked.values()), [encoded[place] for place in asked])
+            for place, token_D in zip(asked, self.connector.asked(queried), strict=True):
+                scene_tokens[place] = torch.cat([scene_tokens[place], token_D[None]])
         shown = [
             (observation, view) for observation, chosen in zip(observations, views, strict=True) for view in chosen
         ]
@@ -379,6 +401,7 @@ class SceneVLM(nn.Module):
             "connector": {
                 "num_proposals": self.connector.num_proposals,
                 "num_layout_tokens": self.connector.num_layout_tokens,
+                "object_token": self.connector.object_token,
             },
             "settings": vars(self.settings),
             "views": self.view_selector.settings() if self.view_selector is not None else None,
@@ -438,7 +461,8 @@ class SceneVLM(nn.Module):
             load_lora(language, POLICY, folder / "adapter" / POLICY, trainable=trainable_adapter)
         settings = SceneSettings(**description["settings"])
         scene_encoder = SceneEncoder.from_pretrained(folder / "scene_encoder")
-        connector = build_connector(language, scene_encoder, **description["connector"])
+        # a description without the key is from before there were object tokens: that model has none
+        connector = build_connector(language, scene_encoder, **{"object_token": False, **description["connector"]})
         _load_connector(connector, folder / "connector.safetensors")
         views = description["views"]
         model = cls(
@@ -476,6 +500,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
         )
     missing = _DESCRIBED - description.keys()
     unknown = set(description.get("settings", {})) - {entry.name for entry in fields(SceneSettings)}
+    connector = set(description.get("connector", {}))
+    missing |= {f"connector.{name}" for name in {"num_proposals", "num_layout_tokens"} - connector}
+    unknown |= connector - {"num_proposals", "num_layout_tokens", "object_token"}
     if missing or unknown:
         wrong = f"lacks {min(missing)!r}" if missing else f"has the unknown setting {min(unknown)!r}"
         raise ValueError(f"{path} {wrong}; copy the model again from its source.")
@@ -494,7 +521,12 @@ def _load_connector(connector: Connector, path: Path) -> None:
 
 
 def build_connector(
-    language: LanguageModel, scene_encoder: SceneEncoder, *, num_proposals: int, num_layout_tokens: int
+    language: LanguageModel,
+    scene_encoder: SceneEncoder,
+    *,
+    num_proposals: int,
+    num_layout_tokens: int,
+    object_token: bool,
 ) -> Connector:
     """A connector between two given parts, its tokens as large as the language model's own embeddings."""
     embeddings = language.embedding.weight
@@ -504,5 +536,6 @@ def build_connector(
         num_classes=scene_encoder.num_classes,
         num_proposals=num_proposals,
         num_layout_tokens=num_layout_tokens,
+        object_token=object_token,
         output_scale=float(embeddings[: min(len(embeddings), 4096)].detach().float().std()),
     )
