@@ -20,7 +20,7 @@ import yaml
 
 from ..models.scene_vlm import SceneVLM
 from ..utils.files import read_text
-from .config import PointTransformerConfig, save_config, to_dict
+from .config import PointTransformerConfig, ViewsConfig, save_config, to_dict
 from .optim import Optimizer
 from .runtime import Runtime, log
 
@@ -203,6 +203,10 @@ def _saved_config(checkpoint: Path) -> dict:
         encoder = group.get("encoder") if isinstance(group, dict) else None
         if isinstance(encoder, dict) and "backbone" not in encoder:
             encoder |= {"backbone": "pointnet2", "ptv3": to_dict(PointTransformerConfig())}
+        views = group.get("views") if isinstance(group, dict) else None
+        if isinstance(views, dict) and "redundancy" not in views:  # from before view weights could be learned
+            new = ("redundancy", "weights", "temperature", "pull", "lr_factor")
+            views |= {name: getattr(ViewsConfig(redundancy=0.0), name) for name in new}
     return saved
 
 
