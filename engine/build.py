@@ -23,6 +23,7 @@ def build_view_selector(config: ViewsConfig) -> ViewSelector | None:
             "w_text": config.w_text,
             "w_image": config.w_image,
             "w_clip": config.w_clip,
+            "redundancy": config.redundancy,
         }
     )
 
@@ -91,6 +92,7 @@ def check_settings(model: SceneVLM, config: ModelConfig, data: DataConfig) -> No
     pairs["object_token"] = (config.language.object_token, model.connector.object_token)
     if model.view_selector is not None:
         pairs["num_views"] = (config.views.num_views, model.view_selector.num_views)
+        pairs["redundancy"] = (config.views.redundancy, model.view_selector.redundancy)
     for name, (asked, found) in pairs.items():
         if asked != found:
             raise ValueError(

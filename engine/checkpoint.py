@@ -10,7 +10,7 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -198,7 +198,9 @@ def open_run(config: Any, resume: bool) -> Path | None:
 
 
 # Keys that came to these groups later have defaults that mean what was done before there were such keys.
-_GROWN = ("data", "encoder", "model.encoder")
+_GROWN = ("data", "encoder", "model.encoder", "model.views")
+# Others have a default that means something new; this is what was done before.
+_BEFORE = {"model.language.object_token": False, "model.views.redundancy": 0.0}
 
 
 def _saved_config(checkpoint: Path, defaults: dict) -> dict:
@@ -211,20 +213,26 @@ def _saved_config(checkpoint: Path, defaults: dict) -> dict:
         saved = None
     if not isinstance(saved, dict):
         raise ValueError(f"{path} is broken; delete that checkpoint and resume from the one before.")
-    model = saved.get("model")
-    language = model.get("language") if isinstance(model, dict) else None
-    if isinstance(language, dict):
-        language.setdefault("object_token", False)  # checkpoints from before there was one
     if isinstance(saved.get("augment"), bool):  # from before augmentation was a group; its defaults are what it was
         saved["augment"] = to_dict(AugmentConfig(enabled=saved["augment"]))
-    for path in _GROWN:
-        group, default = saved, defaults
-        for name in path.split("."):
-            group = group.get(name) if isinstance(group, dict) else None
-            default = default.get(name, {})
+    for path, value in _BEFORE.items():
+        *names, key = path.split(".")
+        group = _group(saved, names)
         if isinstance(group, dict):
-            _fill(group, default)
+            group.setdefault(key, value)
+    for path in _GROWN:
+        group = _group(saved, path.split("."))
+        if isinstance(group, dict):
+            _fill(group, _group(defaults, path.split(".")) or {})
     return saved
+
+
+def _group(config: dict, names: Sequence[str]) -> Any:
+    """What stands in nested dictionaries under these names, None where nothing does."""
+    group: Any = config
+    for name in names:
+        group = group.get(name) if isinstance(group, dict) else None
+    return group
 
 
 def _fill(saved: dict, defaults: dict) -> None:

@@ -133,10 +133,20 @@ class ViewsConfig:
     w_text: float = 0.3
     w_image: float = 0.5
     w_clip: float = 0.5
+    redundancy: float = 2.5  # 0: plain top-k; how much a view loses that shows only what the chosen ones show
+    weights: str = "fixed"  # learned: w_text and w_image start as above and learn from the language model's loss
+    # of learned weights:
+    temperature: float = 0.5  # of the relaxed choice, in standard deviations of a pool's utilities
+    pull: float = 0.1  # weight in the loss of (w_text - 0.3)^2
+    lr_factor: float = 10.0  # on optim.lr
 
     def __post_init__(self):
-        _one_of(self, source=("posed", "rendered", "mixed", "none"))
-        _at_least(self, num_candidates=1, num_views=1, image_size=1)
+        _one_of(self, source=("posed", "rendered", "mixed", "none"), weights=("fixed", "learned"))
+        _at_least(self, num_candidates=1, num_views=1, image_size=1, redundancy=0, pull=0, lr_factor=0)
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0.")
+        if self.weights == "learned" and self.source == "none":
+            raise ValueError("weights is 'learned', but source is 'none'; without views there is nothing to learn.")
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,17 @@ class Optimizer:
         parameters: trained parameters by name. Matrices decay; vectors (norms, biases) do not.
         config: optimiser settings.
         total_steps: length of the schedule.
+        lr_factors: factor on the learning rate of single parameters, by name; 1 for all others.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, total_steps: int, runtime: Runtime
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimConfig,
+        total_steps: int,
+        runtime: Runtime,
+        *,
+        lr_factors: Mapping[str, float] | None = None,
     ):
         if not parameters:
             raise ValueError("Nothing to train: every parameter is frozen.")
@@ -48,13 +55,16 @@ class Optimizer:
             parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()
             for parameter in self.parameters
         ]
-        decayed = [master for master in self.masters if master.dim() >= 2]
-        plain = [master for master in self.masters if master.dim() < 2]
-        self.adam = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-        )
+        factors = [(lr_factors or {}).get(name, 1.0) for name in parameters]
+        self.group_factors: list[float] = []
+        groups = []
+        for factor in sorted(set(factors) | {1.0}):
+            mine = [master for master, its in zip(self.masters, factors, strict=True) if its == factor]
+            decayed, plain = [[master for master in mine if (master.dim() >= 2) == matrix] for matrix in (True, False)]
+            groups.append({"params": decayed, "weight_decay": config.weight_decay})
+            groups.append({"params": plain, "weight_decay": 0.0})
+            self.group_factors += [factor, factor]
+        self.adam = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
         self.skipped_in_a_row = 0
         self.skipped = 0
 
@@ -88,8 +98,8 @@ class Optimizer:
             gradient.div_(divisor)
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm or math.inf)
         rate = learning_rate(step, self.total_steps, self.config)
-        for group in self.adam.param_groups:
-            group["lr"] = rate
+        for group, factor in zip(self.adam.param_groups, self.group_factors, strict=True):
+            group["lr"] = rate * factor
         if self.runtime.all_finite(bool(torch.isfinite(norm))):
             self.adam.step()
             self.skipped_in_a_row = 0

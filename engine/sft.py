@@ -25,13 +25,19 @@ from .tracking import Tracker
 
 
 def sft_loss(
-    model: SceneVLM, samples: Sequence[Sample], observations: Sequence[Observation], *, pointers: str
+    model: SceneVLM,
+    samples: Sequence[Sample],
+    observations: Sequence[Observation],
+    *,
+    pointers: str,
+    temperature: float = 0.5,
 ) -> tuple[torch.Tensor, int]:
     """Cross-entropy of the targets, summed over taught tokens, and their number.
 
     Args:
         observations: the samples' scenes, encoded.
         pointers: "name" teaches `<obj12>` for a box that a proposal covers; "box" always teaches numbers.
+        temperature: of the relaxed choice of views, where its weights learn.
     """
     model.expect(samples)
     rows, views = [], []
@@ -43,7 +49,8 @@ def sft_loss(
         row, chosen = model.write_row(sample, observation, mode, target)
         rows.append(row)
         views.append(chosen)
-    inputs = model.embed_rows(rows, observations, views)
+    gates = model.view_gates(samples, observations, temperature)
+    inputs = model.embed_rows(rows, observations, views, gates=gates)
     hidden_BLD = model.hidden(inputs)
     taught_BL = inputs.labels_BL[:, 1:] != IGNORE
     loss = cross_entropy(
@@ -70,7 +77,10 @@ def load_model(config: SftConfig, checkpoint: Path | None, runtime: Runtime) -> 
         model = build_model(config.model, config.data)
     model.to(runtime.device)
     model.set_trainable(
-        language=config.model.language.train, connector=True, scene_encoder=config.model.train_scene_encoder
+        language=config.model.language.train,
+        connector=True,
+        scene_encoder=config.model.train_scene_encoder,
+        view_weights=config.model.views.weights == "learned",
     )
     return model.train()
 
@@ -78,14 +88,20 @@ def load_model(config: SftConfig, checkpoint: Path | None, runtime: Runtime) -> 
 def accumulate_gradients(
     model: SceneVLM, samples: Sequence[Sample], observations: ObservationCache, config: SftConfig, step: int
 ) -> tuple[float, int]:
-    """Back-propagate one batch in micro-batches; returns the summed loss and the number of taught tokens."""
+    """Back-propagate one batch in micro-batches; returns the summed loss and the number of taught tokens.
+
+    The pull of learned view weights is added for each token, since gradients are divided by the number of tokens; it
+    is not part of the loss that is returned.
+    """
+    views, selector = config.model.views, model.view_selector
     micro = config.run.micro_batch_size or len(samples)
     loss_sum, tokens = 0.0, 0
     for start in range(0, len(samples), micro):
         batch = samples[start : start + micro]
         seen = observations.resampled(batch, seed=step) if model.train_scene_encoder else observations.of(batch)
-        loss, count = sft_loss(model, batch, seen, pointers=config.pointers)
-        loss.backward()
+        loss, count = sft_loss(model, batch, seen, pointers=config.pointers, temperature=views.temperature)
+        pull = views.pull * count * selector.regularizer() if selector is not None and selector.learns else 0.0
+        (loss + pull).backward()
         loss_sum += float(loss.detach())
         tokens += count
     return loss_sum, tokens
@@ -105,7 +121,15 @@ def train(config: SftConfig, resume: bool = False) -> Path:
     seed_everything(run.seed)
     model = load_model(config, last, runtime)
     give_multiview(model, config.data, samples)
-    optimizer = Optimizer(model.trainable_parameters(), config.optim, run.steps, runtime)
+    selector = model.view_selector
+    factor = config.model.views.lr_factor
+    optimizer = Optimizer(
+        model.trainable_parameters(),
+        config.optim,
+        run.steps,
+        runtime,
+        lr_factors={"view_selector.w_text": factor, "view_selector.w_image": factor},
+    )
     extra = {"data": fingerprint([sample.sample_id for sample in samples])}
     first_step = restore_run(last, optimizer, extra["data"])["step"]
     num_trained = sum(parameter.numel() for parameter in model.trainable_parameters().values())
@@ -121,6 +145,9 @@ def train(config: SftConfig, resume: bool = False) -> Path:
             loss_sum, tokens = runtime.total(*sums)
             metrics = optimizer.step(step, divisor=max(tokens, 1.0))
             metrics |= {"loss": loss_sum / max(tokens, 1.0), "tokens": tokens}
+            if selector is not None and selector.learns:
+                selector.project()
+                metrics |= {"view_w_text": selector.w_text.item(), "view_w_image": selector.w_image.item()}
             tracker.advance(loss=metrics["loss"], lr=metrics["lr"])
             if (step + 1) % run.log_every == 0 or step + 1 == run.steps:
                 tracker.log(step, metrics)

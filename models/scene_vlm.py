@@ -9,6 +9,7 @@ Shapes: B rows, L tokens, K proposals, T encoder tokens, E encoder width, D lang
 import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,12 @@ from .language_model import (
     save_language_model,
 )
 from .observation import Answer, EncodedScene, Observation, SceneSettings, asked_objects, point_at
+from .relaxed_top_k import gate_views
 from .scene_encoder import SceneEncoder, select_proposals
 from .scene_encoder.encoder import check_fit
 from .scene_encoder.inputs import point_features
 from .view_pool import ViewPool, build_view_pool
-from .view_selector import ViewSelector
+from .view_selector import Selection, ViewSelector
 
 POLICY = "policy"
 _FORMAT = 1
@@ -110,11 +112,14 @@ class SceneVLM(nn.Module):
 
     # -- what is trained -------------------------------------------------------------------------------------------
 
-    def set_trainable(self, *, language: str, connector: bool, scene_encoder: bool) -> None:
+    def set_trainable(
+        self, *, language: str, connector: bool, scene_encoder: bool, view_weights: bool = False
+    ) -> None:
         """Choose what learns.
 
         Args:
             language: "lora" (the active adapter), "full", or "none".
+            view_weights: the weights of the view selector's terms.
         """
         if language not in ("lora", "full", "none"):
             raise ValueError(f"The language model trains as lora, full or none, not {language!r}.")
@@ -129,7 +134,7 @@ class SceneVLM(nn.Module):
         self.train_vision_tower = language == "full"
         self.full_language_model = self.full_language_model or language == "full"
         if self.view_selector is not None:
-            self.view_selector.requires_grad_(False)
+            self.view_selector.train_weights(view_weights)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that learn, by name."""
@@ -232,17 +237,37 @@ class SceneVLM(nn.Module):
         """
         if self.view_selector is None:
             return []
-        question, box_7 = view_question(sample), sample.query_box_7
+        if self.view_selector.learns:
+            with torch.no_grad():
+                return self._select(sample, observation).indices
+        box_7, question = sample.query_box_7, view_question(sample)
         key = question if box_7 is None else f"{question} {np.round(box_7, 3).tolist()}"
         if key not in observation.choices:
-            (encoded,) = self.encode([observation])
-            pool = self.view_pool(observation)
-            if self.train_scene_encoder:
-                pool = replace(pool, visible_VK=pool.visibility(observation.scene.to_world(encoded.proposals)))
-            focus_V = None if box_7 is None else pool.visibility(box_7)[:, 0]
-            class_probs_KC = encoded.class_probs_KC[encoded.valid_K].detach()
-            observation.choices[key] = self.view_selector.select(question, pool, class_probs_KC, focus_V).indices
+            observation.choices[key] = self._select(sample, observation).indices
         return observation.choices[key]
+
+    def view_gates(
+        self, samples: Sequence[Sample], observations: Sequence[Observation], temperature: float
+    ) -> list[torch.Tensor] | None:
+        """Gates of each sample's chosen views, 1 in value, through which learned view weights get their gradient.
+
+        None where the weights do not learn. `temperature` is that of the relaxed choice (Selection.gates).
+        """
+        if self.view_selector is None or not self.view_selector.learns:
+            return None
+        pairs = zip(samples, observations, strict=True)
+        return [self._select(sample, observation).gates(temperature) for sample, observation in pairs]
+
+    def _select(self, sample: Sample, observation: Observation) -> Selection:
+        """The view selector's answer to a sample, with the weights as they are now."""
+        assert self.view_selector is not None
+        (encoded,) = self.encode([observation])
+        pool, box_7 = self.view_pool(observation), sample.query_box_7
+        if self.train_scene_encoder:
+            pool = replace(pool, visible_VK=pool.visibility(observation.scene.to_world(encoded.proposals)))
+        focus_V = None if box_7 is None else pool.visibility(box_7)[:, 0]
+        class_probs_KC = encoded.class_probs_KC[encoded.valid_K].detach()
+        return self.view_selector.select(view_question(sample), pool, class_probs_KC, focus_V)
 
     def expect(self, samples: Sequence[Sample]) -> None:
         """Tell the view selector which questions come next, so that it embeds them in one batch."""
@@ -258,16 +283,16 @@ class SceneVLM(nn.Module):
             observation.pixels[index] = (made["pixel_values"], (grid[0], grid[1], grid[2]))
         return observation.pixels[index]
 
-    def embed_views(self, shown: Sequence[tuple[Observation, int]]) -> torch.Tensor:
-        """Vision-tower tokens [n, D] of views, one after the other; a frozen tower sees each view once."""
+    def embed_views(self, shown: Sequence[tuple[Observation, int]]) -> list[torch.Tensor]:
+        """Vision-tower tokens [T, D] of each view; a frozen tower sees each view once."""
         if self.train_vision_tower:
-            return torch.cat(self._look(shown))
+            return self._look(shown)
         new = list({(id(seen), view): (seen, view) for seen, view in shown if view not in seen.image_tokens}.values())
         if new:
             with torch.no_grad():
                 for (observation, view), tokens in zip(new, self._look(new), strict=True):
                     observation.image_tokens[view] = tokens
-        return torch.cat([observation.image_tokens[view] for observation, view in shown])
+        return [observation.image_tokens[view] for observation, view in shown]
 
     def _look(self, shown: Sequence[tuple[Observation, int]]) -> list[torch.Tensor]:
         """Tokens of each view from the vision tower, in one batch."""
@@ -321,9 +346,10 @@ class SceneVLM(nn.Module):
         observations: Sequence[Observation],
         views: Sequence[Sequence[int]],
         *,
+        gates: Sequence[torch.Tensor] | None = None,
         left: bool = False,
     ) -> ModelInputs:
-        """Embed written rows with their scenes' tokens and views."""
+        """Embed written rows with their scenes' tokens and views, these gated where `view_gates` gave gates."""
         encoded = self.encode(observations)
         scene_tokens = self.scene_tokens(encoded)
         asked = {place: row.asked_box_7 for place, row in enumerate(rows) if row.asked_box_7 is not None}
@@ -334,11 +360,16 @@ class SceneVLM(nn.Module):
         shown = [
             (observation, view) for observation, chosen in zip(observations, views, strict=True) for view in chosen
         ]
+        image_tokens = self.embed_views(shown) if shown else []
+        if gates is not None:
+            rest = iter(image_tokens)
+            gated = [gate_views(list(islice(rest, len(gates_k))), gates_k) for gates_k in gates]
+            image_tokens = [tokens_TD for row in gated for tokens_TD in row]
         return assemble(
             rows,
             embed_tokens=self.language.embedding,
             scene_tokens=scene_tokens,
-            image_tokens=self.embed_views(shown) if shown else None,
+            image_tokens=torch.cat(image_tokens) if image_tokens else None,
             pad_id=self.language.pad_id,
             left=left,
             merge_size=self.language.merge_size,

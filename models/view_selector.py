@@ -4,6 +4,7 @@
 
 The paper's grid search found (0.3, 0.5, 0.5) best. It needs one space for text, pictures and the 3D scene, and trains
 none; here the 3D side of a view is what a detector found in it, in the words of the encoder's own text side.
+How the weights are learned is in relaxed_top_k.py; how repetition is kept out of the choice, in view_redundancy.py.
 
 Shapes: V views, K objects, C classes, D width of the encoder's space, S points of the coverage subsample.
 """
@@ -20,10 +21,13 @@ from torch.nn import functional as F
 
 from ..utils.labels import DETECTION_CLASSES
 from .image_encoder import SentenceEncoder, TextImageEncoder, load_text_encoder
+from .relaxed_top_k import soft_top_k, straight_through
 from .view_pool import ViewPool
+from .view_redundancy import choose_spread, question_weights
 
 Encoder = SentenceEncoder | TextImageEncoder
 _CACHED_TEXTS = 8192
+_LEAST_SPREAD = 1e-3  # of utilities; bounds the gradient where a question prefers no view
 _WEIGHT_PRIOR = 0.3  # the paper's target of w_t
 
 
@@ -81,11 +85,24 @@ def top_views(utility_V: Tensor, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Selection:
-    """Chosen views, best first, and every candidate's scores: text_to_3d, image_to_3d, clip, utility, each [V]."""
+    """Chosen views, best first, and every candidate's scores: text_to_3d, image_to_3d, clip, utility, each [V].
+
+    `marginal_V` is the utility less what redundancy took off it; its highest are the chosen views.
+    """
 
     indices: list[int]
     names: list[str]
     scores: dict[str, Tensor]
+    marginal_V: Tensor
+
+    def gates(self, temperature: float) -> Tensor:
+        """Gates [k] of the chosen views, all 1, with the gradient of their relaxed inclusion (relaxed_top_k.py).
+
+        `temperature` is in standard deviations of the pool's utilities, of which no gradient is taken.
+        """
+        spread = float(self.scores["utility"].detach().std(unbiased=False).clamp_min(_LEAST_SPREAD))
+        p_V = soft_top_k(self.marginal_V, len(self.indices), temperature * spread)
+        return straight_through(p_V, self.indices)
 
 
 class ViewSelector(nn.Module):
@@ -104,8 +121,10 @@ class ViewSelector(nn.Module):
         num_references: size of I(t), the views most relevant to the question by S_Text->3D, that S_Image->3D compares
             with. The paper leaves I(t) open; with the whole pool the term ignores the question, and a text-only
             encoder, where w_c is 1, then finds targets less often than chance.
+        redundancy: how much a view's utility falls that shows only what the chosen ones show, in standard deviations
+            of the pool's utilities (view_redundancy.py); 0 is the paper's plain top-k.
         class_names: names of the detector's classes, in its order.
-        learn_weights: whether w_t and w_c take gradients.
+        learn_weights: see `train_weights`.
     """
 
     def __init__(
@@ -118,6 +137,7 @@ class ViewSelector(nn.Module):
         w_image: float = 0.5,
         w_clip: float = 0.5,
         num_references: int = 3,
+        redundancy: float = 0.0,
         class_names: Sequence[str] = DETECTION_CLASSES,
         learn_weights: bool = False,
     ):
@@ -131,6 +151,8 @@ class ViewSelector(nn.Module):
                 f"num_views ({num_views}) and num_references ({num_references}) must be at least 1; turn views off "
                 "with source none."
             )
+        if redundancy < 0:
+            raise ValueError(f"redundancy is {redundancy}; it must not be negative, and 0 turns it off.")
         if w_clip > 0 and not encoder.has_images:
             raise ValueError(
                 f"The encoder {encoder_name!r} reads text only, so the question cannot be compared with pictures: "
@@ -138,12 +160,14 @@ class ViewSelector(nn.Module):
             )
         self.num_views = num_views
         self.num_references = num_references
+        self.redundancy = float(redundancy)
         self.encoder_name = encoder_name
         self.class_names = tuple(class_names)
-        self.w_text = nn.Parameter(torch.tensor(float(w_text)), requires_grad=learn_weights)
-        self.w_image = nn.Parameter(torch.tensor(float(w_image)), requires_grad=learn_weights)
+        self.w_text = nn.Parameter(torch.tensor(float(w_text)))
+        self.w_image = nn.Parameter(torch.tensor(float(w_image)))
         self._encoder = (encoder,)  # inside a tuple: no submodule, so its weights stay out of state_dict
         self._texts: OrderedDict[str, Tensor] = OrderedDict()  # questions and class names, the latest used last
+        self.train_weights(learn_weights)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "ViewSelector":
@@ -154,15 +178,32 @@ class ViewSelector(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """What `from_settings` needs to build this selector again; the weights as they are now."""
-        w_image = round(float(self.w_image), 6)
+        w_text, w_image = (_shortest(weight) for weight in (self.w_text, self.w_image))
         return {
             "encoder": self.encoder_name,
             "num_views": self.num_views,
-            "w_text": round(float(self.w_text), 6),
+            "w_text": w_text,
             "w_image": w_image,
             "w_clip": round(1 - w_image, 6),
             "num_references": self.num_references,
+            "redundancy": self.redundancy,
         }
+
+    def train_weights(self, learn: bool) -> None:
+        """Choose whether w_t and w_c take gradients; w_c stays 1 with an encoder that has no picture side."""
+        self.w_text.requires_grad_(learn)
+        self.w_image.requires_grad_(learn and self._encoder[0].has_images)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the weights move, so that no choice outlives a step."""
+        return self.w_text.requires_grad
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Put the weights back where they are defined, after an optimiser step: w_t >= 0, 0 <= w_c <= 1."""
+        self.w_text.clamp_(min=0)
+        self.w_image.clamp_(0, 1)
 
     @property
     def encoder(self) -> Encoder:
@@ -187,28 +228,19 @@ class ViewSelector(nn.Module):
             class_probs_KC: class probabilities of the boxes that the pool was built with, in the same order; a last
                 column beyond the class names (no object) is left out.
         """
-        device = self.w_text.device
-        probs_KC = torch.as_tensor(class_probs_KC, dtype=torch.float32, device=device)
-        visible_VK = torch.from_numpy(np.asarray(pool.visible_VK, dtype=np.float32)).to(device)
-        num_classes = len(self.class_names)
-        if probs_KC.ndim != 2 or probs_KC.shape[1] not in (num_classes, num_classes + 1):
-            raise ValueError(f"Class probabilities must be [K, {num_classes}], not {tuple(probs_KC.shape)}.")
-        if visible_VK.shape != (len(pool), len(probs_KC)):
-            raise ValueError(
-                f"The pool knows the visibility of {visible_VK.shape[-1]} boxes, but there are class probabilities of "
-                f"{len(probs_KC)}; build the pool with the boxes that the question is asked about."
-            )
+        probs_KC, visible_VK = self._checked(pool, class_probs_KC)
         question_D = self._embed([question])[0]
         classes_CD = self._embed(self._class_texts())
-        found = {"text_to_3d": s_text_to_3d(question_D, visible_VK, probs_KC[:, :num_classes], classes_CD)}
+        found = {"text_to_3d": s_text_to_3d(question_D, visible_VK, probs_KC, classes_CD)}
         references = relevant_views(found["text_to_3d"], self.num_references)
         if self._encoder[0].has_images:
-            images_VD = self._embed_pool(pool).to(device)
+            images_VD = self._embed_pool(pool).to(probs_KC.device)
             found["image_to_3d"] = s_image_to_3d(images_VD, references)
             found["clip"] = s_clip(question_D, images_VD)
         else:
-            found["image_to_3d"] = s_image_to_3d(torch.from_numpy(pool.coverage_VS).to(device), references)
-            found["clip"] = torch.zeros(len(pool), device=device)
+            coverage_VS = torch.from_numpy(pool.coverage_VS).to(probs_KC.device)
+            found["image_to_3d"] = s_image_to_3d(coverage_VS, references)
+            found["clip"] = torch.zeros(len(pool), device=probs_KC.device)
         found["utility"] = utility(found, self.w_text, self.w_image)
         return found
 
@@ -222,21 +254,48 @@ class ViewSelector(nn.Module):
         """Choose `num_views` views (all of a smaller pool) for a question; see `scores`.
 
         `focus_V` is how much of one object each view shows, for a question about that very object: it decides, and
-        the utility only between views that show it alike.
+        the utility only between views that show it alike. Redundancy is left out then: all views are of that object.
         """
         if not len(pool):
-            return Selection(
-                [], [], {name: torch.zeros(0) for name in ("text_to_3d", "image_to_3d", "clip", "utility")}
-            )
+            none = torch.zeros(0, device=self.w_text.device)
+            return Selection([], [], dict.fromkeys(("text_to_3d", "image_to_3d", "clip", "utility"), none), none)
         scores = self.scores(question, pool, class_probs_KC)
         if focus_V is not None:
             scores["utility"] = torch.as_tensor(focus_V).to(scores["utility"]) + 0.01 * scores["utility"]
-        indices = top_views(scores["utility"], self.num_views)
-        return Selection(indices, [pool.names[index] for index in indices], scores)
+        marginal_V = scores["utility"]
+        if self.redundancy == 0 or focus_V is not None:
+            indices = top_views(marginal_V, self.num_views)
+        else:
+            probs_KC, _ = self._checked(pool, class_probs_KC)
+            weight_K = question_weights(self._embed([question])[0], probs_KC, self._embed(self._class_texts()))
+            indices, taken_off_V = choose_spread(
+                marginal_V.detach().cpu().numpy(),
+                pool.visible_VK,
+                weight_K,
+                count=self.num_views,
+                redundancy=self.redundancy,
+            )
+            marginal_V = marginal_V - torch.from_numpy(taken_off_V).to(marginal_V)
+        return Selection(indices, [pool.names[index] for index in indices], scores, marginal_V)
 
     def forward(self, question: str, pool: ViewPool, class_probs_KC: Tensor | np.ndarray) -> Selection:
         """See `select`."""
         return self.select(question, pool, class_probs_KC)
+
+    def _checked(self, pool: ViewPool, class_probs_KC: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Class probabilities [K, C] and visibility [V, K] on the device of the weights; ValueError on a misfit."""
+        device = self.w_text.device
+        probs_KC = torch.as_tensor(class_probs_KC, dtype=torch.float32, device=device)
+        visible_VK = torch.from_numpy(np.asarray(pool.visible_VK, dtype=np.float32)).to(device)
+        num_classes = len(self.class_names)
+        if probs_KC.ndim != 2 or probs_KC.shape[1] not in (num_classes, num_classes + 1):
+            raise ValueError(f"Class probabilities must be [K, {num_classes}], not {tuple(probs_KC.shape)}.")
+        if visible_VK.shape != (len(pool), len(probs_KC)):
+            raise ValueError(
+                f"The pool knows the visibility of {visible_VK.shape[-1]} boxes, but there are class probabilities of "
+                f"{len(probs_KC)}; build the pool with the boxes that the question is asked about."
+            )
+        return probs_KC[:, :num_classes], visible_VK
 
     def _class_texts(self) -> list[str]:
         template = self._encoder[0].class_template
@@ -260,3 +319,8 @@ class ViewSelector(nn.Module):
         if self.encoder_name not in pool.embeddings:
             pool.embeddings[self.encoder_name] = self.encoder.embed_images(list(pool.images_VHW3)).cpu()
         return pool.embeddings[self.encoder_name]
+
+
+def _shortest(weight: Tensor) -> float:
+    """The shortest decimal that is this float32 again: 0.3, not 0.30000001192092896, and exact."""
+    return float(str(np.float32(weight.item())))

@@ -60,6 +60,16 @@ def test_sft(rooms_root, tmp_path):
     assert_equal_up_to_rounding(tmp_path / "start", tmp_path / "alone", tmp_path / "pair")
 
 
+def test_sft_with_learned_view_weights(rooms_root, tmp_path):
+    """Both ranks hold the same weights, those of one process."""
+    more = ("model.views.weights=learned", "model.views.num_candidates=5", "model.views.num_views=2")
+    sft.train(sft_config(rooms_root, tmp_path / "alone", *more))
+    run_on_two_ranks("sft", sft_config(rooms_root, tmp_path / "pair", *more), tmp_path / "sft.yaml")
+    weights_alone = column(tmp_path / "alone", "view_w_text")
+    np.testing.assert_allclose(column(tmp_path / "pair", "view_w_text"), weights_alone, atol=1e-3)
+    assert max(abs(weight - 0.3) for weight in weights_alone) > 3e-3
+
+
 @pytest.mark.parametrize("scale", ["group", "batch"])
 def test_grpo(scale, rooms_root, tmp_path):
     """The same completions are sampled, and every logged number is that of both ranks together."""

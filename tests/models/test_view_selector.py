@@ -7,6 +7,7 @@ from PIL import Image
 
 from threedr1.datasets.scene import Frame, Scene, floor_centre
 from threedr1.models.image_encoder import SentenceEncoder, TextImageEncoder, load_text_encoder
+from threedr1.models.relaxed_top_k import soft_top_k
 from threedr1.models.view_cameras import most_telling, place_cameras, spread, walkable_positions
 from threedr1.models.view_pool import ViewPool, build_view_pool, display_colors, spread_frames
 from threedr1.models.view_selector import (
@@ -478,12 +479,59 @@ class TestViewSelector:
         assert float(selector.regularizer()) == pytest.approx(0.04)
         assert not any(parameter.requires_grad for parameter in selector.parameters())
 
-    def test_learnable_weights_get_gradients(self, minilm, scene, pool):
-        selector = text_selector(minilm, learn_weights=True)
-        scores = selector.scores("Where is the chair?", pool, one_hot(scene))
+    def test_learnable_weights_get_gradients(self, clip, minilm, scene, pool):
+        selector = ViewSelector(clip, encoder_name="tiny", learn_weights=True)
+        scores = selector.scores("where is the chair", pool, one_hot(scene))
         (scores["utility"].sum() + selector.regularizer()).backward()
         torch.testing.assert_close(selector.w_text.grad, scores["text_to_3d"].sum())
-        assert selector.w_image.grad is not None and float(selector.w_image.grad) != 0
+        torch.testing.assert_close(selector.w_image.grad, (scores["image_to_3d"] - scores["clip"]).sum())
+        text_only = text_selector(minilm, learn_weights=True)
+        assert text_only.w_text.requires_grad and not text_only.w_image.requires_grad, "there is no S_CLIP to give to"
+
+    def test_gates_of_a_selection(self, clip, scene, pool):
+        """One in value; more of a term lifts the views that it prefers over the other chosen ones."""
+        for redundancy in (0.0, 2.0):
+            selector = ViewSelector(clip, encoder_name="tiny", num_views=3, redundancy=redundancy, learn_weights=True)
+            selection = selector.select("where is the chair", pool, one_hot(scene))
+            gates = selection.gates(0.5)
+            assert gates.tolist() == [1, 1, 1]
+            u = selection.marginal_V.detach().double().requires_grad_()
+            spread = float(selection.scores["utility"].detach().std(unbiased=False))
+            expected = soft_top_k(u, 3, 0.5 * spread)[selection.indices[0]]
+            (slope,) = torch.autograd.grad(expected, u)
+            gates[0].backward()
+            wanted = float(slope @ selection.scores["text_to_3d"].double())
+            assert float(selector.w_text.grad) == pytest.approx(wanted, rel=1e-3) and wanted != 0
+            best = torch.topk(selection.marginal_V.detach(), 3).indices.tolist()
+            assert set(best) == set(selection.indices)
+        whole = ViewSelector(clip, encoder_name="tiny", num_views=99, learn_weights=True)
+        assert not whole.select("chair", pool, one_hot(scene)).gates(0.5).requires_grad, "nothing is left to choose"
+
+    def test_redundancy_spreads_over_objects_but_not_where_one_object_is_asked(self, minilm, scene, pool):
+        plain, spread = text_selector(minilm, num_views=3), text_selector(minilm, num_views=3, redundancy=3.0)
+        question = "Where is the chair?"
+        first, second = (selector.select(question, pool, one_hot(scene)) for selector in (plain, spread))
+        assert first.indices[0] == second.indices[0] and set(first.indices) != set(second.indices)
+        covered = [pool.visible_VK[chosen.indices].max(0).sum() for chosen in (first, second)]
+        assert covered[1] > covered[0]
+        focus = pool.visible_VK[:, 1]
+        assert plain.select(question, pool, one_hot(scene), focus).indices == (
+            spread.select(question, pool, one_hot(scene), focus).indices
+        )
+        with pytest.raises(ValueError, match="redundancy is -1"):
+            text_selector(minilm, redundancy=-1)
+
+    def test_moved_weights_are_saved_to_the_last_bit_and_kept_in_range(self, clip):
+        selector = ViewSelector(clip, encoder_name="tiny", learn_weights=True)
+        moved = {"w_text": torch.tensor(1 / 3), "w_image": torch.tensor(2 / 7)}
+        selector.load_state_dict(moved)
+        settings = {**selector.settings(), "encoder_name": "tiny"}
+        del settings["encoder"]
+        again = ViewSelector(clip, **settings)
+        assert torch.equal(again.w_text, moved["w_text"]) and torch.equal(again.w_image, moved["w_image"])
+        selector.load_state_dict({"w_text": torch.tensor(-0.2), "w_image": torch.tensor(1.3)})
+        selector.project()
+        assert (selector.w_text.item(), selector.w_image.item()) == (0, 1)
 
 
 def test_real_scan_selection_beats_random_choice(real_data, minilm):
