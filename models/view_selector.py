@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..utils.labels import DETECTION_CLASSES
-from .image_encoder import SentenceEncoder, TextImageEncoder, load_text_encoder
+from .image_encoder import Encoder, load_text_encoder
 from .view_pool import ViewPool
 
-Encoder = SentenceEncoder | TextImageEncoder
 _CACHED_TEXTS = 8192
 _WEIGHT_PRIOR = 0.3  # the paper's target of w_t
 
