@@ -1,8 +1,8 @@
 """What the small dual encoder learns from: rendered views of generated rooms, and phrases that say what they show.
 
 A picture shows many objects, so a phrase is right or wrong for a picture on its own: right where an object that the
-phrase names covers at least 0.2 % of the picture (100 of 224 x 224 pixels, counted by the renderer's point index), wrong
-where none covers 0.05 %, and not asked in between.
+phrase names covers at least 0.2 % of the picture (100 of 224 x 224 pixels, counted by the renderer's point index),
+wrong where none covers 0.05 %, and not asked in between.
 
 Shapes: V views, S pixels a side, K objects of a room, P phrases, n pictures, A attributes (a noun with a colour, a
 material, a size or nothing).

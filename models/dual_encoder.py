@@ -1,11 +1,11 @@
-"""A small text and picture encoder, trained on generated rooms: stands in for CLIP and SigLIP-2 where these cannot be had.
+"""A small text and picture encoder, trained on generated rooms, in place of CLIP and SigLIP-2 that cannot be had.
 
 `python main.py dual` trains one (engine/dual.py). Words are hashed with their character trigrams, so that there is no
 vocabulary and any text in any script is read; pictures pass a few convolutions whose cells are pooled by their maximum
 and mean, so that one small object can show in the embedding of a whole view. At most 5 MB on disk.
 
-Shapes: n texts or pictures, L words and the start token, G hashed pieces a word, S pixels a side, C channels, D width
-of the shared space.
+Shapes: n texts or pictures, L words and the start token, G hashed pieces a word, S pixels a side, C channels,
+R picked cells, D width of the shared space.
 """
 
 import inspect
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+CELL = 8  # pixels a side of what the picture tower describes by one cell
 CONFIG_NAME, WEIGHTS_NAME = "dual_encoder.json", "dual_encoder.safetensors"
 _PIECES = 12  # hashed pieces of a word: itself and its trigrams
 _LETTERS = 24  # of a word; the rest is dropped
@@ -56,7 +57,7 @@ def text_pieces(texts: Sequence[str], num_buckets: int, max_words: int) -> Tenso
 
 
 class TextTower(nn.Module):
-    """Hashed words, a small transformer, the start token's output [n, D]."""
+    """Hashed words, a small transformer, the mean of its outputs: [n, D]."""
 
     def __init__(self, num_buckets: int, width: int, layers: int, heads: int, max_words: int, out_dim: int):
         super().__init__()
@@ -67,7 +68,7 @@ class TextTower(nn.Module):
             width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.out = nn.Linear(width, out_dim)
+        self.out = _centred(width, out_dim)
         nn.init.normal_(self.buckets.weight, std=0.3)
         with torch.no_grad():
             self.buckets.weight[_PAD] = 0
@@ -76,7 +77,9 @@ class TextTower(nn.Module):
         count_nL1 = (pieces_nLG != _PAD).sum(2, keepdim=True)
         words_nLW = self.buckets(pieces_nLG).sum(2) / count_nL1.clamp(min=1)
         words_nLW = words_nLW + self.positions[: pieces_nLG.shape[1]]
-        return self.out(self.layers(words_nLW, src_key_padding_mask=count_nL1[..., 0] == 0)[:, 0])
+        there_nL1 = count_nL1 > 0
+        words_nLW = self.layers(words_nLW, src_key_padding_mask=~there_nL1[..., 0])
+        return self.out((words_nLW * there_nL1).sum(1) / there_nL1.sum(1))
 
 
 class _Residual(nn.Module):
@@ -86,6 +89,14 @@ class _Residual(nn.Module):
 
     def forward(self, cells_nCSS: Tensor) -> Tensor:
         return F.gelu(cells_nCSS + self.body(cells_nCSS))
+
+
+def _centred(width: int, out_dim: int) -> nn.Sequential:
+    """To the shared space, every coordinate with mean 0 and variance 1 over the training batches.
+
+    Without it all embeddings start out nearly parallel, and training takes several times as long.
+    """
+    return nn.Sequential(nn.Linear(width, out_dim, bias=False), nn.BatchNorm1d(out_dim, affine=False))
 
 
 def _convolution(channels_in: int, channels_out: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
@@ -100,7 +111,7 @@ class ImageTower(nn.Module):
 
     def __init__(self, width: int, out_dim: int):
         super().__init__()
-        coarse, wide = width // 2, 2 * width
+        coarse, wide = width // 2, 4 * width
         self.body = nn.Sequential(
             _convolution(3, coarse, stride=4, kernel=7),
             nn.GELU(),
@@ -111,11 +122,15 @@ class ImageTower(nn.Module):
             nn.BatchNorm2d(wide),
             nn.GELU(),
         )
-        self.out = nn.Linear(2 * wide, out_dim)
+        self.out = _centred(2 * wide, out_dim)
+        self.cell_out = _centred(wide, out_dim)  # what single cells show: trained along, since it teaches fast
+
+    def pooled(self, cells_nCSS: Tensor) -> Tensor:
+        """Embeddings [n, D] of pictures from their cells."""
+        return self.out(torch.cat([cells_nCSS.amax((2, 3)), cells_nCSS.mean((2, 3))], dim=1))
 
     def forward(self, pictures_n3SS: Tensor) -> Tensor:
-        cells_nCSS = self.body(pictures_n3SS)
-        return self.out(torch.cat([cells_nCSS.amax((2, 3)), cells_nCSS.mean((2, 3))], dim=1))
+        return self.pooled(self.body(pictures_n3SS))
 
 
 def prepare_pictures(images: Sequence[np.ndarray], size: int) -> Tensor:
@@ -160,8 +175,10 @@ class DualEncoder(nn.Module):
         max_words: int = 48,
     ):
         super().__init__()
-        if min(dim, image_size, text_width, text_layers, text_heads, max_words) < 1 or image_width % 2:
-            raise ValueError("Sizes of a dual encoder must be positive, and image_width even.")
+        if min(dim, image_size, image_width, text_width, text_layers, text_heads, max_words) < 1:
+            raise ValueError("The sizes of a dual encoder must be positive.")
+        if image_size % CELL or image_width % 2:
+            raise ValueError(f"image_size must be a multiple of {CELL} and image_width of 2.")
         if num_buckets <= _RESERVED:
             raise ValueError(f"num_buckets is {num_buckets}; it must be above {_RESERVED}.")
         self.config: dict[str, Any] = {
@@ -186,6 +203,13 @@ class DualEncoder(nn.Module):
         """L2-normalised embeddings [n, D] of prepared pictures, with gradients."""
         return F.normalize(self.image(pictures_n3SS), dim=1)
 
+    def pictures_and_cells(self, pictures_n3SS: Tensor, cells_nR: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and those [n, R, D] of R cells of each picture, counted row by row."""
+        cells_nCSS = self.image.body(pictures_n3SS)
+        picked_nRC = cells_nCSS.flatten(2).transpose(1, 2)[torch.arange(len(cells_nR))[:, None], cells_nR]
+        picked_nRD = self.image.cell_out(picked_nRC.flatten(0, 1)).unflatten(0, cells_nR.shape)
+        return F.normalize(self.image.pooled(cells_nCSS), dim=1), F.normalize(picked_nRD, dim=2)
+
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """L2-normalised embeddings [n, D], float32; words beyond `max_words` are not read, no words are a text too."""
@@ -195,7 +219,7 @@ class DualEncoder(nn.Module):
     @torch.no_grad()
     def embed_images(self, images: Sequence[np.ndarray], batch_size: int = 16) -> Tensor:
         """L2-normalised embeddings [n, D], float32, of pictures [H, W, 3] uint8."""
-        weight = self.image.out.weight
+        weight = self.text.positions
         rows = []
         for start in range(0, len(images), batch_size):
             pictures_n3SS = prepare_pictures(images[start : start + batch_size], self.config["image_size"])
@@ -225,7 +249,7 @@ class DualEncoder(nn.Module):
             state = load_file(folder / WEIGHTS_NAME)
         except FileNotFoundError as error:
             raise ValueError(
-                f"There is no whole dual encoder at {folder} ({Path(error.filename or WEIGHTS_NAME).name} is missing); "
+                f"There is no whole dual encoder at {folder}: {Path(error.filename or WEIGHTS_NAME).name} is missing; "
                 "run `python main.py dual` first."
             ) from None
         except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
