@@ -231,6 +231,16 @@ def run_tiny(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_dual(args: argparse.Namespace) -> int:
+    from .engine.dual import train_dual
+
+    found = train_dual(
+        args.out, rooms=args.rooms, held_out=args.held_out, steps=args.steps, seed=args.seed, device=args.device
+    )
+    show_table(found)
+    return 0
+
+
 def run_doctor(args: argparse.Namespace) -> int:
     from .datasets.doctor import SCHEMA, examine, findings_text, getting_started, to_text
     from .engine.environment import check_environment, describe_environment
@@ -274,6 +284,7 @@ FUNCTIONS = {
     "prepare": run_prepare,
     "synthesize": run_synthesize,
     "tiny": run_tiny,
+    "dual": run_dual,
     "detect": run_loop,
     "sft": run_loop,
     "grpo": run_loop,

@@ -198,6 +198,20 @@ def _add_loop_commands(add: AddCommand) -> None:
     )
     tiny.add_argument("--seed", type=at_least(0), default=0, help="of the random weights (default: %(default)s)")
 
+    dual = add("dual", "train a small text and picture encoder on generated rooms, in place of CLIP or SigLIP")
+    dual.add_argument("--out", required=True, metavar="DIR", help="folder to write; the encoder's name in recipes")
+    dual.add_argument(
+        "--rooms", type=at_least(1), default=48, metavar="N", help="training rooms (default: %(default)s)"
+    )
+    dual.add_argument(
+        "--held-out", type=at_least(0), default=8, metavar="N", help="rooms to test on (default: %(default)s)"
+    )
+    dual.add_argument("--steps", type=at_least(0), default=300, metavar="N", help="default: %(default)s")
+    dual.add_argument(
+        "--seed", type=at_least(0), default=0, help="of rooms, weights and batches (default: %(default)s)"
+    )
+    dual.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+
 
 def _add_result_commands(add: AddCommand) -> None:
     score = add("score", "score any prediction file, ours or another model's")
@@ -254,6 +268,7 @@ def _add_result_commands(add: AddCommand) -> None:
     )
     infer.add_argument(
         "--task", help=f"how to ask and read: {TASKS} (default: qa; object_caption for boxes without questions)"
+    )
     infer.add_argument(
         "--align", choices=("auto", "none"), default="auto", help="correct up-axis, scale and walls, or take as is"
     )

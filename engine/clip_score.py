@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..models.image_encoder import TextImageEncoder, load_text_encoder
+from ..models.image_encoder import load_text_encoder
 from ..utils.json_rows import Problem, refuse
 from ..utils.metrics.answer_rows import read_answers
 from ..utils.metrics.files import join, load_scored_pairs
@@ -76,7 +76,7 @@ def score_captions(captions: Sequence[Prediction], model: str, images: str | Pat
         raise ValueError(f"There is nothing to score: no predictions of task {TASK}.")
     paths = find_images(names, images)
     encoder = load_text_encoder(model)
-    if not isinstance(encoder, TextImageEncoder):
+    if not encoder.has_images:
         raise ValueError(f"{model!r} embeds text only; name a CLIP or SigLIP model with --clip-model.")
     texts_ND = encoder.embed_texts([answer_text(entry) for entry in captions]).numpy()
     parts = [

@@ -64,6 +64,7 @@ class DataConfig:
     missing: str = "error"  # skip: leave out, and count, records whose scene or object is not there
     num_points: int = 40_000
     cached_scenes: int = 128  # scenes kept with their points, encoding and views; more is faster and takes memory
+    cache_views: bool = True  # keep views and their embeddings on disk, in <root>/prepared/views
     max_samples: int = 0  # per data set, chosen by seed; 0 takes all
     workers: int = 0  # processes that make the detector's batches ahead of the loop; 0: the loop makes them
     multiview: str = ""  # HDF5 file of multi-view features, where the encoder takes them

@@ -12,6 +12,7 @@ from ..datasets.scene_store import SceneStore
 from ..datasets.tasks import Problem, in_one_sentence, inputs_of, load_samples
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
+from ..models.view_cache import ViewCache
 from .config import DataConfig
 from .runtime import log, stream
 
@@ -22,10 +23,14 @@ MISSING = ("missing_scene", "missing_object", "no_box")
 class ObservationCache:
     """Observed scenes by id, the least recently used dropped first.
 
-    While the scene encoder is frozen, a scene is encoded once for as long as it stays here.
+    While the scene encoder is frozen, a scene is encoded once for as long as it stays here. With `cache_views` the
+    model keeps candidate views and their embeddings on disk, in `views/` beside the prepared scenes.
     """
 
-    def __init__(self, store: SceneStore, model: SceneVLM, *, seed: int, capacity: int = 128):
+    def __init__(
+        self, store: SceneStore, model: SceneVLM, *, seed: int, capacity: int = 128, cache_views: bool = False
+    ):
+        model.view_cache = ViewCache(store.prepared_dir / "views") if cache_views else None
         self.store = store
         self.model = model
         self.seed = seed

@@ -97,9 +97,7 @@ class CloudSampler:
     def _plain(self, scene: Scene, rng: np.random.Generator) -> _Placed:
         kept_N = sample_indices(len(scene.points_N3), self.num_points, rng)
         points_N3 = scene.to_model(scene.points_N3.take(kept_N, axis=0))
-        return _Placed(
-            kept_N, points_N3, scene.to_model(scene.boxes_K7), np.arange(len(scene.boxes_K7)), Transform()
-        )
+        return _Placed(kept_N, points_N3, scene.to_model(scene.boxes_K7), np.arange(len(scene.boxes_K7)), Transform())
 
     def _augmented(self, row: int, scene: Scene, rng: np.random.Generator) -> _Placed:
         """Points sampled from what augmentation leaves of the scene, so that a part of it is as dense as can be."""

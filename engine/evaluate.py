@@ -187,7 +187,13 @@ class _Evaluation:
     def __init__(self, config: EvalConfig, model: SceneVLM, store: SceneStore):
         self.config = config
         self.label = config.label or Path(config.model).name
-        self.observations = ObservationCache(store, model, seed=config.run.seed, capacity=config.data.cached_scenes)
+        self.observations = ObservationCache(
+            store,
+            model,
+            seed=config.run.seed,
+            capacity=config.data.cached_scenes,
+            cache_views=config.data.cache_views,
+        )
 
     def predict(self, loaded: Loaded) -> tuple[list[Prediction], list[Prediction]]:
         """Answers to a data set's questions; and rows of objects, for dense captioning."""

