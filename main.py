@@ -64,6 +64,7 @@ def run_rooms(args: argparse.Namespace) -> int:
         num_val=args.val,
         seed=args.seed,
         points_only=args.points_only,
+        annotations=not args.no_annotations,
         workers=args.workers,
         num_frames=args.frames,
     )

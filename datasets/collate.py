@@ -63,15 +63,25 @@ class Loader(Generic[T]):
         make: makes one sample of (row, scene, random stream). With workers, it and what it returns are pickled, so
             it is a function of a module or a method of an object that pickles.
         workers: processes; with 0 batches are made when they are asked for.
+        collate: makes one thing of a batch's samples, where they are made; without it a batch is their list.
     """
 
-    def __init__(self, scenes: SceneStore, scene_ids: Sequence[str], make: Make[T], *, workers: int = 0):
+    def __init__(
+        self,
+        scenes: SceneStore,
+        scene_ids: Sequence[str],
+        make: Make[T],
+        *,
+        workers: int = 0,
+        collate: Callable[[list[T]], Any] = list,
+    ):
         if workers < 0:
             raise ValueError(f"A loader has {workers} workers; give a number from 0 on.")
         self.scenes = scenes
         self.scene_ids = list(scene_ids)
         self.make = make
         self.workers = workers
+        self.collate = collate
         self._pool: ProcessPoolExecutor | None = None
 
     def batch(self, draws: Sequence[Draw]) -> list[T]:
@@ -86,8 +96,8 @@ class Loader(Generic[T]):
                 made[place] = self.make(draws[place].row, scene, stream(*draws[place].keys))
         return [made[place] for place in range(len(draws))]
 
-    def batches(self, plan: Callable[[int], Sequence[Draw]], first: int, last: int) -> Iterator[list[T]]:
-        """Batches of the steps from `first` up to `last` (left out), in order.
+    def batches(self, plan: Callable[[int], Sequence[Draw]], first: int, last: int) -> Iterator[Any]:
+        """Collated batches of the steps from `first` up to `last` (left out), in order.
 
         Args:
             plan: the draws of a step, as `epoch_draws`.
@@ -97,9 +107,9 @@ class Loader(Generic[T]):
         """
         if not self.workers:
             for step in range(first, last):
-                yield self.batch(plan(step))
+                yield self.collate(self.batch(plan(step)))
             return
-        under_way: deque[Future[list[T]]] = deque()
+        under_way: deque[Future[Any]] = deque()
         try:
             for step in range(first, last):
                 under_way.append(self._started().submit(_make_batch, list(plan(step))))
@@ -143,5 +153,5 @@ def adopt(content: bytes) -> None:
     _adopted[:] = [pickle.loads(content)]
 
 
-def _make_batch(draws: list[Draw]) -> list[Any]:
-    return _adopted[0].batch(draws)
+def _make_batch(draws: list[Draw]) -> Any:
+    return _adopted[0].collate(_adopted[0].batch(draws))

@@ -98,6 +98,9 @@ def _add_data_commands(add: AddCommand) -> None:
     rooms.add_argument("--seed", type=at_least(0), default=0, help="same seed, same rooms (default: %(default)s)")
     rooms.add_argument("--points-only", action="store_true", help="no mesh faces and no frames: much faster")
     rooms.add_argument(
+        "--no-annotations", action="store_true", help="boxes only, which is all that detect needs: faster"
+    )
+    rooms.add_argument(
         "--frames", type=at_least(0), default=12, metavar="N", help="RGB-D frames a room (default: %(default)s)"
     )
     rooms.add_argument("--workers", type=at_least(1), metavar="N", help="processes (default: one a core)")

@@ -240,7 +240,7 @@ class DetectConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=7e-4))
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    precision: str = "float32"  # of the encoder's matrix products: float32, bfloat16
+    precision: str = "float32"  # of the bulk of the arithmetic: float32, bfloat16 (the rest then in TF32)
     ema_decay: float = 0.0  # of the averaged weights that are evaluated and kept; 0: the weights themselves
     queries_per_object: int = 1  # that learn an object in the layers before the last
 

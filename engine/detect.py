@@ -41,6 +41,9 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
     seed_everything(run.seed)
     encoder = SceneEncoder.from_pretrained(last / "model") if last else build_scene_encoder(config.encoder)
     encoder.to(runtime.device).train()
+    if config.precision == "bfloat16":
+        encoder.compute_in(torch.bfloat16)
+        torch.set_float32_matmul_precision("high")  # what stays in float32 goes through the matrix units
     average = copy.deepcopy(encoder).eval().requires_grad_(False) if config.ema_decay else encoder
     criterion = SetCriterion(encoder.num_classes, repeats=config.queries_per_object).to(runtime.device)
     optimizer = Optimizer(dict(encoder.named_parameters()), config.optim, run.steps, runtime)
@@ -56,7 +59,7 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
     with tracker, scenes.loader:
         for step in range(state["step"], run.steps):
             seed_everything(run.seed, step, runtime.rank)
-            losses = train_step(encoder, criterion, scenes, step, runtime, config.precision)
+            losses = train_step(encoder, criterion, scenes, step, runtime)
             metrics = optimizer.step(step, divisor=runtime.world_size)
             if config.ema_decay:
                 update_average(average, encoder, config.ema_decay, step)
@@ -66,33 +69,27 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
             if (step + 1) % run.log_every == 0 or done:
                 tracker.log(step, metrics)
             if done or (run.eval_every and (step + 1) % run.eval_every == 0):
-                best.evaluate(average, held_out, runtime, tracker, step, config.precision)
+                best.evaluate(average, held_out, runtime, tracker, step)
             if (step + 1) % run.save_every == 0 or done:
                 extra = {"data": fingerprint(scenes.scene_ids), "best": best.score}
                 extra |= {"seconds": best.seconds + tracker.seconds}
                 extra |= {"average": average.state_dict()} if config.ema_decay else {}
                 save_run(runtime, config, step + 1, encoder, optimizer, extra)
         if not best.folder.exists():  # no steps at all: the untrained encoder
-            best.evaluate(average, held_out, runtime, tracker, state["step"] - 1, config.precision)
+            best.evaluate(average, held_out, runtime, tracker, state["step"] - 1)
     close_runtime(runtime)
     return best.folder
 
 
 def train_step(
-    encoder: SceneEncoder, criterion: SetCriterion, scenes: SceneSamples, step: int, runtime: Runtime, precision: str
+    encoder: SceneEncoder, criterion: SetCriterion, scenes: SceneSamples, step: int, runtime: Runtime
 ) -> dict[str, torch.Tensor]:
     """Gradients of one step; returns the losses of this rank's part of the batch."""
     points_BN3, features_BNF, targets = scenes.training_batch(step, runtime)
-    with autocast(runtime.device, precision):
-        encoding = encoder(points_BN3.to(runtime.device), features_BNF.to(runtime.device))
+    encoding = encoder(points_BN3.to(runtime.device), features_BNF.to(runtime.device))
     loss, parts = criterion(encoding, targets.to(runtime.device))
     loss.backward()
     return {"loss": loss.detach(), **parts}
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Matrix products in bfloat16 where that is the precision; positions, boxes and losses stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def mean_over_ranks(losses: dict[str, torch.Tensor], runtime: Runtime) -> dict[str, float]:
@@ -102,9 +99,7 @@ def mean_over_ranks(losses: dict[str, torch.Tensor], runtime: Runtime) -> dict[s
 
 
 @torch.no_grad()
-def evaluate_encoder(
-    encoder: SceneEncoder, scenes: SceneSamples, runtime: Runtime, precision: str = "float32"
-) -> dict:
+def evaluate_encoder(encoder: SceneEncoder, scenes: SceneSamples, runtime: Runtime) -> dict:
     """mAP and AR of an encoder on prepared scenes, as utils.metrics.detection reports them (3DETR's settings).
 
     Ranks share the scenes, and all of them return the result. The points of a scene are sampled from a stream of their
@@ -119,8 +114,7 @@ def evaluate_encoder(
         rows = own_rows[start : start + size]
         streams = [stream(_EVAL_STREAM, row) for row in rows]
         points_BN3, features_BNF, targets = scenes.batch(rows, streams, augment=False)
-        with autocast(runtime.device, precision):
-            encoding = encoder(points_BN3.to(runtime.device), features_BNF.to(runtime.device))
+        encoding = encoder(points_BN3.to(runtime.device), features_BNF.to(runtime.device))
         boxes_BQ7, logits_BQC1 = encoding.boxes_BQ7.cpu().numpy(), encoding.class_logits_BQC1.float().cpu().numpy()
         for index, row in enumerate(rows):
             probability_QC, objectness_Q = split_logits(logits_BQC1[index])
@@ -153,12 +147,11 @@ class Best:
         runtime: Runtime,
         tracker: Tracker,
         step: int,
-        precision: str,
     ) -> None:
         """Score an encoder on the held-out scenes, log, and keep it where it is better; without scenes, keep it."""
         scores: dict | None = None
         if held_out is not None:
-            scores = evaluate_encoder(encoder, held_out, runtime, precision)
+            scores = evaluate_encoder(encoder, held_out, runtime)
             summary = {
                 f"{name.lower()}{round(100 * float(threshold))}": scores[threshold][name]
                 for threshold in ("0.25", "0.5")

@@ -64,7 +64,9 @@ class Optimizer:
             groups.append({"params": decayed, "weight_decay": config.weight_decay})
             groups.append({"params": plain, "weight_decay": 0.0})
             self.group_factors += [factor, factor]
-        self.adam = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+        on_gpu = all(master.is_cuda for master in self.masters)
+        betas = (config.beta1, config.beta2)
+        self.adam = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=on_gpu or None)
         self.skipped_in_a_row = 0
         self.skipped = 0
 
@@ -94,13 +96,13 @@ class Optimizer:
                 gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
             ):
                 gradient.copy_(part.view_as(gradient))
-        for gradient in gradients:
-            gradient.div_(divisor)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm or math.inf)
+        if divisor != 1.0:
+            torch._foreach_div_(gradients, divisor)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm or math.inf))
         rate = learning_rate(step, self.total_steps, self.config)
         for group, factor in zip(self.adam.param_groups, self.group_factors, strict=True):
             group["lr"] = rate * factor
-        if self.runtime.all_finite(bool(torch.isfinite(norm))):
+        if self.runtime.all_finite(math.isfinite(norm)):
             self.adam.step()
             self.skipped_in_a_row = 0
             with torch.no_grad():
@@ -119,7 +121,7 @@ class Optimizer:
         self.adam.zero_grad(set_to_none=True)
         for parameter in self.parameters:
             parameter.grad = None
-        return {"lr": rate, "grad_norm": float(norm), "skipped_steps": float(self.skipped)}
+        return {"lr": rate, "grad_norm": norm, "skipped_steps": float(self.skipped)}
 
     def state_dict(self) -> dict:
         """Everything that a resumed run needs."""

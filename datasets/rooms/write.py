@@ -244,14 +244,18 @@ def write_rooms(
     workers: int | None = None,
     num_frames: int = 12,
     frame_size: tuple[int, int] = (320, 240),
+    annotations: bool = True,
 ) -> dict[str, object]:
     """Write training and held-out rooms with their splits, label table and annotations; returns rooms.json's content.
 
-    Restartable: whole scans of the same version are kept. `workers` processes, by default one per core.
+    Restartable: whole scans of the same version are kept. `workers` processes, by default one per core. Annotations
+    are written by one process and are what takes the time with many rooms; boxes come without them.
     """
     if num_train < 0 or num_val < 0 or num_train + num_val == 0:
         raise ValueError(f"Ask for at least one room, not {num_train} for training and {num_val} held out.")
     root = Path(root)
+    if not annotations and (root / "annotations").exists():
+        raise ValueError(f"{root} has annotations, which might be of other rooms; take another folder, or write them.")
     (root / "scans").mkdir(parents=True, exist_ok=True)
     counts = {"train": num_train, "val": num_val}
     tasks = [
@@ -281,7 +285,7 @@ def write_rooms(
     for split, members in by_split.items():
         listing = "".join(f"{room.scene_id}\n" for room in members)
         _write_atomically(root / f"scannetv2_{split}.txt", listing.encode())
-    annotations = write_annotations(root, by_split, seed)
+    written = write_annotations(root, by_split, seed) if annotations else {}
     summary: dict[str, object] = {
         "version": ROOMS_VERSION,
         "hash": distribution_hash(),
@@ -290,7 +294,7 @@ def write_rooms(
         "num_val": num_val,
         "points_only": points_only,
         "num_objects": sum(len(room.objects) for room in rooms),
-        "annotations": annotations,
+        "annotations": written,
     }
     _write_atomically(root / "rooms.json", orjson.dumps(summary, option=orjson.OPT_INDENT_2))
     return summary

@@ -49,12 +49,15 @@ class PointTransformerCloud(nn.Module):
         super().__init__()
         self.network = PointTransformer(feature_dim, **options)
         self.out_channels = self.network.out_channels
+        self.compute_dtype = torch.float32
 
     def forward(self, points_BN3: Tensor, features_BNF: Tensor) -> tuple[Tensor, Tensor]:
         """Mean positions [B, X, 3] and features [B, X, C] of the cells; a scene's first one repeats at its end."""
-        found = self.network(points_BN3, features_BNF)
+        low = self.compute_dtype != torch.float32
+        with torch.autocast(points_BN3.device.type, self.compute_dtype if low else None, enabled=low):
+            found = self.network(points_BN3, features_BNF)
         cell_BX = scattered_cells(found.cells.voxels)
-        return found.cells.xyz_V3[cell_BX], found.features_VC[cell_BX]
+        return found.cells.xyz_V3[cell_BX], found.features_VC[cell_BX].float()
 
 
 def scattered_cells(voxels: Voxels) -> Tensor:

@@ -2,9 +2,10 @@
 
 The set abstraction reads raw points, or cells with the features of Point Transformer V3 (backbone.py).
 
-After 3DETR (masked encoder) and Vote2Cap-DETR (queries that vote for object centres). A query starts from its seed
-token, the tokens around its vote and, for box edges finer than tokens lie, the raw points around its vote. Everything
-is in the frame of the points it is given, the MODEL frame, in metres.
+After 3DETR (masked encoder), Vote2Cap-DETR (queries that vote for object centres) and Group-Free 3D (a box before the
+first decoder layer, and each layer attends from the box of the one before). A query starts from its seed token, the
+tokens around its vote and, for box edges finer than tokens lie, the raw points around its vote. Everything is in the
+frame of the points it is given, the MODEL frame, in metres.
 
 Shapes: B scenes, N points, F extra channels, M tokens, P seed candidates, Q queries, D width, C classes (C1: and no
 object).
@@ -28,7 +29,7 @@ from ...third_party.pointnet2 import furthest_point_sample
 from ...utils.labels import NUM_CLASSES
 from .backbone import BACKBONES, PointTransformerCloud, point_transformer_options
 from .inputs import NOT_FINITE
-from .layers import BallFeatures, DecoderLayer, EncoderLayer, FourierPosition, SetAbstraction, mlp
+from .layers import Attention, BallFeatures, DecoderLayer, EncoderLayer, FourierPosition, SetAbstraction, mlp
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 _TYPICAL_SIZE = 0.7  # metres; where the size head starts
@@ -52,7 +53,7 @@ class SceneEncoding:
     tokens_BMD: Tensor
     query_features_BQD: Tensor
     final: LayerPrediction
-    intermediate: list[LayerPrediction] = field(default_factory=list)  # earlier decoder layers, for the criterion
+    intermediate: list[LayerPrediction] = field(default_factory=list)  # before and between layers, for the criterion
     seed_xyz_BQ3: Tensor | None = None  # where the queries voted from
     vote_xyz_BQ3: Tensor | None = None  # where they voted to
     foreground_BM: Tensor | None = None  # logit that a token lies on an object
@@ -134,6 +135,7 @@ class SceneEncoder(nn.Module):
         self.vote_head = mlp(width, width, 3)
         self.vote_tokens = BallFeatures(width, 3 * radius, 16, width)
         self.vote_points = BallFeatures(feature_dim, 3 * radius, num_neighbors, width)
+        self.query_size = nn.Linear(3, width)
         self.decoder = nn.ModuleList(DecoderLayer(width, num_heads, dropout) for _ in range(decoder_layers))
         self.query_norm = nn.LayerNorm(width)
         self.class_head = mlp(width, width, num_classes + 1)
@@ -155,6 +157,15 @@ class SceneEncoder(nn.Module):
             raise ValueError(f"backbone is {config['backbone']!r}; choose {' or '.join(BACKBONES)}.")
         if config["backbone"] != "ptv3" and config["ptv3"] is not None:
             raise ValueError(f"The backbone {config['backbone']} takes no ptv3 settings; leave them out.")
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Do the bulk of the arithmetic in `dtype`: networks over balls, attention, and Point Transformer V3.
+
+        Positions, boxes and what runs along the tokens stay in float32. It is not saved with the weights.
+        """
+        for module in self.modules():
+            if isinstance(module, (BallFeatures, Attention, PointTransformerCloud)):
+                module.compute_dtype = dtype
 
     def _start_heads(self) -> None:
         """Votes and centres start at their origin, sizes at a typical one."""
@@ -197,11 +208,13 @@ class SceneEncoder(nn.Module):
         queries_BQD = seed_BQD + self.vote_tokens(vote_xyz_BQ3, token_xyz_BM3, tokens_BMD)
         queries_BQD = queries_BQD + self.vote_points(vote_xyz_BQ3, points_BN3, features_BNF)
 
-        # attention only reads the places of the queries: the vote and box losses move them
-        query_position_BQD = self.query_position(vote_xyz_BQ3.detach())
-        distance_BQM = _distances(vote_xyz_BQ3.detach(), token_xyz_BM3)
-        predictions, normed_BQD = [], queries_BQD
+        normed_BQD = self.query_norm(queries_BQD)
+        predictions = [self._predict(normed_BQD, vote_xyz_BQ3)]
         for layer in self.decoder:
+            # each layer looks from the box that the one before predicted; it only reads it, the losses move it
+            boxes_BQ7 = predictions[-1].boxes_BQ7.detach()
+            query_position_BQD = self.query_position(boxes_BQ7[..., :3]) + self.query_size(boxes_BQ7[..., 3:6].log())
+            distance_BQM = _distances_to_boxes(boxes_BQ7, token_xyz_BM3)
             queries_BQD = layer(queries_BQD, query_position_BQD, tokens_BMD, token_position_BMD, distance_BQM)
             normed_BQD = self.query_norm(queries_BQD)
             predictions.append(self._predict(normed_BQD, vote_xyz_BQ3))
@@ -293,8 +306,24 @@ class SceneEncoder(nn.Module):
 
 
 def _distances(from_BQ3: Tensor, to_BM3: Tensor) -> Tensor:
-    """Metres [B, Q, M], by differences: the shortcut through matrix products loses centimetres."""
-    return torch.cdist(from_BQ3, to_BM3, compute_mode="donot_use_mm_for_euclid_dist")
+    """Metres [B, Q, M] between points.
+
+    By differences, since the shortcut through matrix products loses centimetres; axis by axis, since torch.cdist's own
+    kernel for this takes 25 ms on an H100 where 8 x 2048 x 2048 distances are a millisecond of memory traffic.
+    """
+    squared_BQM = from_BQ3.new_zeros(())
+    for axis in range(3):
+        squared_BQM = squared_BQM + (to_BM3[:, None, :, axis] - from_BQ3[:, :, None, axis]).square_()
+    return squared_BQM.sqrt_()
+
+
+def _distances_to_boxes(boxes_BQ7: Tensor, to_BM3: Tensor) -> Tensor:
+    """Metres [B, Q, M] from boxes (headings ignored) to points; 0 inside."""
+    squared_BQM = boxes_BQ7.new_zeros(())
+    for axis in range(3):
+        apart_BQM = (to_BM3[:, None, :, axis] - boxes_BQ7[:, :, None, axis]).abs_()
+        squared_BQM = squared_BQM + apart_BQM.sub_(boxes_BQ7[:, :, None, 3 + axis] / 2).clamp_(min=0).square_()
+    return squared_BQM.sqrt_()
 
 
 def check_fit(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ...third_party.pointnet2 import furthest_point_sample, gather_points, query_and_group
 
@@ -54,15 +55,24 @@ class BallFeatures(nn.Module):
     def __init__(self, feature_dim: int, radius: float, num_neighbors: int, width: int):
         super().__init__()
         self.radius, self.num_neighbors = radius, num_neighbors
-        self.network = mlp(3 + feature_dim, width // 2, width // 2, width, norm=True)
+        self.network = mlp(3 + feature_dim, width // 4, width // 2, width, norm=True)
+        self.compute_dtype = torch.float32
 
     def forward(self, centre_BQ3: Tensor, points_BN3: Tensor, features_BNF: Tensor) -> Tensor:
         """Features [B, Q, D] of the balls around `centre_BQ3`; differentiable in centres and features."""
         features_BNF = features_BNF.to(points_BN3.dtype)  # the offsets get their type, and need the points' precision
         grouped_BQKX, _ = query_and_group(self.radius, self.num_neighbors, points_BN3, centre_BQ3, features_BNF)
-        pooled_BQD = self.network(grouped_BQKX).amax(2)
+        pooled_BQD = self._described(grouped_BQKX).amax(2).to(points_BN3.dtype)
         any_hit_BQ1 = grouped_BQKX[:, :, 0, :3].detach().square().sum(-1, keepdim=True) < 1.0 + 1e-4
         return pooled_BQD * any_hit_BQ1.to(pooled_BQD.dtype)
+
+    def _described(self, grouped_BQKX: Tensor) -> Tensor:
+        """The shared network. Its activations are most of the encoder's memory traffic, so in half precision all of
+        them are: autocast would widen them again at every norm."""
+        if self.compute_dtype == torch.float32:
+            return self.network(grouped_BQKX)
+        weights = {name: weight.to(self.compute_dtype) for name, weight in self.network.named_parameters()}
+        return functional_call(self.network, weights, (grouped_BQKX.to(self.compute_dtype),))
 
 
 class SetAbstraction(nn.Module):
@@ -95,11 +105,12 @@ class Attention(nn.Module):
             raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}; change one of them.")
         self.num_heads, self.dropout = num_heads, dropout
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.compute_dtype = torch.float32
 
     def forward(self, query_BQD: Tensor, key_BMD: Tensor, value_BMD: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask` is boolean (True may attend) or an additive bias, broadcastable to [B, H, Q, M]."""
         query_BHQd, key_BHMd, value_BHMd = (
-            layer(inputs).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            layer(inputs).to(self.compute_dtype).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for layer, inputs in ((self.query, query_BQD), (self.key, key_BMD), (self.value, value_BMD))
         )
         if mask is not None and mask.dtype != torch.bool:
@@ -107,7 +118,7 @@ class Attention(nn.Module):
         mixed_BHQd = F.scaled_dot_product_attention(
             query_BHQd, key_BHMd, value_BHMd, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
         )
-        return self.out(mixed_BHQd.transpose(1, 2).flatten(2))
+        return self.out(mixed_BHQd.transpose(1, 2).flatten(2).to(query_BQD.dtype))
 
 
 class EncoderLayer(nn.Module):
@@ -132,8 +143,8 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm attention among queries, then to the tokens with a learned bias against distance, then feed-forward.
 
-    The bias of head h is -slope_h * metres between query and token: box evidence is local, and the layer would
-    otherwise have to learn that from the positions.
+    The bias of head h is -slope_h * metres between a query's box and a token: box evidence is local, and the layer
+    would otherwise have to learn that from the positions.
     """
 
     def __init__(self, width: int, num_heads: int, dropout: float):

@@ -286,6 +286,19 @@ def test_write_rooms_writes_a_whole_data_set(tmp_path):
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "scans").rglob("*.ply")}
 
 
+def test_rooms_without_annotations_have_everything_else(tmp_path):
+    arguments = {"num_train": 1, "num_val": 1, "workers": 1, "points_only": True}
+    write_rooms(tmp_path / "whole", **arguments)
+    summary = write_rooms(tmp_path / "boxes", **arguments, annotations=False)
+    assert summary["annotations"] == {} and not (tmp_path / "boxes" / "annotations").exists()
+    names = {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    for name in sorted(names):
+        if name.parts[0] != "annotations" and name.name != "rooms.json":
+            assert (tmp_path / "boxes" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    with pytest.raises(ValueError, match="has annotations"):
+        write_rooms(tmp_path / "whole", **arguments, annotations=False)
+
+
 @pytest.mark.slow
 def test_write_rooms_in_several_processes_equals_one(tmp_path):
     for workers in (1, 2):

@@ -22,6 +22,7 @@ from threedr1.models.scene_encoder import (
     select_proposals,
 )
 from threedr1.models.scene_encoder.backbone import point_transformer_options, scattered_cells
+from threedr1.models.scene_encoder.encoder import _distances, _distances_to_boxes
 from threedr1.models.scene_encoder.inputs import estimate_normals
 from threedr1.models.scene_encoder.layers import Attention, BallFeatures, EncoderLayer
 from threedr1.models.voxels import Voxels, pack
@@ -78,10 +79,11 @@ def encoding_of(boxes_Q7: torch.Tensor, logits_QC1: torch.Tensor) -> SceneEncodi
     )
 
 
-@pytest.mark.parametrize("predict_heading", [False, True])
+@pytest.mark.parametrize(("predict_heading", "dtype"), [(False, "float32"), (True, "float32"), (True, "bfloat16")])
 @both_backbones
-def test_every_parameter_gets_a_gradient(predict_heading, backbone):
+def test_every_parameter_gets_a_gradient(predict_heading, dtype, backbone):
     encoder = tiny_encoder(predict_heading=predict_heading, **backbone)
+    encoder.compute_in(getattr(torch, dtype))
     points_BN3, features_BNF, targets = random_batch()
     encoding = encoder(points_BN3, features_BNF)
     assert encoding.token_xyz_BM3.shape == (2, 32, 3)
@@ -89,7 +91,7 @@ def test_every_parameter_gets_a_gradient(predict_heading, backbone):
     assert encoding.query_features_BQD.shape == (2, 12, 32)
     assert encoding.boxes_BQ7.shape == (2, 12, 7)
     assert encoding.class_logits_BQC1.shape == (2, 12, 19)
-    assert len(encoding.intermediate) == 1
+    assert len(encoding.intermediate) == 2  # one before the first layer, one between the two
     assert (encoding.boxes_BQ7[..., 3:6] > 0).all()
     assert bool((encoding.boxes_BQ7[..., 6] != 0).any()) == predict_heading
     loss, parts = SetCriterion(18)(encoding, targets)
@@ -218,6 +220,31 @@ def test_ball_features_equal_the_steps_one_by_one(feature_dim, dtype):
     assert leaves[0][0].grad[:, :3].any() and not leaves[0][0].grad[:, 3].any()
 
 
+def test_half_precision_changes_results_by_rounding_only():
+    encoder = tiny_encoder().eval()
+    points_BN3, features_BNF, _ = random_batch()
+    exact = encoder(points_BN3, features_BNF)
+    encoder.compute_in(torch.bfloat16)
+    rounded = encoder(points_BN3, features_BNF)
+    assert rounded.tokens_BMD.dtype == rounded.boxes_BQ7.dtype == torch.float32
+    assert not torch.equal(rounded.tokens_BMD, exact.tokens_BMD)
+    assert (rounded.tokens_BMD - exact.tokens_BMD).norm() < 0.02 * exact.tokens_BMD.norm()
+    assert "compute_dtype" not in encoder.config
+
+
+def test_distances_equal_those_of_single_points():
+    generator = torch.Generator().manual_seed(0)
+    from_BQ3, to_BM3 = (20 * torch.rand(2, count, 3, generator=generator) for count in (5, 7))
+    boxes_BQ7 = torch.cat([from_BQ3, 8 * torch.rand(2, 5, 3, generator=generator), torch.zeros(2, 5, 1)], -1)
+    between_BQM, outside_BQM = _distances(from_BQ3, to_BM3), _distances_to_boxes(boxes_BQ7, to_BM3)
+    for scene, query, token in np.ndindex(2, 5, 7):
+        apart_3 = (to_BM3[scene, token] - from_BQ3[scene, query]).double().abs()
+        assert between_BQM[scene, query, token].item() == pytest.approx(apart_3.norm().item(), rel=1e-5)
+        beyond_3 = (apart_3 - boxes_BQ7[scene, query, 3:6].double() / 2).clamp(min=0)
+        assert outside_BQM[scene, query, token].item() == pytest.approx(beyond_3.norm().item(), rel=1e-4, abs=1e-5)
+    assert (outside_BQM == 0).any() and (outside_BQM > 0).any()
+
+
 def test_encoder_attention_stops_at_the_radius():
     torch.manual_seed(0)
     layer = EncoderLayer(8, 2, 0.0, radius=1.0)
@@ -326,7 +353,7 @@ def test_the_configuration_chooses_the_backbone(tmp_path):
 
 def test_checkpoints_that_do_not_fit_are_explained(tmp_path):
     tiny_encoder().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="another model size.*16.*32"):
+    with pytest.raises(ValueError, match="another model size.*8, 7.*16, 7"):
         tiny_encoder(width=64).load_weights(tmp_path)
     with pytest.raises(ValueError, match="lacks decoder.2"):
         tiny_encoder(decoder_layers=3).load_weights(tmp_path)
