@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .config import OptimConfig
 from .runtime import Runtime, log
@@ -97,7 +98,8 @@ class Optimizer:
             ):
                 gradient.copy_(part.view_as(gradient))
         if divisor != 1.0:
-            torch._foreach_div_(gradients, divisor)
+            for gradient in gradients:
+                gradient.div_(divisor)
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm or math.inf))
         rate = learning_rate(step, self.total_steps, self.config)
         for group, factor in zip(self.adam.param_groups, self.group_factors, strict=True):
@@ -150,5 +152,5 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
 
     The decay grows to `decay` over the first steps, as (1 + step) / (10 + step), so that the start is soon forgotten.
     """
-    weight = 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+    average_in_place = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    average_in_place(list(average.parameters()), list(model.parameters()), step)

@@ -136,7 +136,7 @@ class ViewCache:
         path = self._path(scene_id, bytes(digest(encoder_name))[:6].hex())
         arrays = self._read(path, key, {"embeddings"})
         if arrays is not None:
-            found_VD = torch.from_numpy(arrays["embeddings"])
+            found_VD = torch.from_numpy(arrays["embeddings"]).clone()
         else:
             found_VD = encoder.embed_images(list(pool.images_VHW3)).cpu()
             if len(pool):

@@ -305,7 +305,11 @@ class ViewSelector(nn.Module):
         device = self.w_text.device
         missing = [text for text in dict.fromkeys(texts) if text not in self._texts]
         if missing:
-            self._texts.update(zip(missing, self.encoder.embed_texts(missing).cpu(), strict=True))
+            # a batch changes the last bits of its texts, which the gradient of learned weights would carry on
+            size = 1 if self.learns else len(missing)
+            for start in range(0, len(missing), size):
+                part = missing[start : start + size]
+                self._texts.update(zip(part, self.encoder.embed_texts(part).cpu(), strict=True))
         for text in texts:
             self._texts.move_to_end(text)
         rows_ND = torch.stack([self._texts[text] for text in texts]).to(device)

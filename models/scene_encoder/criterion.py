@@ -76,8 +76,8 @@ class SetCriterion(nn.Module):
             logits_LBQC1.flatten(0, 2), wanted_LBQ.flatten(), self.class_weight_C1, reduction="none"
         ).view_as(wanted_LBQ)
         weight_L = global_mean(self.class_weight_C1[wanted_LBQ].sum((1, 2)))
-        doubled = [prediction.double_heading_BQ2 for prediction in predictions]
-        double_P2 = torch.stack(doubled)[places] if doubled[0] is not None else None
+        doubled = [layer.double_heading_BQ2 for layer in predictions if layer.double_heading_BQ2 is not None]
+        double_P2 = torch.stack(doubled)[places] if doubled else None
         pairs = box_losses(boxes_LBQ7[places], targets.boxes_T7[matches.object_P], double_P2)
         of_layer_LP = (matches.layer_P == torch.arange(num_layers, device=matches.layer_P.device)[:, None]).float()
         count_L = global_mean(of_layer_LP.sum(1))

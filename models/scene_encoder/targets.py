@@ -48,5 +48,10 @@ class DetectionTargets:
         return self.boxes_T7[own], self.classes_T[own]
 
     def to(self, device: torch.device | str) -> "DetectionTargets":
-        moved = (part.to(device) for part in (self.boxes_T7, self.classes_T, self.scene_T, self.slot_BK))
-        return DetectionTargets(*moved, self.counts)
+        return DetectionTargets(
+            self.boxes_T7.to(device),
+            self.classes_T.to(device),
+            self.scene_T.to(device),
+            self.slot_BK.to(device),
+            self.counts,
+        )

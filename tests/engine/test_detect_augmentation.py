@@ -73,19 +73,12 @@ def test_settings_that_make_no_sense_are_one_sentence(override, message):
     assert str(caught.value) == message
 
 
-def test_recipes_ask_for_what_they_are_meant_to():
-    assert load_config("detect", RECIPES / "tiny.detect.yaml").augment == AugmentConfig()
-    for name in ("detect.yaml", "detect.ptv3.yaml"):
-        assert load_config("detect", RECIPES / name).augment == AugmentConfig(cuboid=0.5)
-    assert load_config("detect", RECIPES / "instances.detect.yaml").augment == AugmentConfig(object_dropout=0.1)
-
-
 def test_runs_from_before_augmentation_was_a_group_go_on(tmp_path):
     config = make_config(write_root(tmp_path / "data"), tmp_path / "run", steps=1)
     detect.train(config)
     saved = tmp_path / "run" / "checkpoints" / "step-000001" / "config.yaml"
     saved.write_text(yaml.safe_dump(to_dict(config) | {"augment": True}))
-    assert detect.train(config, resume=True) == tmp_path / "run" / "model"
+    assert detect.train(config, resume=True) == tmp_path / "run" / "best"
     cut = dataclasses.replace(config, augment=AugmentConfig(cuboid=0.5))
     with pytest.raises(ValueError, match=r"augment.cuboid: 0.0 -> 0.5"):
         detect.train(cut, resume=True)

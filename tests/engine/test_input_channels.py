@@ -125,7 +125,7 @@ def test_the_detector_trains_on_all_inputs_in_workers_and_without(featured_root,
     folder = detect.train(alone)
     detect.train(all_inputs(featured_root, tmp_path / "other", workers=1, steps=3))
     assert without_time(tmp_path / "alone") == without_time(tmp_path / "other")
-    assert_same_weights(folder, tmp_path / "other" / "model")
+    assert_same_weights(folder, tmp_path / "other" / "best")
     encoder = SceneEncoder.from_pretrained(folder)
     assert encoder.config["feature_dim"] == 12
     assert encoder.config["channels"] == "color height normal multiview"
@@ -167,7 +167,7 @@ def test_a_run_from_before_these_inputs_goes_on(featured_root, tmp_path):
         del old["encoder"][name]
     del old["data"]["multiview"], old["data"]["workers"]
     saved.write_text(yaml.safe_dump(old))
-    assert detect.train(config, resume=True) == tmp_path / "run" / "model"
+    assert detect.train(config, resume=True) == tmp_path / "run" / "best"
     with pytest.raises(ValueError, match="encoder.use_normal: False -> True"):
         detect.train(
             dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, use_normal=True)), resume=True
