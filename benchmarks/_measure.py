@@ -91,7 +91,7 @@ def report(
     name: str,
     rows: Sequence[Row],
     arguments: argparse.Namespace,
-    load: Load,
+    load: Load | None,
     *,
     argv: Sequence[str],
     packages: Sequence[str] = (),
@@ -100,13 +100,14 @@ def report(
     """Print peer, ours and ratio; record them where the user asked for it.
 
     Args:
+        load: None for rows that are not measured here.
         remarks: words to print at the end of the row of that name.
 
     Raises:
         ValueError: --record without a file, outside a checkout.
     """
-    conditions = [*([f"median of {arguments.repeats}"] if arguments.repeats else []), str(load)]
-    print(f"{name}: {', '.join(conditions)}")
+    conditions = [*([f"median of {arguments.repeats}"] if arguments.repeats else []), *([str(load)] if load else [])]
+    print(f"{name}: {', '.join(conditions)}" if conditions else name)
     width = max([44, *(len(row.name) for row in rows)])
     print(f"{'':<{width}}{'peer':>12}{'ours':>12}{'':<8}{'ratio':>8}")
     for row in rows:

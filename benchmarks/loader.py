@@ -11,14 +11,14 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from ..datasets.collate import Loader, epoch_draws
-from ..datasets.rooms import generate_room
-from ..datasets.scene import Frame, Scene, floor_centre, save_scene
+from ..datasets.scene import Frame, Scene, save_scene
 from ..datasets.scene_store import SceneStore
 from ..engine.config import DataConfig, DetectConfig
 from ..engine.detection_data import CloudSample, CloudSampler
@@ -26,6 +26,7 @@ from ..utils.camera import look_at
 from ._arguments import measuring_parser, positive
 from ._loader_peer import PlainDataset, write_arrays_of
 from ._measure import Load, median_seconds, report
+from ._rooms import room_scene
 from .results import Row
 
 TARGET = 100.0
@@ -47,31 +48,15 @@ class ViewedSampler:
 
 def make_scene(number: int) -> Scene:
     """A generated room of exactly STORED_POINTS points, as `prepare` keeps of a real scan, with NUM_FRAMES poses."""
-    room = generate_room(f"scene{number:04d}_00", number)
     rng = np.random.default_rng(number)
-    pick_N = rng.permutation(np.arange(STORED_POINTS) % len(room.vertices_V3))
-    points_N3 = (room.vertices_V3[pick_N] + rng.normal(0, 0.001, (STORED_POINTS, 3))).astype(np.float32)
-    origin_3 = floor_centre(points_N3)
-    eyes_F3 = origin_3 + np.array([0.0, 0.0, 1.5]) + rng.uniform(-1, 1, (NUM_FRAMES, 3)) * [1.0, 1.0, 0.2]
+    scene = room_scene(number, STORED_POINTS, rng)
+    eyes_F3 = scene.origin_3 + np.array([0.0, 0.0, 1.5]) + rng.uniform(-1, 1, (NUM_FRAMES, 3)) * [1.0, 1.0, 0.2]
     targets_F3 = eyes_F3 + rng.uniform(-1, 1, (NUM_FRAMES, 3)) * [1.0, 1.0, 0.3]
     frames = [
         Frame(f"{index}.jpg", None, look_at(eye_3, target_3), np.eye(3))
         for index, (eye_3, target_3) in enumerate(zip(eyes_F3, targets_F3, strict=True))
     ]
-    return Scene(
-        scene_id=room.scene_id,
-        points_N3=points_N3,
-        colors_N3=room.colors_V3[pick_N],
-        instance_ids_N=room.instance_V[pick_N].astype(np.int32),
-        nyu40_N=room.nyu40_V[pick_N],
-        object_ids_K=np.array([thing.object_id for thing in room.objects], np.int32),
-        object_labels=[thing.label for thing in room.objects],
-        class_ids_K=np.array([thing.class_id for thing in room.objects], np.int32),
-        boxes_K7=np.stack([thing.box_7 for thing in room.objects]),
-        axis_align_44=room.axis_align_44,
-        origin_3=origin_3,
-        frames=frames,
-    )
+    return replace(scene, frames=frames)
 
 
 def check(scenes: SceneStore, folder: Path) -> None:
