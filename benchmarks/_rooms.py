@@ -14,10 +14,10 @@ from ..datasets.scene import Scene, floor_centre, save_scene
 def room_scene(number: int, num_points: int, rng: np.random.Generator) -> Scene:
     """Room `number` as a scene of exactly `num_points` points, as `prepare` keeps of a real scan, without frames.
 
-    Points are vertices moved by a millimetre, so that none are equal where vertices are taken more than once.
+    They are vertices at random, every one before any comes again, moved by a millimetre, so that no two are equal.
     """
     room = generate_room(f"scene{number:04d}_00", number)
-    pick_N = rng.permutation(np.arange(num_points) % len(room.vertices_V3))
+    pick_N = rng.permutation(len(room.vertices_V3))[np.arange(num_points) % len(room.vertices_V3)]
     points_N3 = (room.vertices_V3[pick_N] + rng.normal(0, 0.001, (num_points, 3))).astype(np.float32)
     return Scene(
         scene_id=room.scene_id,

@@ -47,7 +47,7 @@ class KeptBatches(SceneSamples):
         with self.loader:
             self.kept = [SceneSamples.training_batch(self, step, runtime) for step in range(BATCHES)]
 
-    def training_batch(self, step: int, runtime: Runtime) -> Batch:
+    def training_batch(self, step: int, runtime: Runtime) -> Batch:  # noqa: ARG002 - as the class above
         return self.kept[step % len(self.kept)]
 
 
