@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ._measure import seconds
@@ -41,7 +40,7 @@ def shares(step: Callable[[], object], device: str, step_seconds: float) -> dict
 
 def kernel_seconds(events: Iterable[Any], patterns: Mapping[str, re.Pattern[str]]) -> dict[str, float]:
     """Time of the GPU in kernels of each kind. ValueError where the profiler saw no kernel at all."""
-    kernels = [event for event in events if event.device_type == DeviceType.CUDA]
+    kernels = [event for event in events if event.device_type.name == "CUDA"]
     if not kernels:
         raise ValueError("The profiler saw no kernel of the GPU; let this user read its counters (CUPTI), or use cpu.")
     return {

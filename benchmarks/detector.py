@@ -10,7 +10,8 @@ With --scores nothing is timed: rows are made of what `python main.py detect` wr
 
 import argparse
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,40 +135,41 @@ def _rows(training: Training, device: str, repeats: int, source: str) -> list[Ro
     training.step()
     predicted = training.predicted()
     ours, peer = matching(predicted)
-
-    def as_trained() -> object:
-        return match(*predicted)
-
-    step_s, infer_s, match_s, peer_s, trained_s = median_seconds(
-        (training.step, training.infer, ours, peer, as_trained), repeats, device
-    )
-    spent = shares(training.step, device, step_s)
-    size, what = config.run.batch_size, f"{config.encoder.backbone}, {config.precision}"
-    what = f"{what}, {config.data.num_points} points, batches of {size}, {source}"
-    suffix = "".join(f"_{name}" for name in (config.encoder.backbone, config.precision) if name not in PLAIN)
-    num_layers, objects = len(predicted.boxes_LBQ7), len(predicted.targets.boxes_T7)
-    shared = "share of a training step's wall time"
-    by = "kernels by name" if device.startswith("cuda") else "operators by name, under the profiler"
-    attention = "" if device.startswith("cuda") else ", without a backward that is not one operator"
+    actions = (training.step, training.infer, ours, peer, lambda: match(*predicted))
+    step_s, infer_s, match_s, peer_s, trained_s = median_seconds(actions, repeats, device)
+    spent = shares(training.step, device, step_s) | {"match": trained_s / step_s}
+    size = config.run.batch_size
+    num_layers, num_scenes, num_queries = predicted.boxes_LBQ7.shape[:3]
+    objects = len(predicted.targets.boxes_T7)
+    pairs = f"{num_layers} layers, {num_scenes} scenes, {objects} objects, {num_queries} queries a scene"
     loop = "host to device, forward, matching, losses, backward, optimizer; the loader is not in it"
     proposals = f"host to device, forward, {LanguageConfig().num_proposals} proposals"
-    pairs = f"{num_layers} layers, {objects} objects, {predicted.boxes_LBQ7.shape[2]} queries a scene"
-    named = {
-        "train_scenes_per_s": (size / step_s, "1/s", loop),
-        "infer_scenes_per_s": (size / infer_s, "1/s", proposals),
-        "match_share": (trained_s / step_s, "share", f"{shared}; match alone, {pairs}"),
-    }
-    for kind, extra in (("operators", ""), ("attention", attention)):
+    rows = [
+        Row("detector.train_scenes_per_s", size / step_s, "1/s", better="higher", note=loop),
+        Row("detector.infer_scenes_per_s", size / infer_s, "1/s", better="higher", note=proposals),
+        Row("detector.match_ms", 1000 * match_s, "ms", PEER, 1000 * peer_s, note=pairs),
+        *_share_rows(spent, device),
+    ]
+    what = f"{config.encoder.backbone}, {config.precision}"
+    what = f"{what}, {config.data.num_points} points, batches of {size}, {source}"
+    suffix = "".join(f"_{name}" for name in (config.encoder.backbone, config.precision) if name not in PLAIN)
+    return [replace(row, name=row.name + suffix, note=f"{row.note}; {what}") for row in rows]
+
+
+def _share_rows(spent: Mapping[str, float], device: str) -> list[Row]:
+    """Rows of those shares that were found."""
+    by = "kernels by name" if device.startswith("cuda") else "operators by name, under the profiler"
+    how = {"match": "match alone", "operators": by, "attention": by}
+    if not device.startswith("cuda"):
+        how["attention"] += ", without a backward that is not one operator"
+    rows = []
+    for kind, way in how.items():
         if spent[kind] > 0:
-            named[f"{kind}_share"] = (spent[kind], "share", f"{shared}; {by}{extra}")
+            note = f"share of a training step's wall time; {way}"
+            rows.append(Row(f"detector.{kind}_share", spent[kind], "share", note=note))
         else:  # one that works by other names, such as attention by plain matrix products
             print(f"detector.{kind}_share: the profiler saw none by name; no row")
-    rows = [
-        Row(f"detector.{name}{suffix}", value, unit, better="higher" if unit == "1/s" else "lower", note=note)
-        for name, (value, unit, note) in named.items()
-    ]
-    rows.insert(2, Row(f"detector.match_ms{suffix}", 1000 * match_s, "ms", PEER, 1000 * peer_s, note=pairs))
-    return [Row(**(vars(row) | {"note": f"{row.note}; {what}"})) for row in rows]
+    return rows
 
 
 def build_config(arguments: argparse.Namespace, root: Path) -> DetectConfig:

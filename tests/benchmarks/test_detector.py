@@ -129,6 +129,15 @@ def test_kernels_count_by_name():
         _shares.kernel_seconds(events[: len(names)], _shares.KERNELS)
 
 
+def test_a_share_that_is_not_found_is_said_and_is_no_row(capsys: pytest.CaptureFixture[str]):
+    rows = detector._share_rows({"match": 0.1, "operators": 0.2, "attention": 0.0}, "cuda")
+    assert [(row.name, row.value) for row in rows] == [
+        ("detector.match_share", 0.1),
+        ("detector.operators_share", 0.2),
+    ]
+    assert "detector.attention_share: the profiler saw none" in capsys.readouterr().out
+
+
 def test_operators_inside_of_operators_count_once():
     def event(name: str, taken: float, parent: object = None) -> SimpleNamespace:
         return SimpleNamespace(name=name, cpu_time_total=taken, cpu_parent=parent)
