@@ -1,7 +1,7 @@
 """Scenes a second of the scene encoder in training and inference, and where a training step's time goes.
 
 The encoder, criterion and optimizer are those of script/recipes/detect.yaml. A training step takes a batch on the host
-to the device, and does forward, matching and losses, backward and the optimizer; batches are made before, since the
+to the device, and does forward, matching and losses, backward, the optimizer and the averaged weights; batches are made before, since the
 `loader` benchmark measures that. Inference ends with the proposals. Matching is all decoder layers and scenes at once
 against 3DETR's way; the other numbers have no peer. The scenes are generated rooms, or prepared ones under --root.
 
@@ -9,6 +9,7 @@ With --scores nothing is timed: rows are made of what `python main.py detect` wr
 """
 
 import argparse
+import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..engine.config import DetectConfig, LanguageConfig, load_config
 from ..engine.detect import mean_over_ranks, train_step
 from ..engine.detection_data import Batch, SceneSamples
-from ..engine.optim import Optimizer
+from ..engine.optim import Optimizer, update_average
 from ..engine.runtime import Runtime, seed_everything
 from ..models.scene_encoder import DetectionTargets, SceneEncoder, SetCriterion, build_scene_encoder, select_proposals
 from ..models.scene_encoder.matcher import match
@@ -36,7 +37,7 @@ from .results import ROOT, Row
 RECIPE = ROOT / "script" / "recipes" / "detect.yaml"
 TIMED = ("points", "batch_size", "backbone", "precision", "root", "set")  # arguments that --scores has no use for
 BATCHES = 4
-PLAIN = ("pointnet2", "float32")  # rows of these have no suffix
+PLAIN = ("pointnet2", "bfloat16")  # the recipe's, whose rows have no suffix
 SPARE_POINTS = 5 / 4  # points of a generated room, of those that are sampled: 50,000 to 40,000, as prepared scans
 
 
@@ -71,6 +72,7 @@ class Training:
         self.encoder: SceneEncoder = build_scene_encoder(config.encoder).to(device).train()
         if config.precision == "bfloat16":
             self.encoder.compute_in(torch.bfloat16)
+        self.average = copy.deepcopy(self.encoder).eval().requires_grad_(False)
         self.criterion = SetCriterion(self.encoder.num_classes, repeats=config.queries_per_object).to(device)
         parameters = dict(self.encoder.named_parameters())
         self.optimizer = Optimizer(parameters, config.optim, config.run.steps, self.runtime)
@@ -81,6 +83,8 @@ class Training:
         seed_everything(self.config.run.seed, self.done, self.runtime.rank)
         losses = train_step(self.encoder, self.criterion, self.batches, self.done, self.runtime)
         self.optimizer.step(self.done)
+        if self.config.ema_decay:
+            update_average(self.average, self.encoder, self.config.ema_decay, self.done)
         self.done += 1
         return mean_over_ranks(losses, self.runtime)
 
@@ -142,7 +146,7 @@ def _rows(training: Training, device: str, repeats: int, source: str) -> list[Ro
     num_layers, num_scenes, num_queries = predicted.boxes_LBQ7.shape[:3]
     objects = len(predicted.targets.boxes_T7)
     pairs = f"{num_layers} layers, {num_scenes} scenes, {objects} objects, {num_queries} queries a scene"
-    loop = "host to device, forward, matching, losses, backward, optimizer; the loader is not in it"
+    loop = "host to device, forward, matching, losses, backward, optimizer, averaged weights; the loader is not in it"
     proposals = f"host to device, forward, {LanguageConfig().num_proposals} proposals"
     rows = [
         Row("detector.train_scenes_per_s", size / step_s, "1/s", better="higher", note=loop),
@@ -175,7 +179,8 @@ def _share_rows(spent: Mapping[str, float], device: str) -> list[Row]:
 def build_config(arguments: argparse.Namespace, root: Path) -> DetectConfig:
     """The recipe with what the command line changes."""
     changes = [f"data.root={root}", f"data.num_points={arguments.points}", f"run.batch_size={arguments.batch_size}"]
-    changes += [f"encoder.backbone={arguments.backbone}", f"precision={arguments.precision}", *arguments.set]
+    changes += [f"encoder.backbone={arguments.backbone}", f"precision={arguments.precision}"]
+    changes += ["data.workers=0", *arguments.set]  # the batches are made before
     config = load_config("detect", RECIPE, changes)
     if config.run.steps < BATCHES:
         raise ValueError(f"run.steps is {config.run.steps}; the benchmark takes at least {BATCHES}.")
@@ -199,7 +204,9 @@ def main(argv: Sequence[str] = ()) -> int:
     parser.add_argument("--points", type=positive, default=40_000, metavar="N", help="a scene (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="scenes (default: %(default)s)")
     parser.add_argument("--backbone", choices=("pointnet2", "ptv3"), default="pointnet2", help="default: %(default)s")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s"
+    )
     parser.add_argument("--root", type=Path, metavar="DIR", help="prepared scenes (default: rooms made for it)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the recipe")
     parser.add_argument("--scores", nargs="+", type=named_run, metavar="NAME=RUN_DIR", help="rows of finished runs")

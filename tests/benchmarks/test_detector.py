@@ -48,14 +48,14 @@ def test_it_measures_rates_matching_and_shares(tmp_path: Path):
         assert rows[name]["value"] > 0 and rows[name]["unit"] == "1/s" and rows[name]["peer_value"] is None
     assert rows["detector.match_ms"]["ratio"] > 0 and "3DETR" in rows["detector.match_ms"]["peer"]
     assert "the loader is not in it" in rows["detector.train_scenes_per_s"]["note"]
-    assert "pointnet2, float32, 400 points, batches of 2, generated rooms" in rows["detector.match_share"]["note"]
+    assert "pointnet2, bfloat16, 400 points, batches of 2, generated rooms" in rows["detector.match_share"]["note"]
 
 
 def test_other_settings_have_rows_of_their_own_and_scenes_can_be_prepared_ones(tmp_path: Path):
     write_rooms(tmp_path / "own", 2, 500)
-    rows = measured(tmp_path / "results.json", "--precision", "bfloat16", "--root", str(tmp_path / "own"))
-    assert set(rows) == {f"{name}_bfloat16" for name in {"detector.match_ms"} | RATES | SHARES}
-    assert all("bfloat16, 400 points, batches of 2, prepared scenes of own" in row["note"] for row in rows.values())
+    rows = measured(tmp_path / "results.json", "--precision", "float32", "--root", str(tmp_path / "own"))
+    assert set(rows) == {f"{name}_float32" for name in {"detector.match_ms"} | RATES | SHARES}
+    assert all("float32, 400 points, batches of 2, prepared scenes of own" in row["note"] for row in rows.values())
 
 
 def batch(
