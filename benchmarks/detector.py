@@ -1,7 +1,7 @@
 """Scenes a second of the scene encoder in training and inference, and where a training step's time goes.
 
 Encoder, criterion and optimizer are those of script/recipes/detect.yaml. A training step takes a batch on the host
-to the device, and does forward, matching and losses, backward, the optimizer and the averaged weights; batches are made
+to the device and does forward, matching and losses, backward, the optimizer and the averaged weights; batches are made
 before, since `loader` measures that. Inference ends with the proposals. Matching is all decoder layers and
 scenes at once against 3DETR's way; the other numbers have no peer. The scenes are generated rooms, or prepared ones
 under --root.
