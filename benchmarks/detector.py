@@ -29,7 +29,7 @@ from ..models.scene_encoder import DetectionTargets, SceneEncoder, SetCriterion,
 from ..models.scene_encoder.matcher import match
 from ._arguments import measuring_parser, positive
 from ._detector_peer import PEER, PaddedTargets, check_pairs, match_by_layer
-from ._detector_scores import named_run, score_rows
+from ._detector_scores import named_run, scan_rows, score_rows
 from ._measure import Load, median_seconds, report
 from ._rooms import write_rooms
 from ._shares import shares
@@ -211,9 +211,19 @@ def main(argv: Sequence[str] = ()) -> int:
     parser.add_argument("--root", type=Path, metavar="DIR", help="prepared scenes (default: rooms made for it)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the recipe")
     parser.add_argument("--scores", nargs="+", type=named_run, metavar="NAME=RUN_DIR", help="rows of finished runs")
+    parser.add_argument(
+        "--scan",
+        nargs=2,
+        type=Path,
+        metavar=("CLOUD", "BOXES"),
+        help="with --scores: recall on one labelled scan too (.npz with xyz and rgb; JSON with scene_id, "
+        "axis_align_matrix and instances, each with box_aligned)",
+    )
     arguments = parser.parse_args(list(argv))
     useless = [name for name in TIMED if getattr(arguments, name) != parser.get_default(name)]
     if not arguments.scores:
+        if arguments.scan:
+            parser.error("--scan needs --scores NAME=RUN_DIR, whose encoder looks at it")
         load = Load(arguments)
         report("detector", timed(arguments), arguments, load, argv=argv, packages=("scipy",))
         return 0
@@ -224,6 +234,8 @@ def main(argv: Sequence[str] = ()) -> int:
         parser.error("--scores takes every NAME once")
     arguments.repeats = None
     rows = [row for name, folder in arguments.scores for row in score_rows(name, folder)]
+    if arguments.scan:
+        rows += [row for name, folder in arguments.scores for row in scan_rows(name, folder, *arguments.scan)]
     Load(arguments)  # refuses a GPU that is not there
     report("detector", rows, arguments, None, argv=argv)
     return 0

@@ -17,6 +17,7 @@ from ..datasets.scene_store import SceneStore
 from ..datasets.transforms import Augmentation, Transform, object_outlines
 from ..models.scene_encoder import DetectionTargets, PointInput
 from ..models.scene_encoder.inputs import features_of, sample_indices, scene_normals
+from ..utils.labels import NUM_CLASSES
 from .config import AugmentConfig, DetectConfig
 from .runtime import Runtime, batch_indices, log
 
@@ -148,7 +149,13 @@ def stack(samples: Sequence[CloudSample]) -> Arrays:
 
 
 def to_batch(arrays: Arrays) -> Batch:
-    """Tensors of a batch, on the host."""
+    """Tensors of a batch, on the host. ValueError: an object is of a class that there is not."""
+    for classes_K in arrays.classes:
+        if len(classes_K) and not 0 <= classes_K.min() <= classes_K.max() < NUM_CLASSES:
+            raise ValueError(
+                f"A scene has an object of class {classes_K.max()}; classes run from 0 to {NUM_CLASSES - 1}, and "
+                f"{NUM_CLASSES - 1} stands for everything else. Run `python main.py prepare` again."
+            )
     boxes, classes = ([torch.from_numpy(part) for part in parts] for parts in (arrays.boxes, arrays.classes))
     points_BN3, features_BNF = torch.from_numpy(arrays.points_BN3), torch.from_numpy(arrays.features_BNF)
     return points_BN3, features_BNF, DetectionTargets.of(boxes, classes)

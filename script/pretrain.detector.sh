@@ -5,7 +5,7 @@
 #
 #   CONFIG=script/recipes/detect.yaml    recipe
 #   DATA=data/scannet                    data root (data/README.md); default: the recipe's
-#   RUN=runs/detect                      where the run goes; default: the recipe's
+#   RUN=runs/detector                 where the run goes; default: the recipe's
 #   NGPU=8                               processes, one a GPU (default 1)
 #
 # It goes on from the newest checkpoint of an interrupted run: --resume.

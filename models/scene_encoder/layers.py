@@ -55,7 +55,7 @@ class BallFeatures(nn.Module):
     def __init__(self, feature_dim: int, radius: float, num_neighbors: int, width: int):
         super().__init__()
         self.radius, self.num_neighbors = radius, num_neighbors
-        self.network = mlp(3 + feature_dim, width // 4, width // 2, width, norm=True)
+        self.network = mlp(3 + feature_dim, max(32, width // 4), width // 2, width, norm=True)
         self.compute_dtype = torch.float32
 
     def forward(self, centre_BQ3: Tensor, points_BN3: Tensor, features_BNF: Tensor) -> Tensor:

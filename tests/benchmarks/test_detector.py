@@ -12,8 +12,9 @@ import torch
 from torch.autograd import DeviceType
 
 from threedr1 import main as cli
-from threedr1.benchmarks import _detector_peer, _shares, detector, run_benchmark
+from threedr1.benchmarks import _detector_peer, _detector_scores, _shares, detector, run_benchmark
 from threedr1.benchmarks._detector_peer import PaddedTargets, check_pairs, layer_cost, match_by_layer
+from threedr1.benchmarks._detector_scores import scan_rows
 from threedr1.benchmarks._rooms import room_scene, write_rooms
 from threedr1.benchmarks.results import read_results
 from threedr1.engine.config import load_config
@@ -188,6 +189,41 @@ def test_scores_of_a_run_become_rows(run_dir: Path, tmp_path: Path):
         )
 
 
+def test_recall_on_one_scan(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One of two objects is found, at IoU 0.4, by an encoder that is told where it is; the scan is turned."""
+    rng = np.random.default_rng(0)
+    boxes_K6 = np.array([[1.0, 1.0, 0.5, 1.0, 1.0, 1.0], [3.0, 3.0, 0.5, 1.0, 1.0, 1.0]])
+    aligned_N3 = np.concatenate([box_6[:3] + (rng.random((500, 3)) - 0.5) * box_6[3:] for box_6 in boxes_K6])
+    turn_44 = np.eye(4)
+    turn_44[:2, :2], turn_44[:3, 3] = [[0, -1], [1, 0]], [5.0, 0, 2]
+    raw_N3 = (aligned_N3 - turn_44[:3, 3]) @ turn_44[:3, :3]  # the inverse of a rotation is its transpose
+    np.savez(tmp_path / "cloud.npz", xyz=raw_N3.astype(np.float32), rgb=np.zeros((1000, 3), np.uint8))
+    content = {"scene_id": "scene7", "axis_align_matrix": turn_44.tolist()}
+    content |= {"instances": [{"box_aligned": box_6.tolist()} for box_6 in boxes_K6]}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    origin_3 = np.append((aligned_N3.min(0) + aligned_N3.max(0))[:2] / 2, np.percentile(aligned_N3[:, 2], 1))
+
+    class Told:
+        def eval(self):
+            return self
+
+        def __call__(self, points_BN3, features_BNF):
+            assert points_BN3.shape == (1, 400, 3) and features_BNF.shape == (1, 400, 4)
+            shifted_7 = torch.tensor([[*(boxes_K6[0, :3] - origin_3 + [3 / 7, 0, 0]), 1, 1, 1, 0]])  # IoU 0.4
+            logits_QC1 = torch.zeros(1, 1, 19)
+            logits_QC1[..., 2] = 9.0
+            return SimpleNamespace(class_logits_BQC1=logits_QC1, boxes_BQ7=shifted_7[None].float())
+
+    monkeypatch.setattr(_detector_scores.SceneEncoder, "from_pretrained", lambda folder: Told())
+    rows = {row.name: row for row in scan_rows("real", run_dir, tmp_path / "cloud.npz", tmp_path / "boxes.json")}
+    assert rows["detector.real_scene7_recall25"].value == 0.5
+    assert rows["detector.real_scene7_recall50"].value == 0.0
+    assert "2 objects" in rows["detector.real_scene7_recall25"].note
+    (tmp_path / "boxes.json").write_text(json.dumps({"scene_id": "scene7"}))
+    with pytest.raises(ValueError, match="are not a labelled scan .'axis_align_matrix'"):
+        scan_rows("real", run_dir, tmp_path / "cloud.npz", tmp_path / "boxes.json")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -222,6 +258,7 @@ def test_a_folder_that_is_no_scored_run_is_one_sentence(spoil, message: str, run
         (["--scores", "a b=runs/detect"], "is not NAME=RUN_DIR"),
         (["--scores", "a=x", "a=y"], "every NAME once"),
         (["--scores", "a=x", "--batch-size", "2"], "leave --batch-size out"),
+        (["--scan", "a.npz", "b.json"], "--scan needs --scores"),
     ],
 )
 def test_wrong_arguments_stop_with_the_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):

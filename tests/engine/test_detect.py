@@ -231,6 +231,39 @@ def test_samples_follow_their_stream_and_not_their_neighbours(data_root, tmp_pat
     assert plain.of_scene(0)[0][:, 2].min() > 0, "boxes stand on the floor of the model frame"
 
 
+def test_scenes_without_objects_and_with_more_than_there_are_queries(data_root, tmp_path):
+    """An empty scene teaches that everything is background; with 2 queries, one of 3 objects gets none."""
+    for split in ("train", "val"):
+        scene_id = (data_root / f"scannetv2_{split}.txt").read_text().split()[0]
+        scene = make_scene(scene_id, 0)
+        empty = dataclasses.replace(
+            scene,
+            instance_ids_N=np.full_like(scene.instance_ids_N, -1),
+            object_ids_K=scene.object_ids_K[:0],
+            object_labels=[],
+            class_ids_K=scene.class_ids_K[:0],
+            boxes_K7=scene.boxes_K7[:0],
+        )
+        save_scene(empty, data_root / "prepared" / f"{scene_id}.npz")
+    config = make_config(data_root, tmp_path / "run", {"num_queries": 2}, batch_size=3, steps=3)
+    detect.train(config)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    (data_root / "scannetv2_train.txt").write_text("scene0000_00\n")
+    (data_root / "scannetv2_val.txt").write_text("scene0003_00\n")
+    detect.train(make_config(data_root, tmp_path / "nothing", batch_size=1, steps=2))
+    scores = json.loads((tmp_path / "nothing" / "detection.json").read_text())
+    assert scores["0.25"]["mAP"] == scores["0.5"]["AR"] == 0.0
+
+
+def test_a_class_outside_the_map_is_refused(data_root, tmp_path):
+    scene = make_scene("scene0000_00", 0)
+    scene.class_ids_K[1] = 23
+    save_scene(scene, data_root / "prepared" / "scene0000_00.npz")
+    with pytest.raises(ValueError, match="object of class 23; classes run from 0 to 17"):
+        detect.train(make_config(data_root, tmp_path / "run", batch_size=3, steps=1))
+
+
 def test_missing_data_and_settings_that_do_not_fit_are_explained(data_root, tmp_path):
     config = make_config(data_root, tmp_path / "run")
     (data_root / "scannetv2_val.txt").write_text("scene0707_00\n")
