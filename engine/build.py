@@ -31,13 +31,13 @@ def build_view_selector(config: ViewsConfig) -> ViewSelector | None:
 def build_model(config: ModelConfig, data: DataConfig) -> SceneVLM:
     """A model ready for SFT: pretrained parts where the configuration names them, a fresh adapter and connector."""
     language_config = config.language
+    scene_encoder = build_scene_encoder(config.encoder)  # first: that it is missing is soon said
     language = load_language_model(
         language_config.model,
         dtype=language_config.dtype,
         attention=language_config.attention,
         gradient_checkpointing=language_config.gradient_checkpointing,
     )
-    scene_encoder = build_scene_encoder(config.encoder)
     connector = build_connector(
         language,
         scene_encoder,

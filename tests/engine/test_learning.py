@@ -11,6 +11,7 @@ from threedr1.datasets.prompts import build_target, training_mode
 from threedr1.engine import detect, grpo, sft
 from threedr1.engine.config import load_config
 from threedr1.engine.data import ObservationCache, load_split
+from threedr1.engine.detection_data import SceneSamples
 from threedr1.engine.rollout import roll_out
 from threedr1.engine.tracking import read_metrics
 from threedr1.models.scene_vlm import SceneVLM
@@ -81,7 +82,7 @@ def test_grpo_follows_a_reward(rooms_root, tmp_path):
 
 
 def test_the_scene_encoder_overfits_two_rooms(rooms_root, tmp_path):
-    """Boxes within an IoU of 0.25 and right classes for most objects of the rooms it was trained on."""
+    """mAP@0.5 above 0.9 over the classes that the two rooms have; measured 0.98."""
     root = tmp_path / "rooms"
     for scene_id in (rooms_root / "scannetv2_train.txt").read_text().split()[:2]:
         (root / "prepared").mkdir(parents=True, exist_ok=True)
@@ -89,11 +90,12 @@ def test_the_scene_encoder_overfits_two_rooms(rooms_root, tmp_path):
         with (root / "scannetv2_train.txt").open("a") as stream:
             stream.write(scene_id + "\n")
     overrides = [f"run.dir={tmp_path / 'run'}", f"data.root={root}", "data.eval_split=train", "augment=false"]
-    overrides += ["run.steps=400", "run.batch_size=2", "run.save_every=1000"]
+    overrides += ["run.steps=1500", "run.batch_size=2", "run.save_every=10000", "data.num_points=8192"]
+    overrides += ["encoder.num_tokens=256", "encoder.num_queries=128", "encoder.width=96"]
     detect.train(load_config("detect", ROOT / "script" / "recipes" / "tiny.detect.yaml", overrides))
-    scores = json.loads((tmp_path / "run" / "detection.json").read_text())["0.25"]
-    scenes = detect.SceneSamples(load_config("detect", tmp_path / "run/checkpoints/step-000400/config.yaml"), "train")
+    scores = json.loads((tmp_path / "run" / "detection.json").read_text())["0.5"]
+    scenes = SceneSamples(load_config("detect", tmp_path / "run/checkpoints/step-001500/config.yaml"), "train")
     present = {int(class_id) for row in range(2) for class_id in scenes[row].class_ids_K}
     precisions = list(scores["AP"].values())
     assert len(present) >= 10
-    assert np.mean([precisions[class_id] for class_id in present]) > 0.8
+    assert np.mean([precisions[class_id] for class_id in present]) > 0.9
