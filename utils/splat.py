@@ -20,7 +20,9 @@ from .camera import NEAR_PLANE, Camera, Render
 EMPTY = torch.iinfo(torch.int64).max
 _DEPTH_UNIT = 1e-4  # metres a step of the depth half of a key
 _CELL = 0.15  # metres; cells in which the density of points is measured
-_BUFFER = 1 << 24  # int64 cells of z-buffer at a time (128 MB)
+_GRID = 1 << 24  # such cells, at most, to count in a table (64 MB); beyond that they are sorted
+_CPU_PLANE = 1 << 16  # pixels of all views drawn at a time on a CPU: one z-buffer of them (512 KB) stays in its cache
+_GPU_BUFFER = 1 << 24  # int64 cells of z-buffer at a time on a GPU (128 MB)
 _RADII = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # pixel radii that are drawn; others are rounded to the nearest
 
 
@@ -70,34 +72,34 @@ def splat_batch(
     on one surface, which hides the discs. `index_HW` of a render is the row of `points_N3`, also where a hole was
     filled, and its depth is that of this point. ValueError for an empty cloud, coordinates that are not finite and
     cameras of different sizes.
+
+    A GPU names the same points at the same depth as a CPU; colours may differ by one step where `smooth` rounds.
+    Its pictures of one call share page-locked memory, which stays taken while one of them lives: copy what is kept.
     """
     points, colors = _check(points_N3, colors_N3, cameras)
     if not cameras:
         return []
-    points_N3t = torch.from_numpy(points).to(device)
-    colors_N3t = torch.from_numpy(colors).to(device)
+    device = torch.device(device)
+    points_N3t = torch.from_numpy(points).to(device, non_blocking=True)
+    colors_N3t = torch.from_numpy(colors).to(device, non_blocking=True)
+    points_4N = _homogeneous(points_N3t)
     if radius is None:
         radius_N = point_radii(points_N3t)
     else:
         radius_N = torch.full((len(points),), float(radius), device=device)
+    rise = 2 * float(radius_N.median()) / _DEPTH_UNIT
     width, height = cameras[0].width, cameras[0].height
     limit = max(width, height) // 16 if max_pixels is None else max_pixels
     radii = [size for size in _RADII if size <= max(limit, 0)]
-    step = max(1, _BUFFER // (len(radii) * width * height))
-    renders: list[Render] = []
+    cells = (width + 2 * radii[-1]) * (height + 2 * radii[-1])
+    step = max(1, _CPU_PLANE // cells if device.type == "cpu" else _GPU_BUFFER // (len(radii) * cells))
+    parts = []
     for first in range(0, len(cameras), step):
-        some = cameras[first : first + step]
-        key_CHW, depth_CN = _splat_keys(points_N3t, radius_N, some, radii)
+        key_CHW, depth_CN = _splat_keys(points_4N, radius_N, rise, cameras[first : first + step], radii)
         if fill_holes:
             key_CHW = _fill(key_CHW)
-        for key_HW, depth_N in zip(key_CHW, depth_CN, strict=True):
-            where = torch.nonzero(key_HW != EMPTY, as_tuple=True)
-            index_P = key_HW[where] & 0xFFFFFFFF
-            color_P3, depth_P = colors_N3t[index_P], depth_N[index_P]
-            if smooth:
-                color_P3 = _smooth(key_HW.shape, where, color_P3, depth_P)
-            renders.append(unpack_render(key_HW.shape, where, color_P3, depth_P, index_P, background))
-    return renders
+        parts.append(_shade(key_CHW, depth_CN, colors_N3t, smooth, background))
+    return [render for part in parts for render in _to_host(*part)]
 
 
 def _check(points_N3: np.ndarray, colors_N3: np.ndarray, cameras: Sequence[Camera]) -> tuple[np.ndarray, np.ndarray]:
@@ -124,59 +126,89 @@ def point_radii(points_N3: Tensor) -> Tensor:
     covers the diagonal of a square grid and some irregularity.
     """
     cell_N3 = torch.floor((points_N3 - points_N3.amin(0)) / _CELL).long()
-    size_3 = cell_N3.amax(0) + 1
-    flat_N = (cell_N3[:, 0] * size_3[1] + cell_N3[:, 1]) * size_3[2] + cell_N3[:, 2]
-    _, inverse_N, count_U = torch.unique(flat_N, return_inverse=True, return_counts=True)
+    wide, deep, tall = (size + 1 for size in cell_N3.amax(0).tolist())
+    flat_N = (cell_N3[:, 0] * deep + cell_N3[:, 1]) * tall + cell_N3[:, 2]
+    if wide * deep * tall <= _GRID:
+        count_U = torch.zeros(wide * deep * tall, dtype=torch.int32, device=flat_N.device)
+        count_U.scatter_add_(0, flat_N, torch.ones_like(flat_N, dtype=torch.int32))
+        number_N = count_U[flat_N].float()
+    else:
+        _, inverse_N, count_U = torch.unique(flat_N, return_inverse=True, return_counts=True)
+        number_N = count_U[inverse_N].float()
     # cells that a surface only grazes hold few points: never thinner than twice the usual density suggests
-    usual = count_U[inverse_N].float().median()
-    count_N = count_U[inverse_N].float().maximum(usual / 4)
-    return _CELL / count_N.sqrt()
+    return _CELL / number_N.maximum(number_N.median() / 4).sqrt()
 
 
-def _project(points_N3: Tensor, cameras: Sequence[Camera]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounded columns and rows [C, N] (int64) and depth [C, N] (float32, metres) of points in every camera.
+def _homogeneous(points_N3: Tensor) -> Tensor:
+    """Points as columns (x, y, z, 1), float64 [4, N]: what `_project` takes."""
+    columns_4N = torch.ones(4, len(points_N3), dtype=torch.float64, device=points_N3.device)
+    columns_4N[:3] = points_N3.T
+    return columns_4N
 
-    Points nearer than the near plane get column and row -2^20, far outside every picture.
+
+def _project(points_4N: Tensor, cameras: Sequence[Camera]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounded columns and rows [C, N] (whole float32) and depth [C, N] (float32, metres) of points in every camera.
+
+    Those of points nearer than the near plane mean nothing. The product is taken in float64: in float32 a GPU may run
+    it in TF32, off by pixels, and every device and library rounds it otherwise.
     """
-    pose_C44 = torch.from_numpy(np.stack([camera.world_to_camera_44() for camera in cameras]))
-    matrix_C33 = torch.from_numpy(np.stack([np.asarray(camera.intrinsics_33, np.float64) for camera in cameras]))
-    world_C34 = (matrix_C33 @ pose_C44[:, :3]).float().to(points_N3.device)
-    image_C3N = world_C34[:, :, :3] @ points_N3.T + world_C34[:, :, 3:]
+    pose_C44 = np.linalg.inv(np.stack([np.asarray(camera.pose_44, dtype=np.float64) for camera in cameras]))
+    matrix_C33 = np.stack([np.asarray(camera.intrinsics_33, dtype=np.float64) for camera in cameras])
+    world_C34 = torch.from_numpy(matrix_C33 @ pose_C44[:, :3]).to(points_4N.device, non_blocking=True)
+    image_C3N = (world_C34.flatten(0, 1) @ points_4N).float().view(len(cameras), 3, -1)
     depth_CN = image_C3N[:, 2]
-    front_CN = depth_CN >= NEAR_PLANE
-    scale_CN = 1 / torch.where(front_CN, depth_CN, 1.0)
+    scale_C1N = 1 / depth_CN[:, None].clamp(min=NEAR_PLANE)
     limit = float(1 << 20)
-    uv_C2N = (image_C3N[:, :2] * scale_CN[:, None] + 0.5).floor().clamp(-limit, limit)
-    uv_C2N = torch.where(front_CN[:, None], uv_C2N, -limit).long()
+    uv_C2N = (image_C3N[:, :2] * scale_C1N).add_(0.5).floor_().clamp_(-limit, limit)
     return uv_C2N[:, 0], uv_C2N[:, 1], depth_CN
 
 
+def _inside(column_CN: Tensor, row_CN: Tensor, depth_CN: Tensor, camera: Camera, pad: int) -> Tensor:
+    """Which points [C, N] lie before the near plane and in the picture or within `pad` pixels of it."""
+    across_CN = (column_CN >= -pad) & (column_CN < camera.width + pad)
+    return across_CN & (row_CN >= -pad) & (row_CN < camera.height + pad) & (depth_CN >= NEAR_PLANE)
+
+
+def _constant(values: Sequence[float], device: torch.device) -> Tensor:
+    """A short tensor on `device`, without waiting for what the device still does."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
 def _splat_keys(
-    points_N3: Tensor, radius_N: Tensor, cameras: Sequence[Camera], radii: list[int]
+    points_4N: Tensor, radius_N: Tensor, rise: float, cameras: Sequence[Camera], radii: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Z-buffers [C, H, W] of int64 keys (biased depth above, point below) and depth [C, N] of the points."""
-    width, height, device = cameras[0].width, cameras[0].height, points_N3.device
-    column_CN, row_CN, depth_CN = _project(points_N3, cameras)
-    focal_C1 = torch.tensor([float(camera.intrinsics_33[0][0]) for camera in cameras], device=device)[:, None]
-    pixels_CN = focal_C1 * radius_N / depth_CN.clamp(min=NEAR_PLANE)
-    middles = torch.tensor([(low + high) / 2 for low, high in zip(radii, radii[1:], strict=False)], device=device)
-    size_CN = torch.bucketize(pixels_CN, middles)
+    width, height, device = cameras[0].width, cameras[0].height, points_4N.device
+    column_CN, row_CN, depth_CN = _project(points_4N, cameras)
     pad = radii[-1]  # discs whose centre lies outside the picture still reach into it
     wide, tall = width + 2 * pad, height + 2 * pad
-    kept_CN = (column_CN >= -pad) & (column_CN < width + pad) & (row_CN >= -pad) & (row_CN < height + pad)
-    camera_L, point_L = torch.nonzero(kept_CN, as_tuple=True)
-    column_L, row_L = column_CN[camera_L, point_L] + pad, row_CN[camera_L, point_L] + pad
-    cell_L = ((size_CN[camera_L, point_L] * len(cameras) + camera_L) * tall + row_L) * wide + column_L
-    steps_L = (depth_CN[camera_L, point_L].double() / _DEPTH_UNIT).long()
-    key_SCHW = torch.full((len(radii) * len(cameras) * tall * wide,), EMPTY, dtype=torch.int64, device=device)
-    key_SCHW.scatter_reduce_(0, cell_L, (steps_L << 32) | point_L, "amin")
-    used = torch.unique(size_CN[camera_L, point_L]).tolist()
-    key_SCHW = key_SCHW.view(len(radii), len(cameras), tall, wide)
-    rise = 2 * float(radius_N.median()) / _DEPTH_UNIT
     key_CHW = torch.full((len(cameras), tall, wide), EMPTY, dtype=torch.int64, device=device)
-    for size in used:
-        _dilate_into(key_CHW, key_SCHW[size], radii[size], rise)
-    return key_CHW[:, pad : pad + height, pad : pad + width], depth_CN
+    inside_CHW = key_CHW[:, pad : pad + height, pad : pad + width]
+    at_L = torch.nonzero(_inside(column_CN, row_CN, depth_CN, cameras[0], pad).view(-1))[:, 0]
+    if not len(at_L):
+        return inside_CHW, depth_CN
+    camera_L = torch.div(at_L, len(radius_N), rounding_mode="floor")
+    point_L = at_L - camera_L * len(radius_N)
+    depth_L = depth_CN.take(at_L)
+    focal_C = _constant([float(camera.intrinsics_33[0][0]) for camera in cameras], device)
+    size_L = _disc_sizes(focal_C[camera_L] * radius_N[point_L] / depth_L, radii)
+    smallest, largest = torch.stack(torch.aminmax(size_L)).tolist()
+    plane_L = (size_L - smallest) * len(cameras) + camera_L
+    pixel_L = (row_CN.take(at_L) + pad) * wide + (column_CN.take(at_L) + pad)  # exact: below 2^24
+    steps_L = (depth_L.double() / _DEPTH_UNIT).long()
+    key_SCHW = torch.full((largest - smallest + 1, *key_CHW.shape), EMPTY, dtype=torch.int64, device=device)
+    key_SCHW.view(-1).scatter_reduce_(0, plane_L * (tall * wide) + pixel_L.long(), (steps_L << 32) | point_L, "amin")
+    for size, some_CHW in enumerate(key_SCHW, start=smallest):
+        margin = pad - radii[size]  # beyond it no disc of this size reaches the picture
+        window = (slice(None), slice(margin, tall - margin), slice(margin, wide - margin))
+        _dilate_into(key_CHW[window], some_CHW[window], radii[size], rise)
+    return inside_CHW, depth_CN
+
+
+def _disc_sizes(pixels_L: Tensor, radii: list[int]) -> Tensor:
+    """Index into `radii` of the radius nearest to each of `pixels_L`; the smaller one half way between two."""
+    middles = [(low + high) / 2 for low, high in zip(radii, radii[1:], strict=False)]
+    return torch.bucketize(pixels_L, _constant(middles, pixels_L.device))
 
 
 def disc_rise(radius: int, rise: float) -> int:
@@ -223,60 +255,71 @@ def _minimum(target: Tensor, other: Tensor) -> None:
 def _fill(key_CHW: Tensor, rounds: int = 8) -> Tensor:
     """Fill empty pixels, rim first, each with its farthest neighbour where four or more of the eight are filled."""
     padded_CHW = F.pad(torch.where(key_CHW == EMPTY, -1, key_CHW), (1, 1, 1, 1), value=-1)
-    camera_P, row_P, column_P = torch.nonzero(key_CHW == EMPTY, as_tuple=True)
-    offsets = [(down, right) for down in range(3) for right in range(3) if (down, right) != (1, 1)]
+    wide, flat_M = padded_CHW.shape[2], padded_CHW.view(-1)
+    inner_CHW = torch.zeros_like(padded_CHW, dtype=torch.bool)
+    inner_CHW[:, 1:-1, 1:-1] = key_CHW == EMPTY
+    hole_P = torch.nonzero(inner_CHW.view(-1))[:, 0]
+    offsets = [down * wide + right for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0)]
+    around_8P = hole_P + _constant(offsets, hole_P.device)[:, None]
+    key_P = torch.full_like(hole_P, -1)
     for _ in range(rounds):
-        around_8P = torch.stack([padded_CHW[camera_P, row_P + down, column_P + right] for down, right in offsets])
-        ready_P = (around_8P >= 0).sum(0) >= 4
-        if not ready_P.any():
+        near_8P = flat_M.take(around_8P)
+        ready_P = ((near_8P >= 0).sum(0) >= 4) & (key_P < 0)
+        # asking a GPU would make the host wait in every round
+        if key_P.device.type == "cpu" and not ready_P.any():
             break
-        at = (camera_P[ready_P], row_P[ready_P] + 1, column_P[ready_P] + 1)
-        padded_CHW[at] = around_8P[:, ready_P].amax(0)
-        camera_P, row_P, column_P = camera_P[~ready_P], row_P[~ready_P], column_P[~ready_P]
+        key_P = torch.where(ready_P, near_8P.amax(0), key_P)
+        flat_M.scatter_(0, hole_P, key_P)
     filled_CHW = padded_CHW[:, 1:-1, 1:-1]
     return torch.where(filled_CHW < 0, EMPTY, filled_CHW)
 
 
-def _smooth(size_HW: Sequence[int], where: tuple[Tensor, ...], color_P3: Tensor, depth_P: Tensor) -> Tensor:
-    """Colours of the pixels `where`, each mixed with neighbours whose depth says that they lie on one surface."""
-    height, width = size_HW
-    color_3HW = torch.zeros(3, height, width, device=depth_P.device)
-    color_3HW[(slice(None), *where)] = color_P3.T.float()
-    depth_HW = torch.zeros(height, width, device=depth_P.device)
-    depth_HW[where] = depth_P
+def _shade(
+    key_CHW: Tensor, depth_CN: Tensor, colors_N3: Tensor, smooth: bool, background: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Colours [C, H, W, 3] uint8, depth [C, H, W] float32 and point [C, H, W] int32 of what z-buffers show."""
+    seen_CHW = key_CHW != EMPTY
+    index_CHW = torch.where(seen_CHW, key_CHW & 0xFFFFFFFF, 0)
+    depth_CHW = torch.where(seen_CHW, depth_CN.gather(1, index_CHW.flatten(1)).view(index_CHW.shape), 0.0)
+    color_CHW3 = colors_N3[index_CHW]
+    if smooth:
+        mixed_C3HW = _smooth(color_CHW3.permute(0, 3, 1, 2).contiguous().float(), depth_CHW)
+        color_CHW3 = mixed_C3HW.add_(0.5).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    paper_3 = _constant(background, key_CHW.device).to(torch.uint8)
+    color_CHW3 = torch.where(seen_CHW[..., None], color_CHW3, paper_3).contiguous()
+    return color_CHW3, depth_CHW, torch.where(seen_CHW, index_CHW, -1).int()
+
+
+def _smooth(color_C3HW: Tensor, depth_CHW: Tensor) -> Tensor:
+    """Colours, each mixed with neighbouring pixels whose depth (0 for none) says that they lie on one surface."""
+    height, width = depth_CHW.shape[1:]
     steps = [1 << power for power in range(max(height, width).bit_length() - 6)]  # 1, 2 at 224; 1, 2, 4, 8 at 640
     for step in steps:
-        for axis in (0, 1):
-            keep, first, last = depth_HW.shape[axis] - step, (axis, 0), (axis, step)
+        for axis in (1, 2):
+            keep, first, last = depth_CHW.shape[axis] - step, (axis, 0), (axis, step)
             if keep < 1:
                 continue
-            before_HW, after_HW = depth_HW.narrow(*first, keep), depth_HW.narrow(*last, keep)
-            near_HW = ((before_HW - after_HW).abs() < 0.03 + 0.03 * before_HW).float()
-            total_3HW, weight_HW = color_3HW.clone(), torch.ones_like(depth_HW)
-            total_3HW.narrow(axis + 1, step, keep).addcmul_(color_3HW.narrow(axis + 1, 0, keep), near_HW)
-            total_3HW.narrow(axis + 1, 0, keep).addcmul_(color_3HW.narrow(axis + 1, step, keep), near_HW)
-            weight_HW.narrow(*last, keep).add_(near_HW)
-            weight_HW.narrow(*first, keep).add_(near_HW)
-            color_3HW = total_3HW.div_(weight_HW)
-    return color_3HW[(slice(None), *where)].T.add(0.5).clamp(0, 255).to(torch.uint8)
+            before_CHW, after_CHW = depth_CHW.narrow(*first, keep), depth_CHW.narrow(*last, keep)
+            near_CHW = ((before_CHW - after_CHW).abs_() < 0.03 + 0.03 * before_CHW).float()
+            near_C1HW = near_CHW[:, None]
+            total_C3HW, weight_CHW = color_C3HW.clone(), torch.ones_like(depth_CHW)
+            total_C3HW.narrow(axis + 1, step, keep).addcmul_(color_C3HW.narrow(axis + 1, 0, keep), near_C1HW)
+            total_C3HW.narrow(axis + 1, 0, keep).addcmul_(color_C3HW.narrow(axis + 1, step, keep), near_C1HW)
+            weight_CHW.narrow(*last, keep).add_(near_CHW)
+            weight_CHW.narrow(*first, keep).add_(near_CHW)
+            color_C3HW = total_C3HW.div_(weight_CHW[:, None])
+    return color_C3HW
 
 
-def unpack_render(
-    size_HW: Sequence[int],
-    where: tuple[Tensor, ...],
-    color_P3: Tensor,
-    depth_P: Tensor,
-    index_P: Tensor,
-    background: tuple[int, int, int],
-) -> Render:
-    """A Render from the values of the P pixels `where` (rows, columns) that show something."""
-    height, width = size_HW
-    device = depth_P.device
-    color_HW3 = torch.tensor(background, dtype=torch.uint8, device=device).expand(height, width, 3).clone()
-    depth_HW = torch.zeros(height, width, device=device)
-    index_HW = torch.full((height, width), -1, dtype=torch.int32, device=device)
-    color_HW3[where], depth_HW[where], index_HW[where] = color_P3, depth_P.float(), index_P.int()
-    return Render(color_HW3.cpu().numpy(), depth_HW.cpu().numpy(), index_HW.cpu().numpy())
+def _to_host(*pictures_CHW: Tensor) -> list[Render]:
+    """Renders of colours [C, H, W, 3], depth [C, H, W] and point [C, H, W], fetched from their device in one wait."""
+    if pictures_CHW[0].device.type == "cpu":
+        return [Render(*(picture.numpy() for picture in view)) for view in zip(*pictures_CHW, strict=True)]
+    fetched = [torch.empty_like(picture, device="cpu", pin_memory=True) for picture in pictures_CHW]
+    for there, here in zip(pictures_CHW, fetched, strict=True):
+        here.copy_(there, non_blocking=True)
+    torch.cuda.current_stream(pictures_CHW[0].device).synchronize()
+    return [Render(*view) for view in zip(*(picture.numpy() for picture in fetched), strict=True)]
 
 
 def visible_points(
@@ -294,13 +337,13 @@ def visible_points(
     measured; a point that falls there counts as not seen.
     """
     points = torch.from_numpy(np.ascontiguousarray(points_N3, dtype=np.float32)).to(device)
+    points_4N = _homogeneous(points)
     seen = np.zeros((len(cameras), len(points)), dtype=bool)
     for row, (camera, depth_HW) in enumerate(zip(cameras, depths, strict=True)):
-        column_1N, row_1N, depth_1N = _project(points, [camera])
-        inside_N = ((column_1N >= 0) & (column_1N < camera.width) & (row_1N >= 0) & (row_1N < camera.height))[0]
-        point_L = torch.nonzero(inside_N)[:, 0]
+        column_1N, row_1N, depth_1N = _project(points_4N, [camera])
+        point_L = torch.nonzero(_inside(column_1N, row_1N, depth_1N, camera, 0)[0])[:, 0]
         surface_HW = torch.from_numpy(np.ascontiguousarray(depth_HW, dtype=np.float32)).to(device)
-        surface_L = surface_HW[row_1N[0, point_L], column_1N[0, point_L]]
+        surface_L = surface_HW[row_1N[0, point_L].long(), column_1N[0, point_L].long()]
         kept_L = (surface_L > 0) & (depth_1N[0, point_L] <= surface_L * 1.02 + tolerance)
         seen[row, point_L[kept_L].cpu().numpy()] = True
     return seen

@@ -265,7 +265,7 @@ class TestSplat:
             Camera(look_at((2 * np.cos(a), 2 * np.sin(a), 0.5), (0, 0, 0)), pinhole(40, 30, 60), 40, 30)
             for a in np.linspace(0, 6, 5)
         ]
-        monkeypatch.setattr(module, "_BUFFER", 20000)
+        monkeypatch.setattr(module, "_CPU_PLANE", 5000)
         batch = splat_batch(points, colors, cameras)
         for camera, render in zip(cameras, batch, strict=True):
             alone = splat(points, colors, camera)
