@@ -19,6 +19,8 @@ from .camera import NEAR_PLANE, Camera, Render
 
 EMPTY = torch.iinfo(torch.int64).max
 _DEPTH_UNIT = 1e-4  # metres a step of the depth half of a key
+_FARTHEST = (1 << 28) - 1  # steps, 27 km; what is farther away counts as there
+_BLANK = 1 << 62  # above every key, with room above it for the depth that a disc's rim adds
 _CELL = 0.15  # metres; cells in which the density of points is measured
 _GRID = 1 << 24  # such cells, at most, to count in a table (64 MB); beyond that they are sorted
 _CPU_PLANE = 1 << 16  # pixels of all views drawn at a time on a CPU: one z-buffer of them (512 KB) stays in its cache
@@ -91,8 +93,7 @@ def splat_batch(
     width, height = cameras[0].width, cameras[0].height
     limit = max(width, height) // 16 if max_pixels is None else max_pixels
     radii = [size for size in _RADII if size <= max(limit, 0)]
-    cells = (width + 2 * radii[-1]) * (height + 2 * radii[-1])
-    step = max(1, _CPU_PLANE // cells if device.type == "cpu" else _GPU_BUFFER // (len(radii) * cells))
+    step = _cameras_at_once(device, (width + 2 * radii[-1]) * (height + 2 * radii[-1]), len(radii))
     parts = []
     for first in range(0, len(cameras), step):
         key_CHW, depth_CN = _splat_keys(points_4N, radius_N, rise, cameras[first : first + step], radii)
@@ -137,6 +138,16 @@ def point_radii(points_N3: Tensor) -> Tensor:
         number_N = count_U[inverse_N].float()
     # cells that a surface only grazes hold few points: never thinner than twice the usual density suggests
     return _CELL / number_N.maximum(number_N.median() / 4).sqrt()
+
+
+def _cameras_at_once(device: torch.device, cells: int, num_radii: int) -> int:
+    """Cameras to draw together, whose z-buffers have so many cells: a GPU is given few, large tasks, a CPU small ones."""
+    return max(1, _CPU_PLANE // cells if device.type == "cpu" else _GPU_BUFFER // (num_radii * cells))
+
+
+def _radii_at_once(device: torch.device) -> int:
+    """Pixel radii to draw together, likewise."""
+    return 1 if device.type == "cpu" else len(_RADII)
 
 
 def _homogeneous(points_N3: Tensor) -> Tensor:
@@ -195,14 +206,16 @@ def _splat_keys(
     smallest, largest = torch.stack(torch.aminmax(size_L)).tolist()
     plane_L = (size_L - smallest) * len(cameras) + camera_L
     pixel_L = (row_CN.take(at_L) + pad) * wide + (column_CN.take(at_L) + pad)  # exact: below 2^24
-    steps_L = (depth_L.double() / _DEPTH_UNIT).long()
-    key_SCHW = torch.full((largest - smallest + 1, *key_CHW.shape), EMPTY, dtype=torch.int64, device=device)
+    steps_L = (depth_L.double() / _DEPTH_UNIT).clamp_(max=_FARTHEST).long()
+    key_SCHW = torch.full((largest - smallest + 1, *key_CHW.shape), _BLANK, dtype=torch.int64, device=device)
     key_SCHW.view(-1).scatter_reduce_(0, plane_L * (tall * wide) + pixel_L.long(), (steps_L << 32) | point_L, "amin")
-    for size, some_CHW in enumerate(key_SCHW, start=smallest):
-        margin = pad - radii[size]  # beyond it no disc of this size reaches the picture
-        window = (slice(None), slice(margin, tall - margin), slice(margin, wide - margin))
-        _dilate_into(key_CHW[window], some_CHW[window], radii[size], rise)
-    return inside_CHW, depth_CN
+    together = _radii_at_once(device)
+    for first in range(0, len(key_SCHW), together):
+        some = radii[smallest + first : smallest + first + together]
+        margin = pad - some[-1]  # no disc from within it reaches the picture
+        window = (..., slice(margin, tall - margin), slice(margin, wide - margin))
+        _draw_discs(key_CHW[window], key_SCHW[first : first + together][window], some, rise)
+    return inside_CHW.masked_fill_(inside_CHW >= _BLANK // 2, EMPTY), depth_CN
 
 
 def _disc_sizes(pixels_L: Tensor, radii: list[int]) -> Tensor:
@@ -221,31 +234,40 @@ def disc_half_widths(radius: int) -> list[int]:
     return [int(np.sqrt((radius + 0.5) ** 2 - row**2)) for row in range(radius + 1)]
 
 
-def _dilate_into(target_CHW: Tensor, key_CHW: Tensor, radius: int, rise: float) -> None:
-    """Draw one disc of `radius` pixels a key into `target_CHW`, the smallest key winning in every pixel."""
-    if radius == 0:
-        torch.minimum(target_CHW, key_CHW, out=target_CHW)
-        return
-    back = disc_rise(radius, rise)
-    rows_by_width: dict[int, list[int]] = {}
-    for row, half_width in enumerate(disc_half_widths(radius)):
-        rows_by_width.setdefault(half_width, []).append(row)
-    # EMPTY must survive the additions below
-    source_CHW = key_CHW.clamp(max=EMPTY - ((2 * back * (radius + 1) ** 2) << 32))
-    widened_CHW, scratch_CHW = source_CHW.clone(), torch.empty_like(source_CHW)
-    for half_width in range(max(rows_by_width) + 1):
-        if half_width:
-            torch.add(source_CHW, (back * half_width**2) << 32, out=scratch_CHW)
-            _minimum(widened_CHW[..., half_width:], scratch_CHW[..., :-half_width])
-            _minimum(widened_CHW[..., :-half_width], scratch_CHW[..., half_width:])
-        for row in rows_by_width.get(half_width, []):
-            if row == 0:
-                _minimum(target_CHW, widened_CHW)
-                continue
-            torch.add(widened_CHW, (back * row**2) << 32, out=scratch_CHW)
-            _minimum(target_CHW[:, row:], scratch_CHW[:, :-row])
-            _minimum(target_CHW[:, :-row], scratch_CHW[:, row:])
-    target_CHW.masked_fill_(target_CHW >= EMPTY - ((4 * back * (radius + 1) ** 2) << 32), EMPTY)
+def _draw_discs(target_CHW: Tensor, key_SCHW: Tensor, radii: Sequence[int], rise: float) -> None:
+    """Draw a disc of `radii[s]` pixels a key of `key_SCHW[s]` into `target_CHW`, the smallest key winning everywhere.
+
+    A disc is the union of its rows, each a dilation along columns: keys of all radii are widened together, one
+    column on both sides at a time, and each row is drawn when the keys are as wide as it.
+    """
+    backs = [disc_rise(radius, rise) if radius else 0 for radius in radii]
+    widths = [disc_half_widths(radius) for radius in radii]
+    bias_WS = [[(back * away**2) << 32 for back in backs] for away in range(radii[-1] + 1)]
+    bias_WS111 = _constant(bias_WS, key_SCHW.device)[..., None, None, None]
+    widened_SCHW, scratch_SCHW = key_SCHW.clone(), torch.empty_like(key_SCHW)
+    rows: dict[int, Tensor] = {}  # what is left to draw that many rows above and below
+    for away in range(radii[-1] + 1):
+        first = sum(radius < away for radius in radii)
+        if away:
+            some_SCHW, wider_SCHW = scratch_SCHW[first:], widened_SCHW[first:]
+            torch.add(key_SCHW[first:], bias_WS111[away, first:], out=some_SCHW)
+            _minimum(wider_SCHW[..., away:], some_SCHW[..., :-away])
+            _minimum(wider_SCHW[..., :-away], some_SCHW[..., away:])
+        for size in range(first, len(radii)):
+            for row in [row for row, width in enumerate(widths[size]) if width == away]:
+                if row == 0:
+                    _minimum(target_CHW, widened_SCHW[size])
+                    continue
+                more = size + 1 < len(radii)  # a larger disc has this row too, wider: it comes later
+                out_CHW = None if more and row not in rows else scratch_SCHW[size]
+                row_CHW = torch.add(widened_SCHW[size], bias_WS[row][size], out=out_CHW)
+                if row in rows:
+                    row_CHW = torch.minimum(rows[row], row_CHW, out=rows[row])
+                if more:
+                    rows[row] = row_CHW
+                    continue
+                _minimum(target_CHW[:, row:], row_CHW[:, :-row])
+                _minimum(target_CHW[:, :-row], row_CHW[:, row:])
 
 
 def _minimum(target: Tensor, other: Tensor) -> None:
@@ -283,7 +305,7 @@ def _shade(
     depth_CHW = torch.where(seen_CHW, depth_CN.gather(1, index_CHW.flatten(1)).view(index_CHW.shape), 0.0)
     color_CHW3 = colors_N3[index_CHW]
     if smooth:
-        mixed_C3HW = _smooth(color_CHW3.permute(0, 3, 1, 2).contiguous().float(), depth_CHW)
+        mixed_C3HW = _smooth(color_CHW3.permute(0, 3, 1, 2), depth_CHW)
         color_CHW3 = mixed_C3HW.add_(0.5).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     paper_3 = _constant(background, key_CHW.device).to(torch.uint8)
     color_CHW3 = torch.where(seen_CHW[..., None], color_CHW3, paper_3).contiguous()
@@ -291,24 +313,24 @@ def _shade(
 
 
 def _smooth(color_C3HW: Tensor, depth_CHW: Tensor) -> Tensor:
-    """Colours, each mixed with neighbouring pixels whose depth (0 for none) says that they lie on one surface."""
+    """Colours, float32, mixed with neighbouring pixels whose depth (0 for none) says that they lie on one surface."""
     height, width = depth_CHW.shape[1:]
+    # the fourth channel counts what was mixed
+    mixed_C4HW = torch.ones(len(depth_CHW), 4, height, width, device=depth_CHW.device)
+    mixed_C4HW[:, :3] = color_C3HW
     steps = [1 << power for power in range(max(height, width).bit_length() - 6)]  # 1, 2 at 224; 1, 2, 4, 8 at 640
     for step in steps:
-        for axis in (1, 2):
-            keep, first, last = depth_CHW.shape[axis] - step, (axis, 0), (axis, step)
+        for axis in (2, 3):
+            keep, first, last = mixed_C4HW.shape[axis] - step, (axis, 0), (axis, step)
             if keep < 1:
                 continue
-            before_CHW, after_CHW = depth_CHW.narrow(*first, keep), depth_CHW.narrow(*last, keep)
-            near_CHW = ((before_CHW - after_CHW).abs_() < 0.03 + 0.03 * before_CHW).float()
-            near_C1HW = near_CHW[:, None]
-            total_C3HW, weight_CHW = color_C3HW.clone(), torch.ones_like(depth_CHW)
-            total_C3HW.narrow(axis + 1, step, keep).addcmul_(color_C3HW.narrow(axis + 1, 0, keep), near_C1HW)
-            total_C3HW.narrow(axis + 1, 0, keep).addcmul_(color_C3HW.narrow(axis + 1, step, keep), near_C1HW)
-            weight_CHW.narrow(*last, keep).add_(near_CHW)
-            weight_CHW.narrow(*first, keep).add_(near_CHW)
-            color_C3HW = total_C3HW.div_(weight_CHW[:, None])
-    return color_C3HW
+            before_C1HW, after_C1HW = (depth_CHW[:, None].narrow(*side, keep) for side in (first, last))
+            near_C1HW = ((before_C1HW - after_C1HW).abs_() < 0.03 + 0.03 * before_C1HW).float()
+            total_C4HW = mixed_C4HW.clone()
+            total_C4HW.narrow(*last, keep).addcmul_(mixed_C4HW.narrow(*first, keep), near_C1HW)
+            total_C4HW.narrow(*first, keep).addcmul_(mixed_C4HW.narrow(*last, keep), near_C1HW)
+            mixed_C4HW = total_C4HW / total_C4HW[:, 3:]
+    return mixed_C4HW[:, :3]
 
 
 def _to_host(*pictures_CHW: Tensor) -> list[Render]:
