@@ -18,12 +18,13 @@ from torch.nn import functional as F
 from .camera import NEAR_PLANE, Camera, Render
 
 EMPTY = torch.iinfo(torch.int64).max
-_DEPTH_UNIT = 1e-4  # metres a step of the depth half of a key
+_STEPS = 1e4  # steps of the depth half of a key a metre
 _FARTHEST = (1 << 28) - 1  # steps, 27 km; what is farther away counts as there
-_BLANK = 1 << 62  # above every key, with room above it for the depth that a disc's rim adds
+_BLANK = 1 << 62  # above every key and what a disc's rim adds to it, with room for that above itself
 _CELL = 0.15  # metres; cells in which the density of points is measured
 _GRID = 1 << 24  # such cells, at most, to count in a table (64 MB); beyond that they are sorted
 _CPU_PLANE = 1 << 16  # pixels of all views drawn at a time on a CPU: one z-buffer of them (512 KB) stays in its cache
+_PROJECTED = 1 << 24  # points times cameras at a time (400 MB of coordinates)
 _GPU_BUFFER = 1 << 24  # int64 cells of z-buffer at a time on a GPU (128 MB)
 _RADII = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # pixel radii that are drawn; others are rounded to the nearest
 
@@ -75,8 +76,8 @@ def splat_batch(
     filled, and its depth is that of this point. ValueError for an empty cloud, coordinates that are not finite and
     cameras of different sizes.
 
-    A GPU names the same points at the same depth as a CPU; colours may differ by one step where `smooth` rounds.
-    Its pictures of one call share page-locked memory, which stays taken while one of them lives: copy what is kept.
+    A GPU makes the same pictures as a CPU. Those of one call share page-locked memory then, which stays taken while
+    one of them lives: copy what is kept for long.
     """
     points, colors = _check(points_N3, colors_N3, cameras)
     if not cameras:
@@ -89,11 +90,11 @@ def splat_batch(
         radius_N = point_radii(points_N3t)
     else:
         radius_N = torch.full((len(points),), float(radius), device=device)
-    rise = 2 * float(radius_N.median()) / _DEPTH_UNIT
+    rise = min(2 * float(radius_N.median()) * _STEPS, float(_FARTHEST))
     width, height = cameras[0].width, cameras[0].height
     limit = max(width, height) // 16 if max_pixels is None else max_pixels
     radii = [size for size in _RADII if size <= max(limit, 0)]
-    step = _cameras_at_once(device, (width + 2 * radii[-1]) * (height + 2 * radii[-1]), len(radii))
+    step = _cameras_at_once(device, (width + 2 * radii[-1]) * (height + 2 * radii[-1]), len(radii), len(points))
     parts = []
     for first in range(0, len(cameras), step):
         key_CHW, depth_CN = _splat_keys(points_4N, radius_N, rise, cameras[first : first + step], radii)
@@ -126,7 +127,8 @@ def point_radii(points_N3: Tensor) -> Tensor:
     n points in a cell of side s lie about s / sqrt(n) apart where one sheet of surface crosses the cell. The factor
     covers the diagonal of a square grid and some irregularity.
     """
-    cell_N3 = torch.floor((points_N3 - points_N3.amin(0)) / _CELL).long()
+    # by a tensor: by a number, a GPU multiplies with its rounded inverse
+    cell_N3 = torch.floor((points_N3 - points_N3.amin(0)) / _constant([_CELL], points_N3.device)).long()
     wide, deep, tall = (size + 1 for size in cell_N3.amax(0).tolist())
     flat_N = (cell_N3[:, 0] * deep + cell_N3[:, 1]) * tall + cell_N3[:, 2]
     if wide * deep * tall <= _GRID:
@@ -140,9 +142,10 @@ def point_radii(points_N3: Tensor) -> Tensor:
     return _CELL / number_N.maximum(number_N.median() / 4).sqrt()
 
 
-def _cameras_at_once(device: torch.device, cells: int, num_radii: int) -> int:
-    """Cameras to draw together, whose z-buffers have so many cells: a GPU is given few, large tasks, a CPU small ones."""
-    return max(1, _CPU_PLANE // cells if device.type == "cpu" else _GPU_BUFFER // (num_radii * cells))
+def _cameras_at_once(device: torch.device, cells: int, num_radii: int, num_points: int) -> int:
+    """Cameras, of so many cells a z-buffer, to draw together: few and large tasks for a GPU, small ones for a CPU."""
+    drawn = _CPU_PLANE // cells if device.type == "cpu" else _GPU_BUFFER // (num_radii * cells)
+    return max(1, min(drawn, _PROJECTED // num_points))
 
 
 def _radii_at_once(device: torch.device) -> int:
@@ -206,7 +209,7 @@ def _splat_keys(
     smallest, largest = torch.stack(torch.aminmax(size_L)).tolist()
     plane_L = (size_L - smallest) * len(cameras) + camera_L
     pixel_L = (row_CN.take(at_L) + pad) * wide + (column_CN.take(at_L) + pad)  # exact: below 2^24
-    steps_L = (depth_L.double() / _DEPTH_UNIT).clamp_(max=_FARTHEST).long()
+    steps_L = (depth_L.double() * _STEPS).clamp_(max=_FARTHEST).long()
     key_SCHW = torch.full((largest - smallest + 1, *key_CHW.shape), _BLANK, dtype=torch.int64, device=device)
     key_SCHW.view(-1).scatter_reduce_(0, plane_L * (tall * wide) + pixel_L.long(), (steps_L << 32) | point_L, "amin")
     together = _radii_at_once(device)
@@ -215,7 +218,7 @@ def _splat_keys(
         margin = pad - some[-1]  # no disc from within it reaches the picture
         window = (..., slice(margin, tall - margin), slice(margin, wide - margin))
         _draw_discs(key_CHW[window], key_SCHW[first : first + together][window], some, rise)
-    return inside_CHW.masked_fill_(inside_CHW >= _BLANK // 2, EMPTY), depth_CN
+    return inside_CHW.masked_fill_(inside_CHW >= _BLANK, EMPTY), depth_CN
 
 
 def _disc_sizes(pixels_L: Tensor, radii: list[int]) -> Tensor:
@@ -242,7 +245,10 @@ def _draw_discs(target_CHW: Tensor, key_SCHW: Tensor, radii: Sequence[int], rise
     """
     backs = [disc_rise(radius, rise) if radius else 0 for radius in radii]
     widths = [disc_half_widths(radius) for radius in radii]
-    bias_WS = [[(back * away**2) << 32 for back in backs] for away in range(radii[-1] + 1)]
+    bias_WS = [
+        [(back * away**2) << 32 if away <= radius else 0 for back, radius in zip(backs, radii, strict=True)]
+        for away in range(radii[-1] + 1)
+    ]
     bias_WS111 = _constant(bias_WS, key_SCHW.device)[..., None, None, None]
     widened_SCHW, scratch_SCHW = key_SCHW.clone(), torch.empty_like(key_SCHW)
     rows: dict[int, Tensor] = {}  # what is left to draw that many rows above and below
