@@ -183,7 +183,7 @@ def _inside(column_CN: Tensor, row_CN: Tensor, depth_CN: Tensor, camera: Camera,
     return across_CN & (row_CN >= -pad) & (row_CN < camera.height + pad) & (depth_CN >= NEAR_PLANE)
 
 
-def _constant(values: Sequence[float], device: torch.device) -> Tensor:
+def _constant(values: Sequence[float] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """A short tensor on `device`, without waiting for what the device still does."""
     return torch.tensor(values).to(device, non_blocking=True)
 
