@@ -130,7 +130,7 @@ def point_radii(points_N3: Tensor) -> Tensor:
     # by a tensor: by a number, a GPU multiplies with its rounded inverse
     cell_N3 = torch.floor((points_N3 - points_N3.amin(0)) / _constant([_CELL], points_N3.device)).long()
     wide, deep, tall = (size + 1 for size in cell_N3.amax(0).tolist())
-    flat_N = (cell_N3[:, 0] * deep + cell_N3[:, 1]) * tall + cell_N3[:, 2]
+    flat_N = torch.add(cell_N3[:, 2], torch.add(cell_N3[:, 1], cell_N3[:, 0], alpha=deep), alpha=tall)
     if wide * deep * tall <= _GRID:
         count_U = torch.zeros(wide * deep * tall, dtype=torch.int32, device=flat_N.device)
         count_U.scatter_add_(0, flat_N, torch.ones_like(flat_N, dtype=torch.int32))
@@ -202,16 +202,17 @@ def _splat_keys(
     if not len(at_L):
         return inside_CHW, depth_CN
     camera_L = torch.div(at_L, len(radius_N), rounding_mode="floor")
-    point_L = at_L - camera_L * len(radius_N)
+    point_L = torch.sub(at_L, camera_L, alpha=len(radius_N))
     depth_L = depth_CN.take(at_L)
     focal_C = _constant([float(camera.intrinsics_33[0][0]) for camera in cameras], device)
     size_L = _disc_sizes(focal_C[camera_L] * radius_N[point_L] / depth_L, radii)
     smallest, largest = torch.stack(torch.aminmax(size_L)).tolist()
-    plane_L = (size_L - smallest) * len(cameras) + camera_L
-    pixel_L = (row_CN.take(at_L) + pad) * wide + (column_CN.take(at_L) + pad)  # exact: below 2^24
+    plane_L = torch.add(camera_L, size_L - smallest, alpha=len(cameras))
+    pixel_L = torch.add(column_CN.take(at_L), row_CN.take(at_L), alpha=wide).long() + (pad * wide + pad)
+    cell_L = torch.add(pixel_L, plane_L, alpha=tall * wide)
     steps_L = (depth_L.double() * _STEPS).clamp_(max=_FARTHEST).long()
     key_SCHW = torch.full((largest - smallest + 1, *key_CHW.shape), _BLANK, dtype=torch.int64, device=device)
-    key_SCHW.view(-1).scatter_reduce_(0, plane_L * (tall * wide) + pixel_L.long(), (steps_L << 32) | point_L, "amin")
+    key_SCHW.view(-1).scatter_reduce_(0, cell_L, torch.add(point_L, steps_L, alpha=1 << 32), "amin")
     together = _radii_at_once(device)
     for first in range(0, len(key_SCHW), together):
         some = radii[smallest + first : smallest + first + together]
@@ -282,40 +283,41 @@ def _minimum(target: Tensor, other: Tensor) -> None:
 
 def _fill(key_CHW: Tensor, rounds: int = 8) -> Tensor:
     """Fill empty pixels, rim first, each with its farthest neighbour where four or more of the eight are filled."""
-    padded_CHW = F.pad(torch.where(key_CHW == EMPTY, -1, key_CHW), (1, 1, 1, 1), value=-1)
+    empty_CHW = key_CHW == EMPTY
+    padded_CHW = F.pad(key_CHW.masked_fill(empty_CHW, -1), (1, 1, 1, 1), value=-1)
     wide, flat_M = padded_CHW.shape[2], padded_CHW.view(-1)
     inner_CHW = torch.zeros_like(padded_CHW, dtype=torch.bool)
-    inner_CHW[:, 1:-1, 1:-1] = key_CHW == EMPTY
+    inner_CHW[:, 1:-1, 1:-1] = empty_CHW
     hole_P = torch.nonzero(inner_CHW.view(-1))[:, 0]
     offsets = [down * wide + right for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0)]
     around_8P = hole_P + _constant(offsets, hole_P.device)[:, None]
-    key_P = torch.full_like(hole_P, -1)
+    needed_P, nothing_1 = torch.full_like(hole_P, 4), hole_P.new_full((1,), -1)
     for _ in range(rounds):
         near_8P = flat_M.take(around_8P)
-        ready_P = ((near_8P >= 0).sum(0) >= 4) & (key_P < 0)
+        ready_P = (near_8P >= 0).sum(0) >= needed_P
         # asking a GPU would make the host wait in every round
-        if key_P.device.type == "cpu" and not ready_P.any():
+        if flat_M.device.type == "cpu" and not ready_P.any():
             break
-        key_P = torch.where(ready_P, near_8P.amax(0), key_P)
-        flat_M.scatter_(0, hole_P, key_P)
+        flat_M.scatter_reduce_(0, hole_P, torch.where(ready_P, near_8P.amax(0), nothing_1), "amax")
+        needed_P.masked_fill_(ready_P, 9)  # more than there are: what is filled stays as it is
     filled_CHW = padded_CHW[:, 1:-1, 1:-1]
-    return torch.where(filled_CHW < 0, EMPTY, filled_CHW)
+    return filled_CHW.masked_fill(filled_CHW < 0, EMPTY)
 
 
 def _shade(
     key_CHW: Tensor, depth_CN: Tensor, colors_N3: Tensor, smooth: bool, background: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Colours [C, H, W, 3] uint8, depth [C, H, W] float32 and point [C, H, W] int32 of what z-buffers show."""
-    seen_CHW = key_CHW != EMPTY
-    index_CHW = torch.where(seen_CHW, key_CHW & 0xFFFFFFFF, 0)
-    depth_CHW = torch.where(seen_CHW, depth_CN.gather(1, index_CHW.flatten(1)).view(index_CHW.shape), 0.0)
+    empty_CHW = key_CHW == EMPTY
+    index_CHW = (key_CHW & 0xFFFFFFFF).masked_fill_(empty_CHW, 0)
+    depth_CHW = depth_CN.gather(1, index_CHW.flatten(1)).view(index_CHW.shape).masked_fill_(empty_CHW, 0)
     color_CHW3 = colors_N3[index_CHW]
     if smooth:
         mixed_C3HW = _smooth(color_CHW3.permute(0, 3, 1, 2), depth_CHW)
         color_CHW3 = mixed_C3HW.add_(0.5).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     paper_3 = _constant(background, key_CHW.device).to(torch.uint8)
-    color_CHW3 = torch.where(seen_CHW[..., None], color_CHW3, paper_3).contiguous()
-    return color_CHW3, depth_CHW, torch.where(seen_CHW, index_CHW, -1).int()
+    color_CHW3 = torch.where(empty_CHW[..., None], paper_3, color_CHW3).contiguous()
+    return color_CHW3, depth_CHW, index_CHW.masked_fill_(empty_CHW, -1).int()
 
 
 def _smooth(color_C3HW: Tensor, depth_CHW: Tensor) -> Tensor:
@@ -324,14 +326,15 @@ def _smooth(color_C3HW: Tensor, depth_CHW: Tensor) -> Tensor:
     # the fourth channel counts what was mixed
     mixed_C4HW = torch.ones(len(depth_CHW), 4, height, width, device=depth_CHW.device)
     mixed_C4HW[:, :3] = color_C3HW
+    limit_C1HW = 0.03 + 0.03 * depth_CHW[:, None]  # metres
     steps = [1 << power for power in range(max(height, width).bit_length() - 6)]  # 1, 2 at 224; 1, 2, 4, 8 at 640
     for step in steps:
         for axis in (2, 3):
             keep, first, last = mixed_C4HW.shape[axis] - step, (axis, 0), (axis, step)
             if keep < 1:
                 continue
-            before_C1HW, after_C1HW = (depth_CHW[:, None].narrow(*side, keep) for side in (first, last))
-            near_C1HW = ((before_C1HW - after_C1HW).abs_() < 0.03 + 0.03 * before_C1HW).float()
+            apart_C1HW = depth_CHW[:, None].narrow(*first, keep) - depth_CHW[:, None].narrow(*last, keep)
+            near_C1HW = (apart_C1HW.abs_() < limit_C1HW.narrow(*first, keep)).float()
             total_C4HW = mixed_C4HW.clone()
             total_C4HW.narrow(*last, keep).addcmul_(mixed_C4HW.narrow(*first, keep), near_C1HW)
             total_C4HW.narrow(*first, keep).addcmul_(mixed_C4HW.narrow(*last, keep), near_C1HW)
