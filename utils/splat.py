@@ -213,9 +213,9 @@ def _splat_keys(
     steps_L = (depth_L.double() * _STEPS).clamp_(max=_FARTHEST).long()
     key_SCHW = torch.full((largest - smallest + 1, *key_CHW.shape), _BLANK, dtype=torch.int64, device=device)
     key_SCHW.view(-1).scatter_reduce_(0, cell_L, torch.add(point_L, steps_L, alpha=1 << 32), "amin")
-    together = _radii_at_once(device)
+    used, together = radii[smallest : largest + 1], _radii_at_once(device)
     for first in range(0, len(key_SCHW), together):
-        some = radii[smallest + first : smallest + first + together]
+        some = used[first : first + together]
         margin = pad - some[-1]  # no disc from within it reaches the picture
         window = (..., slice(margin, tall - margin), slice(margin, wide - margin))
         _draw_discs(key_CHW[window], key_SCHW[first : first + together][window], some, rise)

@@ -77,8 +77,11 @@ class TestSplat:
         seen = (render.index_HW >= 0) & (render.index_HW == index)
         np.testing.assert_allclose(render.depth_HW[seen], depth[index[seen]], rtol=1e-5)
 
+    @pytest.mark.parametrize("radius", [None, 0.03, 0.1])  # radii of all sizes, of the smaller ones, of the middle
     @pytest.mark.parametrize(("cameras_at_once", "radii_at_once"), [(1, 1), (3, 2), (9, 99)])
-    def test_batch_equals_single_views_whatever_is_drawn_together(self, monkeypatch, cameras_at_once, radii_at_once):
+    def test_batch_equals_single_views_whatever_is_drawn_together(
+        self, monkeypatch, cameras_at_once, radii_at_once, radius
+    ):
         generator = np.random.default_rng(5)
         points = generator.uniform(-1, 1, (400, 3))
         colors = generator.integers(0, 256, (400, 3))
@@ -86,17 +89,17 @@ class TestSplat:
             Camera(look_at((2 * np.cos(a), 2 * np.sin(a), 0.5), (0, 0, 0)), pinhole(40, 30, 60), 40, 30)
             for a in np.linspace(0, 6, 5)
         ]
-        single = [splat(points, colors, camera, max_pixels=6) for camera in cameras]
+        single = [splat(points, colors, camera, radius=radius, max_pixels=6) for camera in cameras]
         monkeypatch.setattr(splat_module, "_cameras_at_once", lambda *_: cameras_at_once)
         monkeypatch.setattr(splat_module, "_radii_at_once", lambda _: radii_at_once)
-        batch = splat_batch(points, colors, cameras, max_pixels=6)
+        batch = splat_batch(points, colors, cameras, radius=radius, max_pixels=6)
         for alone, render in zip(single, batch, strict=True):
             assert len(np.unique(render.index_HW)) > 20
             assert_same_render(render, alone)
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    @pytest.mark.parametrize("radius", [None, 0.05])
+    @pytest.mark.parametrize("radius", [None, 0.01, 0.05])
     def test_gpu_equals_cpu_even_where_float32_products_are_rough(self, radius):
         y, z = np.meshgrid(np.linspace(-2, 2, 260), np.linspace(-1, 1.5, 190))
         generator = np.random.default_rng(0)
