@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .camera import NEAR_PLANE, Camera, Render, look_at, pinhole
-from .splat import EMPTY, splat, splat_batch, unpack_render, visible_points
+from .splat import EMPTY, splat, splat_batch, visible_points
 
 __all__ = [
     "NEAR_PLANE",
@@ -191,7 +191,25 @@ def _shade(key_HW: Tensor, planes: _Planes, colors_T33: Tensor, face_T: Tensor, 
     inverse_P = weights_P3.sum(1)
     mixed_P3 = torch.einsum("pk,pkc->pc", weights_P3, colors_T33[triangle_P]) / inverse_P[:, None]
     color_P3 = (mixed_P3 + 0.5).clamp(0, 255).to(torch.uint8)
-    return unpack_render(key_HW.shape, (v_P, u_P), color_P3, 1 / inverse_P, face_T[triangle_P], background)
+    return _unpack(key_HW.shape, (v_P, u_P), color_P3, 1 / inverse_P, face_T[triangle_P], background)
+
+
+def _unpack(
+    size_HW: Sequence[int],
+    where: tuple[Tensor, ...],
+    color_P3: Tensor,
+    depth_P: Tensor,
+    index_P: Tensor,
+    background: tuple[int, int, int],
+) -> Render:
+    """A Render from the values of the P pixels `where` (rows, columns) that show something."""
+    height, width = size_HW
+    device = depth_P.device
+    color_HW3 = torch.tensor(background, dtype=torch.uint8, device=device).expand(height, width, 3).clone()
+    depth_HW = torch.zeros(height, width, device=device)
+    index_HW = torch.full((height, width), -1, dtype=torch.int32, device=device)
+    color_HW3[where], depth_HW[where], index_HW[where] = color_P3, depth_P.float(), index_P.int()
+    return Render(color_HW3.cpu().numpy(), depth_HW.cpu().numpy(), index_HW.cpu().numpy())
 
 
 def draw_boxes(

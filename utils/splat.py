@@ -18,9 +18,14 @@ from torch.nn import functional as F
 from .camera import NEAR_PLANE, Camera, Render
 
 EMPTY = torch.iinfo(torch.int64).max
-_DEPTH_UNIT = 1e-4  # metres a step of the depth half of a key
+_STEPS = 1e4  # steps of the depth half of a key a metre
+_FARTHEST = (1 << 28) - 1  # steps, 27 km; what is farther away counts as there
+_BLANK = 1 << 62  # above every key and what a disc's rim adds to it, with room for that above itself
 _CELL = 0.15  # metres; cells in which the density of points is measured
-_BUFFER = 1 << 24  # int64 cells of z-buffer at a time (128 MB)
+_GRID = 1 << 24  # such cells, at most, to count in a table (64 MB); beyond that they are sorted
+_CPU_PLANE = 1 << 16  # pixels of all views drawn at a time on a CPU: one z-buffer of them (512 KB) stays in its cache
+_PROJECTED = 1 << 24  # points times cameras at a time (400 MB of coordinates)
+_GPU_BUFFER = 1 << 24  # int64 cells of z-buffer at a time on a GPU (128 MB)
 _RADII = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # pixel radii that are drawn; others are rounded to the nearest
 
 
@@ -70,34 +75,33 @@ def splat_batch(
     on one surface, which hides the discs. `index_HW` of a render is the row of `points_N3`, also where a hole was
     filled, and its depth is that of this point. ValueError for an empty cloud, coordinates that are not finite and
     cameras of different sizes.
+
+    A GPU makes the same pictures as a CPU. Those of one call share page-locked memory then, which stays taken while
+    one of them lives: copy what is kept for long.
     """
     points, colors = _check(points_N3, colors_N3, cameras)
     if not cameras:
         return []
-    points_N3t = torch.from_numpy(points).to(device)
-    colors_N3t = torch.from_numpy(colors).to(device)
+    device = torch.device(device)
+    points_N3t = torch.from_numpy(points).to(device, non_blocking=True)
+    colors_N3t = torch.from_numpy(colors).to(device, non_blocking=True)
+    points_4N = _homogeneous(points_N3t)
     if radius is None:
         radius_N = point_radii(points_N3t)
     else:
         radius_N = torch.full((len(points),), float(radius), device=device)
+    rise = min(2 * float(radius_N.median()) * _STEPS, float(_FARTHEST))
     width, height = cameras[0].width, cameras[0].height
     limit = max(width, height) // 16 if max_pixels is None else max_pixels
     radii = [size for size in _RADII if size <= max(limit, 0)]
-    step = max(1, _BUFFER // (len(radii) * width * height))
-    renders: list[Render] = []
+    step = _cameras_at_once(device, (width + 2 * radii[-1]) * (height + 2 * radii[-1]), len(radii), len(points))
+    parts = []
     for first in range(0, len(cameras), step):
-        some = cameras[first : first + step]
-        key_CHW, depth_CN = _splat_keys(points_N3t, radius_N, some, radii)
+        key_CHW, depth_CN = _splat_keys(points_4N, radius_N, rise, cameras[first : first + step], radii)
         if fill_holes:
             key_CHW = _fill(key_CHW)
-        for key_HW, depth_N in zip(key_CHW, depth_CN, strict=True):
-            where = torch.nonzero(key_HW != EMPTY, as_tuple=True)
-            index_P = key_HW[where] & 0xFFFFFFFF
-            color_P3, depth_P = colors_N3t[index_P], depth_N[index_P]
-            if smooth:
-                color_P3 = _smooth(key_HW.shape, where, color_P3, depth_P)
-            renders.append(unpack_render(key_HW.shape, where, color_P3, depth_P, index_P, background))
-    return renders
+        parts.append(_shade(key_CHW, depth_CN, colors_N3t, smooth, background))
+    return [render for part in parts for render in _to_host(*part)]
 
 
 def _check(points_N3: np.ndarray, colors_N3: np.ndarray, cameras: Sequence[Camera]) -> tuple[np.ndarray, np.ndarray]:
@@ -123,60 +127,105 @@ def point_radii(points_N3: Tensor) -> Tensor:
     n points in a cell of side s lie about s / sqrt(n) apart where one sheet of surface crosses the cell. The factor
     covers the diagonal of a square grid and some irregularity.
     """
-    cell_N3 = torch.floor((points_N3 - points_N3.amin(0)) / _CELL).long()
-    size_3 = cell_N3.amax(0) + 1
-    flat_N = (cell_N3[:, 0] * size_3[1] + cell_N3[:, 1]) * size_3[2] + cell_N3[:, 2]
-    _, inverse_N, count_U = torch.unique(flat_N, return_inverse=True, return_counts=True)
+    # by a tensor: by a number, a GPU multiplies with its rounded inverse
+    cell_N3 = torch.floor((points_N3 - points_N3.amin(0)) / _constant([_CELL], points_N3.device)).long()
+    wide, deep, tall = (size + 1 for size in cell_N3.amax(0).tolist())
+    flat_N = torch.add(cell_N3[:, 2], torch.add(cell_N3[:, 1], cell_N3[:, 0], alpha=deep), alpha=tall)
+    if wide * deep * tall <= _GRID:
+        count_U = torch.zeros(wide * deep * tall, dtype=torch.int32, device=flat_N.device)
+        count_U.scatter_add_(0, flat_N, torch.ones_like(flat_N, dtype=torch.int32))
+        number_N = count_U[flat_N].float()
+    else:
+        _, inverse_N, count_U = torch.unique(flat_N, return_inverse=True, return_counts=True)
+        number_N = count_U[inverse_N].float()
     # cells that a surface only grazes hold few points: never thinner than twice the usual density suggests
-    usual = count_U[inverse_N].float().median()
-    count_N = count_U[inverse_N].float().maximum(usual / 4)
-    return _CELL / count_N.sqrt()
+    return _CELL / number_N.maximum(number_N.median() / 4).sqrt()
 
 
-def _project(points_N3: Tensor, cameras: Sequence[Camera]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounded columns and rows [C, N] (int64) and depth [C, N] (float32, metres) of points in every camera.
+def _cameras_at_once(device: torch.device, cells: int, num_radii: int, num_points: int) -> int:
+    """Cameras, of so many cells a z-buffer, to draw together: few and large tasks for a GPU, small ones for a CPU."""
+    drawn = _CPU_PLANE // cells if device.type == "cpu" else _GPU_BUFFER // (num_radii * cells)
+    return max(1, min(drawn, _PROJECTED // num_points))
 
-    Points nearer than the near plane get column and row -2^20, far outside every picture.
+
+def _radii_at_once(device: torch.device) -> int:
+    """Pixel radii to draw together, likewise."""
+    return 1 if device.type == "cpu" else len(_RADII)
+
+
+def _homogeneous(points_N3: Tensor) -> Tensor:
+    """Points as columns (x, y, z, 1), float64 [4, N]: what `_project` takes."""
+    columns_4N = torch.ones(4, len(points_N3), dtype=torch.float64, device=points_N3.device)
+    columns_4N[:3] = points_N3.T
+    return columns_4N
+
+
+def _project(points_4N: Tensor, cameras: Sequence[Camera]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounded columns and rows [C, N] (whole float32) and depth [C, N] (float32, metres) of points in every camera.
+
+    Those of points nearer than the near plane mean nothing. The product is taken in float64: in float32 a GPU may run
+    it in TF32, off by pixels, and every device and library rounds it otherwise.
     """
-    pose_C44 = torch.from_numpy(np.stack([camera.world_to_camera_44() for camera in cameras]))
-    matrix_C33 = torch.from_numpy(np.stack([np.asarray(camera.intrinsics_33, np.float64) for camera in cameras]))
-    world_C34 = (matrix_C33 @ pose_C44[:, :3]).float().to(points_N3.device)
-    image_C3N = world_C34[:, :, :3] @ points_N3.T + world_C34[:, :, 3:]
+    pose_C44 = np.linalg.inv(np.stack([np.asarray(camera.pose_44, dtype=np.float64) for camera in cameras]))
+    matrix_C33 = np.stack([np.asarray(camera.intrinsics_33, dtype=np.float64) for camera in cameras])
+    world_C34 = torch.from_numpy(matrix_C33 @ pose_C44[:, :3]).to(points_4N.device, non_blocking=True)
+    image_C3N = (world_C34.flatten(0, 1) @ points_4N).float().view(len(cameras), 3, -1)
     depth_CN = image_C3N[:, 2]
-    front_CN = depth_CN >= NEAR_PLANE
-    scale_CN = 1 / torch.where(front_CN, depth_CN, 1.0)
+    scale_C1N = 1 / depth_CN[:, None].clamp(min=NEAR_PLANE)
     limit = float(1 << 20)
-    uv_C2N = (image_C3N[:, :2] * scale_CN[:, None] + 0.5).floor().clamp(-limit, limit)
-    uv_C2N = torch.where(front_CN[:, None], uv_C2N, -limit).long()
+    uv_C2N = (image_C3N[:, :2] * scale_C1N).add_(0.5).floor_().clamp_(-limit, limit)
     return uv_C2N[:, 0], uv_C2N[:, 1], depth_CN
 
 
+def _inside(column_CN: Tensor, row_CN: Tensor, depth_CN: Tensor, camera: Camera, pad: int) -> Tensor:
+    """Which points [C, N] lie before the near plane and in the picture or within `pad` pixels of it."""
+    across_CN = (column_CN >= -pad) & (column_CN < camera.width + pad)
+    return across_CN & (row_CN >= -pad) & (row_CN < camera.height + pad) & (depth_CN >= NEAR_PLANE)
+
+
+def _constant(values: Sequence[float] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """A short tensor on `device`, without waiting for what the device still does."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
 def _splat_keys(
-    points_N3: Tensor, radius_N: Tensor, cameras: Sequence[Camera], radii: list[int]
+    points_4N: Tensor, radius_N: Tensor, rise: float, cameras: Sequence[Camera], radii: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Z-buffers [C, H, W] of int64 keys (biased depth above, point below) and depth [C, N] of the points."""
-    width, height, device = cameras[0].width, cameras[0].height, points_N3.device
-    column_CN, row_CN, depth_CN = _project(points_N3, cameras)
-    focal_C1 = torch.tensor([float(camera.intrinsics_33[0][0]) for camera in cameras], device=device)[:, None]
-    pixels_CN = focal_C1 * radius_N / depth_CN.clamp(min=NEAR_PLANE)
-    middles = torch.tensor([(low + high) / 2 for low, high in zip(radii, radii[1:], strict=False)], device=device)
-    size_CN = torch.bucketize(pixels_CN, middles)
+    width, height, device = cameras[0].width, cameras[0].height, points_4N.device
+    column_CN, row_CN, depth_CN = _project(points_4N, cameras)
     pad = radii[-1]  # discs whose centre lies outside the picture still reach into it
     wide, tall = width + 2 * pad, height + 2 * pad
-    kept_CN = (column_CN >= -pad) & (column_CN < width + pad) & (row_CN >= -pad) & (row_CN < height + pad)
-    camera_L, point_L = torch.nonzero(kept_CN, as_tuple=True)
-    column_L, row_L = column_CN[camera_L, point_L] + pad, row_CN[camera_L, point_L] + pad
-    cell_L = ((size_CN[camera_L, point_L] * len(cameras) + camera_L) * tall + row_L) * wide + column_L
-    steps_L = (depth_CN[camera_L, point_L].double() / _DEPTH_UNIT).long()
-    key_SCHW = torch.full((len(radii) * len(cameras) * tall * wide,), EMPTY, dtype=torch.int64, device=device)
-    key_SCHW.scatter_reduce_(0, cell_L, (steps_L << 32) | point_L, "amin")
-    used = torch.unique(size_CN[camera_L, point_L]).tolist()
-    key_SCHW = key_SCHW.view(len(radii), len(cameras), tall, wide)
-    rise = 2 * float(radius_N.median()) / _DEPTH_UNIT
     key_CHW = torch.full((len(cameras), tall, wide), EMPTY, dtype=torch.int64, device=device)
-    for size in used:
-        _dilate_into(key_CHW, key_SCHW[size], radii[size], rise)
-    return key_CHW[:, pad : pad + height, pad : pad + width], depth_CN
+    inside_CHW = key_CHW[:, pad : pad + height, pad : pad + width]
+    at_L = torch.nonzero(_inside(column_CN, row_CN, depth_CN, cameras[0], pad).view(-1))[:, 0]
+    if not len(at_L):
+        return inside_CHW, depth_CN
+    camera_L = torch.div(at_L, len(radius_N), rounding_mode="floor")
+    point_L = torch.sub(at_L, camera_L, alpha=len(radius_N))
+    depth_L = depth_CN.take(at_L)
+    focal_C = _constant([float(camera.intrinsics_33[0][0]) for camera in cameras], device)
+    size_L = _disc_sizes(focal_C[camera_L] * radius_N[point_L] / depth_L, radii)
+    smallest, largest = torch.stack(torch.aminmax(size_L)).tolist()
+    plane_L = torch.add(camera_L, size_L - smallest, alpha=len(cameras))
+    pixel_L = torch.add(column_CN.take(at_L), row_CN.take(at_L), alpha=wide).long() + (pad * wide + pad)
+    cell_L = torch.add(pixel_L, plane_L, alpha=tall * wide)
+    steps_L = (depth_L.double() * _STEPS).clamp_(max=_FARTHEST).long()
+    key_SCHW = torch.full((largest - smallest + 1, *key_CHW.shape), _BLANK, dtype=torch.int64, device=device)
+    key_SCHW.view(-1).scatter_reduce_(0, cell_L, torch.add(point_L, steps_L, alpha=1 << 32), "amin")
+    used, together = radii[smallest : largest + 1], _radii_at_once(device)
+    for first in range(0, len(key_SCHW), together):
+        some = used[first : first + together]
+        margin = pad - some[-1]  # no disc from within it reaches the picture
+        window = (..., slice(margin, tall - margin), slice(margin, wide - margin))
+        _draw_discs(key_CHW[window], key_SCHW[first : first + together][window], some, rise)
+    return inside_CHW.masked_fill_(inside_CHW >= _BLANK, EMPTY), depth_CN
+
+
+def _disc_sizes(pixels_L: Tensor, radii: list[int]) -> Tensor:
+    """Index into `radii` of the radius nearest to each of `pixels_L`; the smaller one half way between two."""
+    middles = [(low + high) / 2 for low, high in zip(radii, radii[1:], strict=False)]
+    return torch.bucketize(pixels_L, _constant(middles, pixels_L.device))
 
 
 def disc_rise(radius: int, rise: float) -> int:
@@ -189,31 +238,43 @@ def disc_half_widths(radius: int) -> list[int]:
     return [int(np.sqrt((radius + 0.5) ** 2 - row**2)) for row in range(radius + 1)]
 
 
-def _dilate_into(target_CHW: Tensor, key_CHW: Tensor, radius: int, rise: float) -> None:
-    """Draw one disc of `radius` pixels a key into `target_CHW`, the smallest key winning in every pixel."""
-    if radius == 0:
-        torch.minimum(target_CHW, key_CHW, out=target_CHW)
-        return
-    back = disc_rise(radius, rise)
-    rows_by_width: dict[int, list[int]] = {}
-    for row, half_width in enumerate(disc_half_widths(radius)):
-        rows_by_width.setdefault(half_width, []).append(row)
-    # EMPTY must survive the additions below
-    source_CHW = key_CHW.clamp(max=EMPTY - ((2 * back * (radius + 1) ** 2) << 32))
-    widened_CHW, scratch_CHW = source_CHW.clone(), torch.empty_like(source_CHW)
-    for half_width in range(max(rows_by_width) + 1):
-        if half_width:
-            torch.add(source_CHW, (back * half_width**2) << 32, out=scratch_CHW)
-            _minimum(widened_CHW[..., half_width:], scratch_CHW[..., :-half_width])
-            _minimum(widened_CHW[..., :-half_width], scratch_CHW[..., half_width:])
-        for row in rows_by_width.get(half_width, []):
-            if row == 0:
-                _minimum(target_CHW, widened_CHW)
-                continue
-            torch.add(widened_CHW, (back * row**2) << 32, out=scratch_CHW)
-            _minimum(target_CHW[:, row:], scratch_CHW[:, :-row])
-            _minimum(target_CHW[:, :-row], scratch_CHW[:, row:])
-    target_CHW.masked_fill_(target_CHW >= EMPTY - ((4 * back * (radius + 1) ** 2) << 32), EMPTY)
+def _draw_discs(target_CHW: Tensor, key_SCHW: Tensor, radii: Sequence[int], rise: float) -> None:
+    """Draw a disc of `radii[s]` pixels a key of `key_SCHW[s]` into `target_CHW`, the smallest key winning everywhere.
+
+    A disc is the union of its rows, each a dilation along columns: keys of all radii are widened together, one
+    column on both sides at a time, and each row is drawn when the keys are as wide as it.
+    """
+    backs = [disc_rise(radius, rise) if radius else 0 for radius in radii]
+    widths = [disc_half_widths(radius) for radius in radii]
+    bias_WS = [
+        [(back * away**2) << 32 if away <= radius else 0 for back, radius in zip(backs, radii, strict=True)]
+        for away in range(radii[-1] + 1)
+    ]
+    bias_WS111 = _constant(bias_WS, key_SCHW.device)[..., None, None, None]
+    widened_SCHW, scratch_SCHW = key_SCHW.clone(), torch.empty_like(key_SCHW)
+    rows: dict[int, Tensor] = {}  # what is left to draw that many rows above and below
+    for away in range(radii[-1] + 1):
+        first = sum(radius < away for radius in radii)
+        if away:
+            some_SCHW, wider_SCHW = scratch_SCHW[first:], widened_SCHW[first:]
+            torch.add(key_SCHW[first:], bias_WS111[away, first:], out=some_SCHW)
+            _minimum(wider_SCHW[..., away:], some_SCHW[..., :-away])
+            _minimum(wider_SCHW[..., :-away], some_SCHW[..., away:])
+        for size in range(first, len(radii)):
+            for row in [row for row, width in enumerate(widths[size]) if width == away]:
+                if row == 0:
+                    _minimum(target_CHW, widened_SCHW[size])
+                    continue
+                more = size + 1 < len(radii)  # a larger disc has this row too, wider: it comes later
+                out_CHW = None if more and row not in rows else scratch_SCHW[size]
+                row_CHW = torch.add(widened_SCHW[size], bias_WS[row][size], out=out_CHW)
+                if row in rows:
+                    row_CHW = torch.minimum(rows[row], row_CHW, out=rows[row])
+                if more:
+                    rows[row] = row_CHW
+                    continue
+                _minimum(target_CHW[:, row:], row_CHW[:, :-row])
+                _minimum(target_CHW[:, :-row], row_CHW[:, row:])
 
 
 def _minimum(target: Tensor, other: Tensor) -> None:
@@ -222,61 +283,74 @@ def _minimum(target: Tensor, other: Tensor) -> None:
 
 def _fill(key_CHW: Tensor, rounds: int = 8) -> Tensor:
     """Fill empty pixels, rim first, each with its farthest neighbour where four or more of the eight are filled."""
-    padded_CHW = F.pad(torch.where(key_CHW == EMPTY, -1, key_CHW), (1, 1, 1, 1), value=-1)
-    camera_P, row_P, column_P = torch.nonzero(key_CHW == EMPTY, as_tuple=True)
-    offsets = [(down, right) for down in range(3) for right in range(3) if (down, right) != (1, 1)]
+    empty_CHW = key_CHW == EMPTY
+    padded_CHW = F.pad(key_CHW.masked_fill(empty_CHW, -1), (1, 1, 1, 1), value=-1)
+    wide, flat_M = padded_CHW.shape[2], padded_CHW.view(-1)
+    inner_CHW = torch.zeros_like(padded_CHW, dtype=torch.bool)
+    inner_CHW[:, 1:-1, 1:-1] = empty_CHW
+    hole_P = torch.nonzero(inner_CHW.view(-1))[:, 0]
+    offsets = [down * wide + right for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0)]
+    around_8P = hole_P + _constant(offsets, hole_P.device)[:, None]
+    needed_P, nothing_1 = torch.full_like(hole_P, 4), hole_P.new_full((1,), -1)
     for _ in range(rounds):
-        around_8P = torch.stack([padded_CHW[camera_P, row_P + down, column_P + right] for down, right in offsets])
-        ready_P = (around_8P >= 0).sum(0) >= 4
-        if not ready_P.any():
+        near_8P = flat_M.take(around_8P)
+        ready_P = (near_8P >= 0).sum(0) >= needed_P
+        # asking a GPU would make the host wait in every round
+        if flat_M.device.type == "cpu" and not ready_P.any():
             break
-        at = (camera_P[ready_P], row_P[ready_P] + 1, column_P[ready_P] + 1)
-        padded_CHW[at] = around_8P[:, ready_P].amax(0)
-        camera_P, row_P, column_P = camera_P[~ready_P], row_P[~ready_P], column_P[~ready_P]
+        flat_M.scatter_reduce_(0, hole_P, torch.where(ready_P, near_8P.amax(0), nothing_1), "amax")
+        needed_P.masked_fill_(ready_P, 9)  # more than there are: what is filled stays as it is
     filled_CHW = padded_CHW[:, 1:-1, 1:-1]
-    return torch.where(filled_CHW < 0, EMPTY, filled_CHW)
+    return filled_CHW.masked_fill(filled_CHW < 0, EMPTY)
 
 
-def _smooth(size_HW: Sequence[int], where: tuple[Tensor, ...], color_P3: Tensor, depth_P: Tensor) -> Tensor:
-    """Colours of the pixels `where`, each mixed with neighbours whose depth says that they lie on one surface."""
-    height, width = size_HW
-    color_3HW = torch.zeros(3, height, width, device=depth_P.device)
-    color_3HW[(slice(None), *where)] = color_P3.T.float()
-    depth_HW = torch.zeros(height, width, device=depth_P.device)
-    depth_HW[where] = depth_P
+def _shade(
+    key_CHW: Tensor, depth_CN: Tensor, colors_N3: Tensor, smooth: bool, background: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Colours [C, H, W, 3] uint8, depth [C, H, W] float32 and point [C, H, W] int32 of what z-buffers show."""
+    empty_CHW = key_CHW == EMPTY
+    index_CHW = (key_CHW & 0xFFFFFFFF).masked_fill_(empty_CHW, 0)
+    depth_CHW = depth_CN.gather(1, index_CHW.flatten(1)).view(index_CHW.shape).masked_fill_(empty_CHW, 0)
+    color_CHW3 = colors_N3[index_CHW]
+    if smooth:
+        mixed_C3HW = _smooth(color_CHW3.permute(0, 3, 1, 2), depth_CHW)
+        color_CHW3 = mixed_C3HW.add_(0.5).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    paper_3 = _constant(background, key_CHW.device).to(torch.uint8)
+    color_CHW3 = torch.where(empty_CHW[..., None], paper_3, color_CHW3).contiguous()
+    return color_CHW3, depth_CHW, index_CHW.masked_fill_(empty_CHW, -1).int()
+
+
+def _smooth(color_C3HW: Tensor, depth_CHW: Tensor) -> Tensor:
+    """Colours, float32, mixed with neighbouring pixels whose depth (0 for none) says that they lie on one surface."""
+    height, width = depth_CHW.shape[1:]
+    # the fourth channel counts what was mixed
+    mixed_C4HW = torch.ones(len(depth_CHW), 4, height, width, device=depth_CHW.device)
+    mixed_C4HW[:, :3] = color_C3HW
+    limit_C1HW = 0.03 + 0.03 * depth_CHW[:, None]  # metres
     steps = [1 << power for power in range(max(height, width).bit_length() - 6)]  # 1, 2 at 224; 1, 2, 4, 8 at 640
     for step in steps:
-        for axis in (0, 1):
-            keep, first, last = depth_HW.shape[axis] - step, (axis, 0), (axis, step)
+        for axis in (2, 3):
+            keep, first, last = mixed_C4HW.shape[axis] - step, (axis, 0), (axis, step)
             if keep < 1:
                 continue
-            before_HW, after_HW = depth_HW.narrow(*first, keep), depth_HW.narrow(*last, keep)
-            near_HW = ((before_HW - after_HW).abs() < 0.03 + 0.03 * before_HW).float()
-            total_3HW, weight_HW = color_3HW.clone(), torch.ones_like(depth_HW)
-            total_3HW.narrow(axis + 1, step, keep).addcmul_(color_3HW.narrow(axis + 1, 0, keep), near_HW)
-            total_3HW.narrow(axis + 1, 0, keep).addcmul_(color_3HW.narrow(axis + 1, step, keep), near_HW)
-            weight_HW.narrow(*last, keep).add_(near_HW)
-            weight_HW.narrow(*first, keep).add_(near_HW)
-            color_3HW = total_3HW.div_(weight_HW)
-    return color_3HW[(slice(None), *where)].T.add(0.5).clamp(0, 255).to(torch.uint8)
+            apart_C1HW = depth_CHW[:, None].narrow(*first, keep) - depth_CHW[:, None].narrow(*last, keep)
+            near_C1HW = (apart_C1HW.abs_() < limit_C1HW.narrow(*first, keep)).float()
+            total_C4HW = mixed_C4HW.clone()
+            total_C4HW.narrow(*last, keep).addcmul_(mixed_C4HW.narrow(*first, keep), near_C1HW)
+            total_C4HW.narrow(*first, keep).addcmul_(mixed_C4HW.narrow(*last, keep), near_C1HW)
+            mixed_C4HW = total_C4HW / total_C4HW[:, 3:]
+    return mixed_C4HW[:, :3]
 
 
-def unpack_render(
-    size_HW: Sequence[int],
-    where: tuple[Tensor, ...],
-    color_P3: Tensor,
-    depth_P: Tensor,
-    index_P: Tensor,
-    background: tuple[int, int, int],
-) -> Render:
-    """A Render from the values of the P pixels `where` (rows, columns) that show something."""
-    height, width = size_HW
-    device = depth_P.device
-    color_HW3 = torch.tensor(background, dtype=torch.uint8, device=device).expand(height, width, 3).clone()
-    depth_HW = torch.zeros(height, width, device=device)
-    index_HW = torch.full((height, width), -1, dtype=torch.int32, device=device)
-    color_HW3[where], depth_HW[where], index_HW[where] = color_P3, depth_P.float(), index_P.int()
-    return Render(color_HW3.cpu().numpy(), depth_HW.cpu().numpy(), index_HW.cpu().numpy())
+def _to_host(*pictures_CHW: Tensor) -> list[Render]:
+    """Renders of colours [C, H, W, 3], depth [C, H, W] and point [C, H, W], fetched from their device in one wait."""
+    if pictures_CHW[0].device.type == "cpu":
+        return [Render(*(picture.numpy() for picture in view)) for view in zip(*pictures_CHW, strict=True)]
+    fetched = [torch.empty_like(picture, device="cpu", pin_memory=True) for picture in pictures_CHW]
+    for there, here in zip(pictures_CHW, fetched, strict=True):
+        here.copy_(there, non_blocking=True)
+    torch.cuda.current_stream(pictures_CHW[0].device).synchronize()
+    return [Render(*view) for view in zip(*(picture.numpy() for picture in fetched), strict=True)]
 
 
 def visible_points(
@@ -294,13 +368,13 @@ def visible_points(
     measured; a point that falls there counts as not seen.
     """
     points = torch.from_numpy(np.ascontiguousarray(points_N3, dtype=np.float32)).to(device)
+    points_4N = _homogeneous(points)
     seen = np.zeros((len(cameras), len(points)), dtype=bool)
     for row, (camera, depth_HW) in enumerate(zip(cameras, depths, strict=True)):
-        column_1N, row_1N, depth_1N = _project(points, [camera])
-        inside_N = ((column_1N >= 0) & (column_1N < camera.width) & (row_1N >= 0) & (row_1N < camera.height))[0]
-        point_L = torch.nonzero(inside_N)[:, 0]
+        column_1N, row_1N, depth_1N = _project(points_4N, [camera])
+        point_L = torch.nonzero(_inside(column_1N, row_1N, depth_1N, camera, 0)[0])[:, 0]
         surface_HW = torch.from_numpy(np.ascontiguousarray(depth_HW, dtype=np.float32)).to(device)
-        surface_L = surface_HW[row_1N[0, point_L], column_1N[0, point_L]]
+        surface_L = surface_HW[row_1N[0, point_L].long(), column_1N[0, point_L].long()]
         kept_L = (surface_L > 0) & (depth_1N[0, point_L] <= surface_L * 1.02 + tolerance)
         seen[row, point_L[kept_L].cpu().numpy()] = True
     return seen

@@ -184,8 +184,8 @@ def test_every_benchmark_explains_itself(name: str, capsys: pytest.CaptureFixtur
         ("prepare", ["--vertices", "3000"], {"prepare.seconds_per_scan"}),
         (
             "views",
-            ["--only-rendering", "--rooms", "1", "--points", "500", "--size", "24"],
-            {"views.pool16_ms", "views.render16_ms"},
+            ["--only-rendering", "--rooms", "1", "--points", "500", "--cloud", "900", "--size", "24"],
+            {"views.pool16_ms", "views.render16_ms", "views.select_ms", "views.select_known_ms"},
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Cameras, the rasteriser and the point splatter against hand-computed projections and brute force."""
+"""Cameras and the rasteriser against hand-computed projections and brute force."""
 
 import numpy as np
 import pytest
@@ -10,11 +10,7 @@ from threedr1.utils.render import (
     look_at,
     pinhole,
     rasterize,
-    splat,
-    splat_batch,
-    visible_points,
 )
-from threedr1.utils.splat import disc_half_widths
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -199,154 +195,6 @@ class TestRasterize:
             rasterize(vertices, faces, colors[:2], front_camera())
         with pytest.raises(ValueError, match="outside 0..3"):
             rasterize(vertices, faces + 1, colors, front_camera())
-
-
-def brute_force_splat(points, radius_pixels, rise_metres, camera):
-    """One disc of the same pixel radius a point, paraboloid depth, in float64."""
-    uv, depth = camera.project(points)
-    best = np.full((camera.height, camera.width), np.inf)
-    index = np.full((camera.height, camera.width), -1)
-    for point in range(len(points)):
-        if depth[point] < NEAR_PLANE:
-            continue
-        centre_u, centre_v = np.floor(uv[point] + 0.5).astype(int)
-        for row in range(centre_v - radius_pixels, centre_v + radius_pixels + 1):
-            for column in range(centre_u - radius_pixels, centre_u + radius_pixels + 1):
-                square = (row - centre_v) ** 2 + (column - centre_u) ** 2
-                if square > (radius_pixels + 0.5) ** 2 or not (
-                    0 <= row < camera.height and 0 <= column < camera.width
-                ):
-                    continue
-                key = depth[point] + rise_metres * square / (radius_pixels + 0.5) ** 2
-                if key < best[row, column]:
-                    best[row, column], index[row, column] = key, point
-    return index, depth
-
-
-class TestSplat:
-    def test_one_point_by_hand(self):
-        camera = front_camera()
-        render = splat(np.array([[2.0, 0, 0]]), np.array([RED]), camera, radius=0.2, fill_holes=False)
-        # 28.58 * 0.2 / 2 = 2.86 pixels, limited to 33 // 16 = 2: rows of half width 2, 2, 1 (within 2.5 pixels)
-        assert disc_half_widths(2) == [2, 2, 1]
-        assert (render.index_HW == 0).sum() == 5 * 3 + 3 * 2
-        assert tuple(render.color_HW3[12, 16]) == RED and render.depth_HW[12, 16] == 2
-        assert render.index_HW[12, 18] == 0 and render.index_HW[12, 19] == -1 and render.index_HW[14, 18] == -1
-
-    def test_near_hides_far(self):
-        points = np.array([[3.0, 0, 0], [2.0, 0, 0], [2.0, 0.5, 0]])
-        render = splat(points, np.array([RED, GREEN, BLUE]), front_camera(), radius=0.01, smooth=False)
-        assert render.index_HW[12, 16] == 1 and tuple(render.color_HW3[12, 16]) == GREEN
-        # 0.5 m left at 2 m: 28.58 * 0.25 = 7.1 pixels
-        assert render.index_HW[12, 9] == 2 and (render.index_HW >= 0).sum() == 2
-
-    @pytest.mark.parametrize(("radius_pixels", "seed"), [(1, 0), (2, 1), (3, 2), (6, 3)])
-    def test_equals_brute_force(self, radius_pixels, seed):
-        generator = np.random.default_rng(seed)
-        camera = front_camera(48, 40, 70)
-        points = generator.uniform(-1.2, 1.2, (60, 3)) + [2.0, 0, 0]
-        # huge discs, all limited to the same pixel radius
-        render = splat(
-            points, np.zeros((60, 3)), camera, radius=9.0, max_pixels=radius_pixels, fill_holes=False, smooth=False
-        )
-        index, depth = brute_force_splat(points.astype(np.float32), radius_pixels, 18.0, camera)
-        assert (index >= 0).mean() > 0.05
-        assert (render.index_HW == index).mean() > 0.995  # 0.1 mm depth steps may settle near ties differently
-        seen = (render.index_HW >= 0) & (render.index_HW == index)
-        np.testing.assert_allclose(render.depth_HW[seen], depth[index[seen]], rtol=1e-5)
-
-    def test_batch_equals_single_views_whatever_the_chunks(self, monkeypatch):
-        from threedr1.utils import splat as module
-
-        generator = np.random.default_rng(5)
-        points = generator.uniform(-1, 1, (400, 3))
-        colors = generator.integers(0, 256, (400, 3))
-        cameras = [
-            Camera(look_at((2 * np.cos(a), 2 * np.sin(a), 0.5), (0, 0, 0)), pinhole(40, 30, 60), 40, 30)
-            for a in np.linspace(0, 6, 5)
-        ]
-        monkeypatch.setattr(module, "_BUFFER", 20000)
-        batch = splat_batch(points, colors, cameras)
-        for camera, render in zip(cameras, batch, strict=True):
-            alone = splat(points, colors, camera)
-            np.testing.assert_array_equal(render.index_HW, alone.index_HW)
-            np.testing.assert_array_equal(render.color_HW3, alone.color_HW3)
-
-    def test_adaptive_radius_closes_a_wall_and_keeps_what_is_behind_hidden(self):
-        y, z = np.meshgrid(np.arange(-2, 2, 0.05), np.arange(-2, 2, 0.05))
-        wall = np.stack([np.full(y.size, 2.0), y.ravel(), z.ravel()], 1)
-        behind = wall + [1.0, 0, 0]
-        colors = np.concatenate([np.tile([RED], (len(wall), 1)), np.tile([BLUE], (len(wall), 1))])
-        camera = front_camera(96, 96, 80)
-        render = splat(np.concatenate([wall, behind]), colors, camera)
-        assert (render.color_HW3 == RED).all()
-        assert (render.index_HW < len(wall)).all() and (render.index_HW >= 0).all()
-
-    def test_holes_are_filled_with_what_lies_behind_their_rim(self):
-        y, z = np.meshgrid(np.linspace(-1, 1, 41), np.linspace(-1, 1, 41))
-        wall = np.stack([np.full(y.size, 2.0), y.ravel(), z.ravel()], 1)
-        keep = np.abs(wall[:, 1:]).max(1) > 0.08
-        near = np.array([[1.5, 0.06, 0.0]])  # a nearer point at the rim must not spread into the hole
-        points = np.concatenate([wall[keep], near])
-        colors = np.concatenate([np.tile([RED], (keep.sum(), 1)), [BLUE]])
-        camera = front_camera(64, 64, 40)
-        plain = splat(points, colors, camera, radius=0.03, fill_holes=False, smooth=False)
-        filled = splat(points, colors, camera, radius=0.03, smooth=False)
-        hole = plain.index_HW[16:48, 16:48] < 0
-        assert hole.sum() > 10
-        assert (filled.index_HW[16:48, 16:48] >= 0).all()
-        assert (filled.color_HW3[16:48, 16:48][hole] == RED).all()
-        same = plain.index_HW >= 0
-        np.testing.assert_array_equal(filled.index_HW[same], plain.index_HW[same])
-
-    def test_smoothing_mixes_on_one_surface_only(self):
-        y, z = np.meshgrid(np.linspace(-2, 2, 161), np.linspace(-2, 2, 161))
-        wall = np.stack([np.full(y.size, 3.0), y.ravel(), z.ravel()], 1)
-        near = wall[(np.abs(wall[:, 1:]) < 0.5).all(1)] - [1.0, 0, 0]
-        generator = np.random.default_rng(0)
-        noise = generator.integers(80, 120, (len(wall), 3))
-        colors = np.concatenate([noise, np.full((len(near), 3), 250)])
-        camera = front_camera(96, 96, 60)
-        rough = splat(np.concatenate([wall, near]), colors, camera, smooth=False)
-        soft = splat(np.concatenate([wall, near]), colors, camera)
-        far = rough.index_HW < len(wall)
-        assert soft.color_HW3[far].astype(float).std() < 0.6 * rough.color_HW3[far].astype(float).std()
-        assert soft.color_HW3[far].max() < 121 and (soft.color_HW3[~far] == 250).all()
-
-    def test_real_cloud_is_dense(self, real_data):
-        cloud = np.load(real_data / "scannet" / "scene0000_00_cloud.npz")
-        points, colors = cloud["xyz"], cloud["rgb"]
-        middle = (points.min(0) + points.max(0)) / 2
-        eye = np.array([middle[0], middle[1], 1.5])
-        cameras = [
-            Camera(look_at(eye, eye + [np.cos(a), np.sin(a), -0.4]), pinhole(96, 96, 70), 96, 96)
-            for a in (0.0, 1.5, 3.0)
-        ]
-        for render in splat_batch(points, colors, cameras):
-            assert (render.index_HW >= 0).mean() > 0.85  # windows and unscanned ceiling stay open
-            assert render.color_HW3[render.index_HW >= 0].std() > 20
-
-    def test_bad_clouds(self):
-        camera = front_camera()
-        with pytest.raises(ValueError, match="no points"):
-            splat(np.zeros((0, 3)), np.zeros((0, 3)), camera)
-        with pytest.raises(ValueError, match="not finite"):
-            splat(np.array([[np.nan, 0, 0]]), np.zeros((1, 3)), camera)
-        with pytest.raises(ValueError, match="as many colours"):
-            splat(np.zeros((2, 3)), np.zeros((1, 3)), camera)
-        with pytest.raises(ValueError, match="picture size"):
-            splat_batch(np.ones((1, 3)), np.zeros((1, 3)), [camera, front_camera(10, 10)])
-        assert splat_batch(np.ones((1, 3)), np.zeros((1, 3)), []) == []
-
-
-class TestVisiblePoints:
-    def test_occlusion_borders_and_tolerance(self):
-        points = np.array([[2.0, 0, 0], [2.05, 0, 0], [3.0, 0, 0], [-2.0, 0, 0], [2.0, 30.0, 0], [1.0, 0, 0]])
-        camera = front_camera()
-        depth = np.full((25, 33), 2.0, np.float32)
-        seen = visible_points(points, [camera, camera], [depth, np.zeros_like(depth)], tolerance=0.03)
-        # 2.05 lies within 0.03 m + 2 % of 2 m; nothing is seen where no depth was measured
-        assert seen.tolist() == [[True, True, False, False, False, True], [False] * 6]
 
 
 class TestDrawBoxes:
