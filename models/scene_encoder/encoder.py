@@ -7,8 +7,8 @@ first decoder layer, and each layer attends from the box of the one before). A q
 tokens around its vote and, for box edges finer than tokens lie, the raw points around its vote. Everything is in the
 frame of the points it is given, the MODEL frame, in metres.
 
-Shapes: B scenes, N points, F extra channels, M tokens, P seed candidates, Q queries, D width, C classes (C1: and no
-object).
+Shapes: B scenes, N points, F extra channels, M tokens, P seed candidates, Q queries, L predictions, D width, C classes
+(C1: and no object).
 """
 
 import inspect
@@ -208,20 +208,22 @@ class SceneEncoder(nn.Module):
         queries_BQD = seed_BQD + self.vote_tokens(vote_xyz_BQ3, token_xyz_BM3, tokens_BMD)
         queries_BQD = queries_BQD + self.vote_points(vote_xyz_BQ3, points_BN3, features_BNF)
 
-        normed_BQD = self.query_norm(queries_BQD)
-        predictions = [self._predict(normed_BQD, vote_xyz_BQ3)]
+        normed = [self.query_norm(queries_BQD)]
+        boxes = [self._predict_boxes(normed[0], vote_xyz_BQ3)]
         for layer in self.decoder:
             # each layer looks from the box that the one before predicted; it only reads it, the losses move it
-            boxes_BQ7 = predictions[-1].boxes_BQ7.detach()
+            boxes_BQ7 = boxes[-1][0].detach()
             query_position_BQD = self.query_position(boxes_BQ7[..., :3]) + self.query_size(boxes_BQ7[..., 3:6].log())
             distance_BQM = _distances_to_boxes(boxes_BQ7, token_xyz_BM3)
             queries_BQD = layer(queries_BQD, query_position_BQD, tokens_BMD, token_position_BMD, distance_BQM)
-            normed_BQD = self.query_norm(queries_BQD)
-            predictions.append(self._predict(normed_BQD, vote_xyz_BQ3))
+            normed.append(self.query_norm(queries_BQD))
+            boxes.append(self._predict_boxes(normed[-1], vote_xyz_BQ3))
+        logits_LBQC1 = self.class_head(torch.stack(normed))
+        predictions = [LayerPrediction(logits, *its) for logits, its in zip(logits_LBQC1, boxes, strict=True)]
         return SceneEncoding(
             token_xyz_BM3=token_xyz_BM3,
             tokens_BMD=tokens_BMD,
-            query_features_BQD=normed_BQD,
+            query_features_BQD=normed[-1],
             final=predictions[-1],
             intermediate=predictions[:-1],
             seed_xyz_BQ3=seed_xyz_BQ3,
@@ -244,7 +246,8 @@ class SceneEncoder(nn.Module):
         seed_xyz_BQ3 = token_xyz_BM3.gather(1, seed_BQ1.expand(-1, -1, 3))
         return seed_xyz_BQ3, tokens_BMD.gather(1, seed_BQ1.expand(-1, -1, tokens_BMD.shape[2]))
 
-    def _predict(self, queries_BQD: Tensor, vote_xyz_BQ3: Tensor) -> LayerPrediction:
+    def _predict_boxes(self, queries_BQD: Tensor, vote_xyz_BQ3: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Boxes [B, Q, 7], and twice the heading as (cos, sin) [B, Q, 2] where headings are predicted."""
         raw_BQX = self.box_head(queries_BQD).float()
         centre_BQ3 = vote_xyz_BQ3 + raw_BQX[..., :3]
         size_BQ3 = raw_BQX[..., 3:6].clamp(*_LOG_SIZE_RANGE).exp()
@@ -253,8 +256,7 @@ class SceneEncoder(nn.Module):
         if self.predict_heading:
             double_BQ2 = raw_BQX[..., 6:8]
             heading_BQ1 = torch.atan2(double_BQ2[..., 1:], double_BQ2[..., :1]) / 2
-        boxes_BQ7 = torch.cat([centre_BQ3, size_BQ3, heading_BQ1], -1)
-        return LayerPrediction(self.class_head(queries_BQD), boxes_BQ7, double_BQ2)
+        return torch.cat([centre_BQ3, size_BQ3, heading_BQ1], -1), double_BQ2
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each atomically."""

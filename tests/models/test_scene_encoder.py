@@ -353,7 +353,7 @@ def test_the_configuration_chooses_the_backbone(tmp_path):
 
 def test_checkpoints_that_do_not_fit_are_explained(tmp_path):
     tiny_encoder().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="another model size.*8, 7.*16, 7"):
+    with pytest.raises(ValueError, match="another model size.*configured model"):
         tiny_encoder(width=64).load_weights(tmp_path)
     with pytest.raises(ValueError, match="lacks decoder.2"):
         tiny_encoder(decoder_layers=3).load_weights(tmp_path)
