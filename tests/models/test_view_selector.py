@@ -9,7 +9,8 @@ from threedr1.datasets.scene import Frame, Scene, floor_centre
 from threedr1.models.image_encoder import SentenceEncoder, TextImageEncoder, load_text_encoder
 from threedr1.models.relaxed_top_k import soft_top_k
 from threedr1.models.view_cameras import most_telling, place_cameras, spread, walkable_positions
-from threedr1.models.view_pool import ViewPool, build_view_pool, display_colors, spread_frames
+from threedr1.models.view_frames import spread_frames
+from threedr1.models.view_pool import ViewPool, build_view_pool, display_colors
 from threedr1.models.view_selector import (
     ViewSelector,
     relevant_views,
