@@ -5,7 +5,7 @@ A source is a name (`posed`, `rendered`, `mixed`, `none`) or kinds joined by `+`
 
 KINDS = {
     "posed": "frames of the scan, spread over positions and directions, without blurred ones and near-copies",
-    "inside": "rendered from the free floor at eye height (from around a single object), each showing what others do not",
+    "inside": "rendered from the free floor at eye height (around a single object), each showing what others do not",
     "ring": "rendered from a circle at eye height, looking at the middle",
     "top": "rendered from below the ceiling, looking straight down",
     "bottom": "rendered from just above the floor, looking up",
