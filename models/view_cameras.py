@@ -22,6 +22,7 @@ _PROBE_POINTS = 8192
 _OBJECT_EXTENT = 2.0  # metres (or units, where a file has no scale); no room is as small
 _OBJECT_ELEVATIONS = (-20.0, 15.0, 45.0)  # degrees above the horizon
 _OBJECT_RING, _OBJECT_STEEP = 15.0, 60.0  # the same, of a ring around an object and of views from above (and below)
+_LOW_HEIGHT, _LOW_TARGET = 0.2, 1.0  # metres above the floor, of cameras that look up and of what they look at
 _RING_SHARE = 0.35  # radius of the ring in a room, as a share of the room's shorter side
 
 
@@ -112,36 +113,37 @@ def object_poses(points_N3: np.ndarray) -> list[np.ndarray]:
     return poses + poses_around(points_N3, [0.0], 90) + poses_around(points_N3, [0.0], -90)
 
 
-def ring_poses(points_N3: np.ndarray, floor: float, count: int) -> list[np.ndarray]:
-    """Poses [4, 4] on a circle at eye height that look at the middle of the room; around it, for a single object."""
+def ring_poses(points_N3: np.ndarray, floor: float, count: int, *, low: bool = False) -> list[np.ndarray]:
+    """Poses [4, 4] on a circle in a room that look at its middle: at eye height and downwards, or, `low`, from just
+    above the floor and upwards. A single object is looked at from around it, from above or from below the horizon."""
     angles = np.arange(count) * 2 * np.pi / count
     if is_object(points_N3):
-        return poses_around(points_N3, angles, _OBJECT_RING)
+        return poses_around(points_N3, angles, -_OBJECT_STEEP if low else _OBJECT_RING)
     lower_3, upper_3 = points_N3.min(0).astype(float), points_N3.max(0).astype(float)
-    height = min(EYE_HEIGHT, 0.65 * max(upper_3[2] - floor, 1e-3))
-    middle_3 = np.array([*(lower_3 + upper_3)[:2] / 2, floor + height * _LOOK_HEIGHT / EYE_HEIGHT])
+    scale = min(1.0, 0.65 * max(upper_3[2] - floor, 1e-3) / EYE_HEIGHT)
+    eye, target = (_LOW_HEIGHT, _LOW_TARGET) if low else (EYE_HEIGHT, _LOOK_HEIGHT)
+    middle_3 = np.array([*(lower_3 + upper_3)[:2] / 2, floor + scale * target])
     reach = max(_RING_SHARE * float((upper_3 - lower_3)[:2].min()), 4 * NEAR_PLANE)
-    eyes = [np.array([*(middle_3[:2] + reach * np.array([np.cos(a), np.sin(a)])), floor + height]) for a in angles]
+    eyes = [
+        np.array([*(middle_3[:2] + reach * np.array([np.cos(a), np.sin(a)])), floor + scale * eye]) for a in angles
+    ]
     return [look_at(eye_3, middle_3) for eye_3 in eyes]
 
 
-def vertical_poses(points_N3: np.ndarray, floor: float, count: int, *, down: bool) -> list[np.ndarray]:
-    """Poses [4, 4] in rows over the plan of a room, straight down from below the ceiling or up from above the floor.
-
-    A single object is looked at obliquely, from above or from below, all around.
-    """
+def top_poses(points_N3: np.ndarray, count: int) -> list[np.ndarray]:
+    """Poses [4, 4] in rows below the ceiling of a room, straight down; a single object is seen steeply from around."""
     if is_object(points_N3):
-        return poses_around(points_N3, np.arange(count) * 2 * np.pi / count, _OBJECT_STEEP if down else -_OBJECT_STEEP)
+        return poses_around(points_N3, np.arange(count) * 2 * np.pi / count, _OBJECT_STEEP)
     lower_3, upper_3 = points_N3.min(0).astype(float), points_N3.max(0).astype(float)
     along, across = (0, 1) if (upper_3 - lower_3)[0] >= (upper_3 - lower_3)[1] else (1, 0)
     rows = 1 if count < 4 else 2
     columns = -(-count // rows)
     poses = []
     for number in range(count):
-        eye_3 = np.array([0.0, 0.0, upper_3[2] - NEAR_PLANE if down else floor + 4 * NEAR_PLANE])
+        eye_3 = np.array([0.0, 0.0, upper_3[2] - NEAR_PLANE])
         for axis, share in ((along, (number % columns + 0.5) / columns), (across, (number // columns + 0.5) / rows)):
             eye_3[axis] = lower_3[axis] + share * (upper_3 - lower_3)[axis]
-        poses.append(look_at(eye_3, eye_3 + [0, 0, -1.0 if down else 1.0]))
+        poses.append(look_at(eye_3, eye_3 - [0, 0, 1.0]))
     return poses
 
 

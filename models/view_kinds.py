@@ -8,7 +8,7 @@ KINDS = {
     "inside": "rendered from the free floor at eye height (around a single object), each showing what others do not",
     "ring": "rendered from a circle at eye height, looking at the middle",
     "top": "rendered from below the ceiling, looking straight down",
-    "bottom": "rendered from just above the floor, looking up",
+    "bottom": "rendered from a circle just above the floor, looking up at the middle",
     "object": "rendered from a sphere around the whole cloud",
 }
 NAMED = {"posed": ("posed",), "rendered": ("inside",), "mixed": ("posed", "inside"), "none": ()}

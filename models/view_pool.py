@@ -15,7 +15,7 @@ from ..datasets.frames import read_depth
 from ..datasets.scene import Frame, Scene
 from ..utils.boxes import points_in_boxes
 from ..utils.render import Camera, pinhole, splat_batch, visible_points
-from .view_cameras import FIELD_OF_VIEW, place_cameras, ring_poses, splat_tolerance, vertical_poses
+from .view_cameras import FIELD_OF_VIEW, place_cameras, ring_poses, splat_tolerance, top_poses
 from .view_frames import choose_frames, is_usable, unreadable
 from .view_kinds import kinds_of, share_out
 
@@ -90,44 +90,86 @@ def build_view_pool(
     if kinds and not len(scene.points_N3):
         raise ValueError(f"Scene {scene.scene_id} has no points; check the scan file.")
     boxes = (scene.boxes_K7 if boxes_K7 is None else np.asarray(boxes_K7, dtype=np.float32)).reshape(-1, 7)
-    frames = choose_frames(scene.frames, share_out(kinds, num_candidates).get("posed", 0))
-    pictures = [_read_frame(scene.frames[row], image_size) for row in frames]
     points_N3 = np.asarray(scene.points_N3, dtype=np.float32)
-    colors_N3 = display_colors(scene)
     visible = _subsample(len(points_N3), _VISIBILITY_POINTS)
     member_NK = points_in_boxes(points_N3[visible], boxes).numpy()
     weight_N = np.full(len(points_N3), 1 / max(len(visible), 1))
     weight_N[visible] += _OBJECT_WEIGHT * _equal_weights(member_NK)
-    others = tuple(kind for kind in kinds if kind != "posed")
-    floor = float(scene.origin_3[2])
+    frames = choose_frames(scene.frames, share_out(kinds, num_candidates).get("posed", 0))
+    pictures = [_read_frame(scene.frames[row], image_size) for row in frames]
+    others = share_out(tuple(kind for kind in kinds if kind != "posed"), num_candidates - len(frames))
+    place = _Places(points_N3, float(scene.origin_3[2]), image_size, weight_N, seed, device)
     placed = [
         (f"{_NAMES.get(kind, kind)} {number}", camera)
-        for kind, count in share_out(others, num_candidates - len(frames)).items()
-        for number, camera in enumerate(_place(kind, points_N3, floor, count, image_size, weight_N, seed, device))
+        for kind, count in others.items()
+        for number, camera in enumerate(place.cameras(kind, count))
     ]
-    names = [f"frame {row}" for row in frames] + [name for name, _ in placed]
     cameras = [camera for _, _, camera in pictures] + [camera for _, camera in placed]
-    images, depths = [image for image, _, _ in pictures], [depth for _, depth, _ in pictures]
-    without_depth = [row for row, depth in enumerate(depths) if depth is None]
-    to_render = [cameras[row] for row in without_depth] + cameras[len(frames) :]
-    renders = splat_batch(points_N3, colors_N3, to_render, device=device) if to_render else []
-    for row, render in zip(without_depth, renders, strict=False):
-        depths[row] = render.depth_HW
-    for render in renders[len(without_depth) :]:
-        images.append(render.color_HW3)
-        depths.append(render.depth_HW)
-    measured_V = np.array([row < len(frames) and row not in without_depth for row in range(len(cameras))], dtype=bool)
-    seen_VN = _seen(points_N3[visible], cameras, [depth for depth in depths if depth is not None], measured_V)
-    height, width = image_size
+    measured_V = np.array([depth is not None for _, depth, _ in pictures] + [False] * len(placed), dtype=bool)
+    images, depths = _look(scene, cameras, [picture[:2] for picture in pictures], device)
+    seen_VN = _seen(points_N3[visible], cameras, depths, measured_V)
     return ViewPool(
-        images_VHW3=np.stack(images) if images else np.zeros((0, height, width, 3), dtype=np.uint8),
+        images_VHW3=np.stack(images) if images else np.zeros((0, *image_size, 3), dtype=np.uint8),
         cameras=cameras,
-        names=names,
+        names=[f"frame {row}" for row in frames] + [name for name, _ in placed],
         visible_VK=_shares(seen_VN, member_NK),
         coverage_VS=seen_VN[:, _subsample(len(visible), COVERAGE_POINTS)],
         points_N3=points_N3[visible],
         seen_VN=seen_VN,
     )
+
+
+def _look(
+    scene: Scene,
+    cameras: list[Camera],
+    pictures: list[tuple[np.ndarray, np.ndarray | None]],
+    device: str | torch.device,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Picture and depth of every camera: the first ones' as read, the rest rendered, and depth that was not measured."""
+    missing = [row for row in range(len(cameras)) if row >= len(pictures) or pictures[row][1] is None]
+    if not missing:
+        return [image for image, _ in pictures], [depth for _, depth in pictures if depth is not None]
+    some = [cameras[row] for row in missing]
+    renders = dict(zip(missing, splat_batch(scene.points_N3, display_colors(scene), some, device=device), strict=True))
+    images = [image for image, _ in pictures]
+    images += [renders[row].color_HW3 for row in range(len(pictures), len(cameras))]
+    depths = [pictures[row][1] if row not in renders else renders[row].depth_HW for row in range(len(cameras))]
+    return images, [depth for depth in depths if depth is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Where rendered views of one scene are looked at from; see `place_cameras` for the fields."""
+
+    points_N3: np.ndarray
+    floor: float
+    image_size: tuple[int, int]
+    weight_N: np.ndarray
+    seed: int
+    device: str | torch.device
+
+    def cameras(self, kind: str, count: int) -> list[Camera]:
+        """`count` cameras of one rendered kind; fewer where there are no more places."""
+        if count < 1:
+            return []
+        if kind in ("inside", "object"):
+            return place_cameras(
+                self.points_N3,
+                self.floor,
+                count,
+                self.image_size,
+                weight_N=self.weight_N,
+                around=kind == "object",
+                seed=self.seed,
+                device=self.device,
+            )
+        height, width = self.image_size
+        matrix_33 = pinhole(width, height, FIELD_OF_VIEW)
+        if kind == "top":
+            poses = top_poses(self.points_N3, count)
+        else:
+            poses = ring_poses(self.points_N3, self.floor, count, low=kind == "bottom")
+        return [Camera(pose_44, matrix_33, width, height) for pose_44 in poses]
 
 
 def visible_shares(scene: Scene, cameras: Sequence[Camera], boxes_K7: np.ndarray) -> np.ndarray:
@@ -138,33 +180,6 @@ def visible_shares(scene: Scene, cameras: Sequence[Camera], boxes_K7: np.ndarray
     depths = [render.depth_HW for render in renders]
     seen_VN = visible_points(points_N3[visible], cameras, depths, tolerance=splat_tolerance(points_N3))
     return _shares(seen_VN, points_in_boxes(points_N3[visible], boxes_K7).numpy())
-
-
-def _place(
-    kind: str,
-    points_N3: np.ndarray,
-    floor: float,
-    count: int,
-    image_size: tuple[int, int],
-    weight_N: np.ndarray,
-    seed: int,
-    device: str | torch.device,
-) -> list[Camera]:
-    """`count` cameras of one rendered kind; fewer where there are no more places."""
-    if count < 1:
-        return []
-    if kind in ("inside", "object"):
-        around = kind == "object"
-        return place_cameras(
-            points_N3, floor, count, image_size, weight_N=weight_N, around=around, seed=seed, device=device
-        )
-    height, width = image_size
-    matrix_33 = pinhole(width, height, FIELD_OF_VIEW)
-    if kind == "ring":
-        poses = ring_poses(points_N3, floor, count)
-    else:
-        poses = vertical_poses(points_N3, floor, count, down=kind == "top")
-    return [Camera(pose_44, matrix_33, width, height) for pose_44 in poses]
 
 
 def display_colors(scene: Scene) -> np.ndarray:
