@@ -192,14 +192,14 @@ def run_view(args: argparse.Namespace) -> int:
         raise ValueError("--ask, --model, --encoder, --source and --candidates go with --views SCENE.")
     if args.views is None and args.predictions is None:
         raise ValueError("Name a run folder or predictions.jsonl to look at, or a scan with --views.")
+    if args.predictions is None and args.save:
+        raise ValueError("--save writes predictions; name a run folder or predictions.jsonl too.")
     sections = save_view_sheets(args) if args.views is not None else []
     if args.predictions is None:
         from .visualization.report import write_page
 
-        if args.save:
-            raise ValueError("--save writes predictions; name a run folder or predictions.jsonl too.")
         page = args.html or Path(args.out) / "views.html"
-        say(f"wrote {write_page(page, '3D-R1 views', args.views, sections)}")
+        say(f"wrote {write_page(page, '3D-R1 views', str(args.views), sections)}")
         return 0
     if args.save or not args.html:
         from .visualization.rerun_view import show

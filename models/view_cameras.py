@@ -149,7 +149,8 @@ def top_poses(points_N3: np.ndarray, count: int) -> list[np.ndarray]:
 
 def splat_tolerance(points_N3: np.ndarray) -> float:
     """Metres that a point may lie behind a splatted depth map and count as seen: discs overhang their surface."""
-    return min(0.15, 0.1 * max(float(np.ptp(points_N3, axis=0).max()), 1e-3))
+    extent = float(np.ptp(points_N3, axis=0).max()) if len(points_N3) else 0.0
+    return min(0.15, 0.1 * max(extent, 1e-3))
 
 
 def most_telling(seen_VN: np.ndarray, weight_N: np.ndarray, count: int) -> list[int]:

@@ -22,7 +22,7 @@ def kinds_of(source: str) -> tuple[str, ...]:
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or len(set(kinds)) < len(kinds):
         raise ValueError(
-            f"Unknown source of views {source!r}; choose one of {', '.join(NAMED)}, or join different ones of "
+            f"source is {source!r}; choose posed, rendered, mixed or none, or join different ones of "
             f"{', '.join(KINDS)} by +, as in posed+inside+ring."
         )
     return kinds

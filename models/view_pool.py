@@ -125,7 +125,7 @@ def _look(
     pictures: list[tuple[np.ndarray, np.ndarray | None]],
     device: str | torch.device,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Picture and depth of every camera: the first ones' as read, the rest rendered, and depth that was not measured."""
+    """Picture and depth of every camera: the first ones' as read, the rest rendered, as is depth not measured."""
     missing = [row for row in range(len(cameras)) if row >= len(pictures) or pictures[row][1] is None]
     if not missing:
         return [image for image, _ in pictures], [depth for _, depth in pictures if depth is not None]

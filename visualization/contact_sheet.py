@@ -5,7 +5,7 @@ Shapes: V views, H rows, W columns.
 
 import functools
 import html
-import textwrap
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -23,7 +23,7 @@ SCORES = {
 _TILE, _GAP, _MARGIN = 232, 14, 20  # pixels
 _LINE, _NUMBER = 18, 46
 _CHOSEN, _INK, _FAINT, _RAIL = (190, 24, 93), (31, 41, 55), (107, 114, 128), (229, 231, 235)
-_TITLE_LINES, _TITLE_LETTERS = 3, 400
+_TITLE_LINES, _TITLE_LETTERS, _PAGE_LETTERS = 3, 400, 2000
 _FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "msyh.ttc")
 
 
@@ -124,9 +124,12 @@ class _Header:
     """Title and notes, wrapped to a width in pixels."""
 
     def __init__(self, title: str, notes: Sequence[str], width: int):
-        words = " ".join(title.split())
-        self.title_font = _font(22, words[:_TITLE_LETTERS])
-        self.title = _wrap(words, self.title_font, width)
+        words = " ".join(title.split())[: _TITLE_LETTERS + 1]
+        self.title_font = _font(22, words)
+        shown = _without_missing(words, self.title_font)
+        if shown != words:
+            notes = [*notes, "Letters that no font on this machine has are left out of the question"]
+        self.title = _wrap(shown, self.title_font, width)
         text = "  ·  ".join(notes)
         self.notes = _wrap(text, _font(13), width) if text else []
         self.height = _MARGIN + 30 * len(self.title) + 19 * len(self.notes) + 16
@@ -179,9 +182,22 @@ def _own_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _covers(font: ImageFont.FreeTypeFont, text: str) -> bool:
-    """Whether a font has a glyph for every letter of a text; a missing one is drawn as the glyph of U+FFFF is."""
-    missing = bytes(font.getmask("\uffff"))
-    return all(bytes(font.getmask(letter)) != missing for letter in set(text) if not letter.isspace())
+    """Whether a font has a glyph for every letter of a text."""
+    return _without_missing(text, font) == text
+
+
+def _without_missing(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """A text in which an ellipsis stands for letters without a glyph, which are drawn as U+FFFF is."""
+    missing = _glyph(font, "\uffff")
+    lacking = {letter for letter in set(text) if not letter.isspace() and _glyph(font, letter) == missing}
+    runs = (("…",) if gone else run for gone, run in itertools.groupby(text, lacking.__contains__))
+    return "".join(letter for run in runs for letter in run)
+
+
+def _glyph(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, letter: str) -> bytes:
+    picture = Image.new("L", (64, 64))
+    ImageDraw.Draw(picture).text((16, 8), letter, fill=255, font=font)
+    return picture.tobytes()
 
 
 def sheet_section(
@@ -205,7 +221,7 @@ def sheet_section(
         rows.append(f"<tr><td>{rank}</td><td>{html.escape(names[view])}</td>{cells}<td>{taken_off:.3f}</td></tr>")
     key = "; ".join(SCORES[score][1] for score in known)
     lines = "".join(f"<p class='note'>{html.escape(line)}</p>" for line in notes)
-    shown = html.escape(textwrap.shorten(title, 2000, placeholder=" …"))
+    shown = html.escape(title if len(title) <= _PAGE_LETTERS else f"{title[:_PAGE_LETTERS]} …")
     return (
         f"<h2>Views for: {shown}</h2>{lines}"
         f"<img alt='contact sheet of candidate views' style='max-width:100%' src='{data_url(sheet_HW3, 92)}'>"

@@ -294,7 +294,7 @@ class TestViewPool:
         assert len(empty) == 0 and empty.visible_VK.shape == (0, 3) and empty.images_VHW3.shape == (0, 224, 224, 3)
         with pytest.raises(ValueError, match="no posed frames"):
             build_view_pool(scene, source="posed")
-        with pytest.raises(ValueError, match="choose one of posed"):
+        with pytest.raises(ValueError, match="choose posed"):
             build_view_pool(scene, source="pictures")
         with pytest.raises(ValueError, match="at least one candidate"):
             build_view_pool(scene, source="rendered", num_candidates=0)
