@@ -131,7 +131,8 @@ class _Header:
             notes = [*notes, "Letters that no font on this machine has are left out of the question"]
         self.title = _wrap(shown, self.title_font, width)
         text = "  ·  ".join(notes)
-        self.notes = _wrap(text, _font(13), width) if text else []
+        self.notes_font = _font(13, text[:_TITLE_LETTERS])
+        self.notes = _wrap(text, self.notes_font, width) if text else []
         self.height = _MARGIN + 30 * len(self.title) + 19 * len(self.notes) + 16
 
     def draw(self, draw: ImageDraw.ImageDraw) -> None:
@@ -139,7 +140,7 @@ class _Header:
             draw.text((_MARGIN, _MARGIN + 30 * row), line, fill=_INK, font=self.title_font)
         for row, line in enumerate(self.notes):
             top = _MARGIN + 30 * len(self.title) + 4 + 19 * row
-            draw.text((_MARGIN, top), line, fill=_FAINT, font=_font(13))
+            draw.text((_MARGIN, top), line, fill=_FAINT, font=self.notes_font)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
