@@ -229,4 +229,4 @@ def test_visible_points_are_those_that_rays_reach(room, renderer):
         visible.append(reached_KN[0][away_N])
     shares = np.concatenate(agree).mean(), np.concatenate(kept).mean(), np.concatenate(visible).mean()
     assert shares[0] >= 0.99, shares
-    assert shares[1] > 0.5 and 0.1 < shares[2] < 0.98, "edges are few, and there is something to see and to hide"
+    assert shares[1] > 0.4 and 0.1 < shares[2] < 0.98, "edges are few, and there is something to see and to hide"
