@@ -188,6 +188,19 @@ def save_answer_pictures(answered: "Answered", folder: Path) -> None:
 
 
 def run_view(args: argparse.Namespace) -> int:
+    if args.views is None and (args.ask or args.model or args.encoder or args.source or args.candidates):
+        raise ValueError("--ask, --model, --encoder, --source and --candidates go with --views SCENE.")
+    if args.views is None and args.predictions is None:
+        raise ValueError("Name a run folder or predictions.jsonl to look at, or a scan with --views.")
+    if args.predictions is None and args.save:
+        raise ValueError("--save writes predictions; name a run folder or predictions.jsonl too.")
+    sections = save_view_sheets(args) if args.views is not None else []
+    if args.predictions is None:
+        from .visualization.report import write_page
+
+        page = args.html or Path(args.out) / "views.html"
+        say(f"wrote {write_page(page, '3D-R1 views', str(args.views), sections)}")
+        return 0
     if args.save or not args.html:
         from .visualization.rerun_view import show
 
@@ -199,8 +212,37 @@ def run_view(args: argparse.Namespace) -> int:
         table = results_markdown(args.predictions)
         if table:
             say(table)
-        say(f"wrote {write_report(args.predictions, args.html, data_root=args.data, limit=args.limit)}")
+        out = write_report(args.predictions, args.html, data_root=args.data, limit=args.limit, sections=sections)
+        say(f"wrote {out}")
     return 0
+
+
+def save_view_sheets(args: argparse.Namespace) -> list[str]:
+    """A contact sheet of the candidate views for each question, as PNG; returns them as sections of a report."""
+    from .engine.views import SENTENCE_ENCODER, find_scene, score_views
+    from .visualization.contact_sheet import contact_sheet, sheet_section
+    from .visualization.pictures import save_picture
+
+    scored = score_views(
+        find_scene(args.views, args.data),
+        args.ask,
+        model_path=args.model,
+        language_model=args.language_model,
+        multiview=args.multiview,
+        encoder=args.encoder or SENTENCE_ENCODER,
+        source=args.source,
+        num_candidates=args.candidates,
+        align=args.align,
+    )
+    for note in scored[0].assumed:
+        sys.stderr.write(f"assumed: {note}\n")
+    sections = []
+    for number, found in enumerate(scored):
+        text: dict[str, Any] = {"title": found.question, "notes": found.notes, "taken_off_V": found.taken_off_V}
+        sheet_HW3 = contact_sheet(found.images_VHW3, found.names, found.scores, found.chosen, **text)
+        say(f"wrote {save_picture(sheet_HW3, Path(args.out) / f'views-{number}.png')}")
+        sections.append(sheet_section(sheet_HW3, found.names, found.scores, found.chosen, **text))
+    return sections
 
 
 def run_synthesize(args: argparse.Namespace) -> int:

@@ -283,8 +283,8 @@ def _add_result_commands(add: AddCommand) -> None:
     )
     infer.add_argument("--json", action="store_true", help="print one JSON object a question")
 
-    view = add("view", "look at predictions: HTML report, Rerun viewer or Rerun file")
-    view.add_argument("predictions", help="run folder or predictions.jsonl")
+    view = add("view", "look at predictions (HTML report, Rerun viewer or file), or at how views are chosen (--views)")
+    view.add_argument("predictions", nargs="?", help="run folder or predictions.jsonl")
     view.add_argument(
         "--data",
         default="data/rooms",
@@ -298,6 +298,39 @@ def _add_result_commands(add: AddCommand) -> None:
         type=at_least(0),
         metavar="N",
         help="predictions to show (default: 2 a task in the report, all in the viewer)",
+    )
+    views = view.add_argument_group("how views are chosen", "one contact sheet a question (docs/views.md)")
+    views.add_argument(
+        "--views", metavar="SCENE", help="a scan (as infer --scene takes it), or a prepared scene of the data root"
+    )
+    views.add_argument("--ask", action="append", default=[], metavar="TEXT", help="a question; may be repeated")
+    chooser = views.add_mutually_exclusive_group()
+    chooser.add_argument("--model", metavar="DIR", help="model or run folder: its detections, its view selector")
+    chooser.add_argument(
+        "--encoder",
+        metavar="NAME",
+        help="fixed weights and the scan's own boxes; CLIP, SigLIP, a sentence encoder or what `dual` wrote "
+        "(default: all-MiniLM-L6-v2)",
+    )
+    views.add_argument(
+        "--language-model", metavar="NAME", help="base language model, if it does not lie where it did in training"
+    )
+    views.add_argument("--multiview", default="", metavar="FILE", help="multi-view features, if the model takes them")
+    views.add_argument(
+        "--source",
+        metavar="KINDS",
+        help="posed, rendered, mixed, or kinds joined by +, out of posed, inside, ring, top, bottom, object "
+        "(default: the model's, else mixed)",
+    )
+    views.add_argument(
+        "--candidates", type=at_least(1), metavar="N", help="views to choose from (default: the model's, else 16)"
+    )
+    views.add_argument("--align", choices=("auto", "none"), default="auto", help="as for infer")
+    views.add_argument(
+        "--out",
+        default="runs/views",
+        metavar="DIR",
+        help="where views-<n>.png and views.html go (default: %(default)s)",
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from ..models.view_kinds import kinds_of
 from ..utils.files import read_text
 
 
@@ -126,7 +127,7 @@ class EncoderConfig:
 class ViewsConfig:
     """Dynamic view selection (models/view_selector.py)."""
 
-    source: str = "mixed"  # posed, rendered, mixed, none
+    source: str = "mixed"  # posed, rendered, mixed, none, or kinds joined by + (docs/views.md)
     num_candidates: int = 16
     num_views: int = 6
     image_size: int = 336  # pixels, square
@@ -142,7 +143,8 @@ class ViewsConfig:
     lr_factor: float = 10.0  # on optim.lr
 
     def __post_init__(self):
-        _one_of(self, source=("posed", "rendered", "mixed", "none"), weights=("fixed", "learned"))
+        kinds_of(self.source)
+        _one_of(self, weights=("fixed", "learned"))
         _at_least(self, num_candidates=1, num_views=1, image_size=1, redundancy=0, pull=0, lr_factor=0)
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0.")

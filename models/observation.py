@@ -29,7 +29,7 @@ class SceneSettings:
     use_normal: bool = False
     multiview_dim: int = 0  # channels of multi-view features a point; 0 for none
     num_proposals: int = 64
-    view_source: str = "mixed"  # posed, rendered, mixed, none
+    view_source: str = "mixed"  # kinds of candidate views (view_kinds.py)
     num_candidates: int = 16
     view_size: int = 336
 

@@ -26,9 +26,10 @@ from ..datasets.archive import read_arrays, write_arrays
 from ..datasets.scene import Scene
 from ..utils.camera import Camera
 from .image_encoder import Encoder
+from .view_kinds import kinds_of
 from .view_pool import ViewPool, build_view_pool
 
-CACHE_VERSION = 1  # raise it whenever other views or embeddings would come out of the same scene and settings
+CACHE_VERSION = 2  # raise it whenever other views or embeddings would come out of the same scene and settings
 _HASHED_VALUES = 65_536  # of a weight tensor, evenly spaced
 _BROKEN = (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error)
 _log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def pool_key(scene: Scene, settings: Mapping[str, Any], boxes_K7: np.ndarray | N
     """Hash of all that `build_view_pool` depends on; a frame's picture counts by name, size and time."""
     boxes = scene.boxes_K7 if boxes_K7 is None else np.asarray(boxes_K7, dtype=np.float32)
     frames = []
-    for frame in scene.frames if settings["source"] in ("posed", "mixed") else ():
+    for frame in scene.frames if "posed" in kinds_of(settings["source"]) else ():
         files = [_stamp(path) for path in (frame.color_path, frame.depth_path) if path is not None]
         frames += [files, np.asarray(frame.pose_44), np.asarray(frame.intrinsics_33)]
     geometry = (np.asarray(scene.points_N3), np.asarray(scene.colors_N3), np.asarray(scene.origin_3), boxes)

@@ -3,11 +3,13 @@
 Shapes: N points, P positions, V views. World frame, metres.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from scipy import ndimage
 
-from ..utils.render import Camera, look_at, pinhole, splat_batch, visible_points
+from ..utils.render import NEAR_PLANE, Camera, look_at, pinhole, splat_batch, visible_points
 
 EYE_HEIGHT = 1.5
 FIELD_OF_VIEW = 75.0  # degrees, horizontal
@@ -17,6 +19,11 @@ _DIRECTIONS = 8
 _LOOK_AHEAD, _LOOK_HEIGHT = 2.2, 0.8  # the camera looks at this height so far ahead: 18 degrees down
 _PROBE = 40  # pixels a side of the pictures that candidates are judged by
 _PROBE_POINTS = 8192
+_OBJECT_EXTENT = 2.0  # metres (or units, where a file has no scale); no room is as small
+_OBJECT_ELEVATIONS = (-20.0, 15.0, 45.0)  # degrees above the horizon
+_OBJECT_RING, _OBJECT_STEEP = 15.0, 60.0  # the same, of a ring around an object and of views from above (and below)
+_LOW_HEIGHT, _LOW_TARGET = 0.2, 1.0  # metres above the floor, of cameras that look up and of what they look at
+_RING_SHARE = 0.35  # radius of the ring in a room, as a share of the room's shorter side
 
 
 def spread(rows_ND: np.ndarray, count: int) -> np.ndarray:
@@ -61,17 +68,14 @@ def walkable_positions(points_N3: np.ndarray, floor: float, eye_height: float) -
 def candidate_poses(points_N3: np.ndarray, floor: float, num_positions: int) -> list[np.ndarray]:
     """Poses [4, 4] at eye height from positions spread over the free floor, in eight directions each.
 
-    A scan without free floor (one object, a table top) is looked at from a ring around it.
+    A scan without free floor (a table top) and a single object are looked at from around (`object_poses`).
     """
     ceiling = float(np.percentile(points_N3[:, 2], 99.5))
     eye_height = min(EYE_HEIGHT, 0.65 * max(ceiling - floor, 1e-3))
-    free_P2 = walkable_positions(points_N3, floor, eye_height)
+    free_P2 = np.zeros((0, 2)) if is_object(points_N3) else walkable_positions(points_N3, floor, eye_height)
     angles = np.arange(_DIRECTIONS) * 2 * np.pi / _DIRECTIONS
     if not len(free_P2):
-        lower_3, upper_3 = points_N3.min(0).astype(float), points_N3.max(0).astype(float)
-        middle_3, reach = (lower_3 + upper_3) / 2, max(float(np.linalg.norm(upper_3 - lower_3)), 0.2)
-        ring = np.arange(2 * _DIRECTIONS) * np.pi / _DIRECTIONS
-        return [look_at(middle_3 + reach * np.array([np.cos(a), np.sin(a), 0.5]), middle_3) for a in ring]
+        return object_poses(points_N3)
     poses = []
     for x, y in free_P2[spread(free_P2, num_positions)]:
         eye_3 = np.array([x, y, floor + eye_height])
@@ -79,6 +83,74 @@ def candidate_poses(points_N3: np.ndarray, floor: float, num_positions: int) -> 
             ahead_3 = np.array([np.cos(angle), np.sin(angle), 0]) * _LOOK_AHEAD
             poses.append(look_at(eye_3, eye_3 + ahead_3 + [0, 0, _LOOK_HEIGHT * eye_height / EYE_HEIGHT - eye_height]))
     return poses
+
+
+def is_object(points_N3: np.ndarray) -> bool:
+    """Whether a cloud is one object, not a room: smaller than any room is."""
+    return float(np.ptp(points_N3, axis=0).max()) < _OBJECT_EXTENT
+
+
+def poses_around(points_N3: np.ndarray, azimuths: Iterable[float], elevation: float) -> list[np.ndarray]:
+    """Poses [4, 4] that look at the middle of a cloud, far enough away that all of it fits into a square picture.
+
+    Azimuths in radians from +x, elevation in degrees above the horizon.
+    """
+    lower_3, upper_3 = points_N3.min(0).astype(float), points_N3.max(0).astype(float)
+    middle_3, radius = (lower_3 + upper_3) / 2, float(np.linalg.norm(upper_3 - lower_3)) / 2
+    distance = max(1.05 * radius / np.sin(np.radians(FIELD_OF_VIEW) / 2), radius + 2 * NEAR_PLANE)
+    height = np.radians(elevation)
+    directions = [np.array([np.cos(a) * np.cos(height), np.sin(a) * np.cos(height), np.sin(height)]) for a in azimuths]
+    return [look_at(middle_3 + distance * direction_3, middle_3) for direction_3 in directions]
+
+
+def object_poses(points_N3: np.ndarray) -> list[np.ndarray]:
+    """Poses [4, 4] around a whole cloud: eight directions at each of three elevations, from above and from below."""
+    poses = []
+    for row, elevation in enumerate(_OBJECT_ELEVATIONS):
+        poses += poses_around(
+            points_N3, (np.arange(_DIRECTIONS) + 0.5 * (row % 2)) * 2 * np.pi / _DIRECTIONS, elevation
+        )
+    return poses + poses_around(points_N3, [0.0], 90) + poses_around(points_N3, [0.0], -90)
+
+
+def ring_poses(points_N3: np.ndarray, floor: float, count: int, *, low: bool = False) -> list[np.ndarray]:
+    """Poses [4, 4] on a circle in a room that look at its middle: at eye height and downwards, or, `low`, from just
+    above the floor and upwards. A single object is looked at from around it, from above or from below the horizon."""
+    angles = np.arange(count) * 2 * np.pi / count
+    if is_object(points_N3):
+        return poses_around(points_N3, angles, -_OBJECT_STEEP if low else _OBJECT_RING)
+    lower_3, upper_3 = points_N3.min(0).astype(float), points_N3.max(0).astype(float)
+    scale = min(1.0, 0.65 * max(upper_3[2] - floor, 1e-3) / EYE_HEIGHT)
+    eye, target = (_LOW_HEIGHT, _LOW_TARGET) if low else (EYE_HEIGHT, _LOOK_HEIGHT)
+    middle_3 = np.array([*(lower_3 + upper_3)[:2] / 2, floor + scale * target])
+    reach = max(_RING_SHARE * float((upper_3 - lower_3)[:2].min()), 4 * NEAR_PLANE)
+    eyes = [
+        np.array([*(middle_3[:2] + reach * np.array([np.cos(a), np.sin(a)])), floor + scale * eye]) for a in angles
+    ]
+    return [look_at(eye_3, middle_3) for eye_3 in eyes]
+
+
+def top_poses(points_N3: np.ndarray, count: int) -> list[np.ndarray]:
+    """Poses [4, 4] in rows below the ceiling of a room, straight down; a single object is seen steeply from around."""
+    if is_object(points_N3):
+        return poses_around(points_N3, np.arange(count) * 2 * np.pi / count, _OBJECT_STEEP)
+    lower_3, upper_3 = points_N3.min(0).astype(float), points_N3.max(0).astype(float)
+    along, across = (0, 1) if (upper_3 - lower_3)[0] >= (upper_3 - lower_3)[1] else (1, 0)
+    rows = 1 if count < 4 else 2
+    columns = -(-count // rows)
+    poses = []
+    for number in range(count):
+        eye_3 = np.array([0.0, 0.0, upper_3[2] - NEAR_PLANE])
+        for axis, share in ((along, (number % columns + 0.5) / columns), (across, (number // columns + 0.5) / rows)):
+            eye_3[axis] = lower_3[axis] + share * (upper_3 - lower_3)[axis]
+        poses.append(look_at(eye_3, eye_3 - [0, 0, 1.0]))
+    return poses
+
+
+def splat_tolerance(points_N3: np.ndarray) -> float:
+    """Metres that a point may lie behind a splatted depth map and count as seen: discs overhang their surface."""
+    extent = float(np.ptp(points_N3, axis=0).max()) if len(points_N3) else 0.0
+    return min(0.15, 0.1 * max(extent, 1e-3))
 
 
 def most_telling(seen_VN: np.ndarray, weight_N: np.ndarray, count: int) -> list[int]:
@@ -105,10 +177,11 @@ def place_cameras(
     image_size: tuple[int, int],
     *,
     weight_N: np.ndarray | None = None,
+    around: bool = False,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> list[Camera]:
-    """Cameras inside a scan that together show it well, best first.
+    """Cameras inside a scan (or around a single object) that together show it well, best first.
 
     Candidates (positions on the free floor times eight directions) are judged by small splats of up to 8,192 points:
     greedily, by how much they show that earlier ones did not.
@@ -117,6 +190,7 @@ def place_cameras(
         floor: height of the floor.
         image_size: H, W of the pictures.
         weight_N: how much showing each point is worth. None takes all alike.
+        around: look at the whole cloud from around it, room or not.
         seed: of the subsample of points.
     """
     height, width = image_size
@@ -124,11 +198,13 @@ def place_cameras(
     if len(points_N3) > _PROBE_POINTS:
         pick = np.sort(np.random.default_rng(seed).choice(len(points_N3), _PROBE_POINTS, replace=False))
     some_S3 = points_N3[pick]
-    poses = candidate_poses(points_N3, floor, num_positions=max(8, count // 2))
+    poses = object_poses(points_N3) if around else candidate_poses(points_N3, floor, max(8, count // 2))
     matrix_33 = pinhole(_PROBE, _PROBE, FIELD_OF_VIEW)
     probes = [Camera(pose_44, matrix_33, _PROBE, _PROBE) for pose_44 in poses]
     renders = splat_batch(some_S3, np.zeros_like(some_S3, dtype=np.uint8), probes, smooth=False, device=device)
-    seen_VS = visible_points(some_S3, probes, [render.depth_HW for render in renders], tolerance=0.15, device=device)
+    seen_VS = visible_points(
+        some_S3, probes, [render.depth_HW for render in renders], tolerance=splat_tolerance(some_S3), device=device
+    )
     weight_S = np.ones(len(pick)) if weight_N is None else weight_N[pick]
     matrix_33 = pinhole(width, height, FIELD_OF_VIEW)
     return [Camera(poses[row], matrix_33, width, height) for row in most_telling(seen_VS, weight_S, count)]

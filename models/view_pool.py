@@ -14,16 +14,16 @@ from torch import Tensor
 from ..datasets.frames import read_depth
 from ..datasets.scene import Frame, Scene
 from ..utils.boxes import points_in_boxes
-from ..utils.render import Camera, splat_batch, visible_points
-from .view_cameras import place_cameras, spread
+from ..utils.render import Camera, pinhole, splat_batch, visible_points
+from .view_cameras import FIELD_OF_VIEW, place_cameras, ring_poses, splat_tolerance, top_poses
+from .view_frames import choose_frames, is_usable, unreadable
+from .view_kinds import kinds_of, share_out
 
-SOURCES = ("posed", "rendered", "mixed", "none")
 COVERAGE_POINTS = 4096
 _VISIBILITY_POINTS = 65536
-# metres a point may lie behind the depth map and count as seen: sensor noise; discs that overhang their surface
-_MEASURED_TOLERANCE, _SPLATTED_TOLERANCE = 0.08, 0.15
+_MEASURED_TOLERANCE = 0.08  # metres a point may lie behind the sensor's depth map and count as seen
 _OBJECT_WEIGHT = 3.0  # what all boxes together are worth to a camera, where all points together are worth 1
-_TURN_METRES = 1.5  # a turn by 60 degrees separates two frames as much as so many metres
+_NAMES = {"inside": "rendered"}  # what a view of a kind is called, where not by its kind
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class ViewPool:
 
     images_VHW3: np.ndarray  # uint8
     cameras: list[Camera]
-    names: list[str]  # "frame 12" (index into Scene.frames), "rendered 3"
+    names: list[str]  # "frame 12" (index into Scene.frames), "rendered 3", "ring 0", "top 0", "bottom 0", "object 0"
     visible_VK: np.ndarray  # float32
     coverage_VS: np.ndarray  # bool
     points_N3: np.ndarray  # float32
@@ -67,66 +67,109 @@ def build_view_pool(
     """Make the candidate views of a scene.
 
     Args:
-        source: "posed" takes frames from disk, spread over positions and directions, squeezed to `image_size`;
-            "rendered" renders the points from inside the room; "mixed" takes up to half of the views from frames and
-            renders the rest (all of them where the scene has no frames); "none" makes an empty pool.
-        num_candidates: views in the pool; fewer where "posed" finds fewer frames.
+        source: kinds of views joined by +, or a name for some of them (view_kinds.py): "posed" takes frames from disk,
+            squeezed to `image_size`, "rendered" renders the points from inside the room, "mixed" is "posed+inside",
+            "none" makes an empty pool. Each kind gets an even share; what frames leave goes to the others.
+        num_candidates: views in the pool; fewer where only frames are asked for and fewer are good.
         image_size: H, W.
         seed: everything random follows from it.
         boxes_K7: world frame; `visible_VK` is about these boxes. None takes the scene's own.
 
     Raises:
-        ValueError: for "posed" without frames, a frame file that cannot be read, an unknown source.
+        ValueError: for "posed" alone without usable frames, a frame file that cannot be read, an unknown source, a
+            scene without points.
     """
-    if source not in SOURCES:
-        raise ValueError(f"Unknown source of views {source!r}; choose one of {', '.join(SOURCES)}.")
-    if source != "none" and num_candidates < 1:
+    kinds = kinds_of(source)
+    if kinds and num_candidates < 1:
         raise ValueError(f"A pool needs at least one candidate view, not {num_candidates}; use source none for none.")
-    if source == "posed" and not scene.frames:
-        raise ValueError(f"Scene {scene.scene_id} has no posed frames; take its views from rendered or mixed.")
+    if kinds == ("posed",) and not any(is_usable(frame) for frame in scene.frames):
+        raise ValueError(
+            f"Scene {scene.scene_id} has no posed frames (with finite pose and intrinsics); take its views from "
+            "rendered or mixed."
+        )
+    if kinds and not len(scene.points_N3):
+        raise ValueError(f"Scene {scene.scene_id} has no points; check the scan file.")
     boxes = (scene.boxes_K7 if boxes_K7 is None else np.asarray(boxes_K7, dtype=np.float32)).reshape(-1, 7)
-    posed = {"posed": num_candidates, "mixed": num_candidates // 2}.get(source, 0)
-    frames = spread_frames(scene.frames, posed)
-    rendered = 0 if source in ("posed", "none") else num_candidates - len(frames)
-    pictures = [_read_frame(scene.frames[row], image_size) for row in frames]
-    cameras = [camera for _, _, camera in pictures]
     points_N3 = np.asarray(scene.points_N3, dtype=np.float32)
-    colors_N3 = display_colors(scene)
     visible = _subsample(len(points_N3), _VISIBILITY_POINTS)
     member_NK = points_in_boxes(points_N3[visible], boxes).numpy()
-    if rendered:
-        weight_N = np.full(len(points_N3), 1 / len(visible))
-        weight_N[visible] += _OBJECT_WEIGHT * _equal_weights(member_NK)
-        cameras += place_cameras(
-            points_N3,
-            float(scene.origin_3[2]),
-            rendered,
-            image_size,
-            weight_N=weight_N,
-            seed=seed,
-            device=device,
-        )
-    images, depths = [image for image, _, _ in pictures], [depth for _, depth, _ in pictures]
-    without_depth = [row for row, depth in enumerate(depths) if depth is None]
-    to_render = [cameras[row] for row in without_depth] + cameras[len(frames) :]
-    renders = splat_batch(points_N3, colors_N3, to_render, device=device) if to_render else []
-    for row, render in zip(without_depth, renders, strict=False):
-        depths[row] = render.depth_HW
-    for render in renders[len(without_depth) :]:
-        images.append(render.color_HW3)
-        depths.append(render.depth_HW)
-    measured_V = np.array([row < len(frames) and row not in without_depth for row in range(len(cameras))], dtype=bool)
-    seen_VN = _seen(points_N3[visible], cameras, [depth for depth in depths if depth is not None], measured_V)
-    height, width = image_size
+    weight_N = np.full(len(points_N3), 1 / max(len(visible), 1))
+    weight_N[visible] += _OBJECT_WEIGHT * _equal_weights(member_NK)
+    frames = choose_frames(scene.frames, share_out(kinds, num_candidates).get("posed", 0))
+    pictures = [_read_frame(scene.frames[row], image_size) for row in frames]
+    others = share_out(tuple(kind for kind in kinds if kind != "posed"), num_candidates - len(frames))
+    place = _Places(points_N3, float(scene.origin_3[2]), image_size, weight_N, seed, device)
+    placed = [
+        (f"{_NAMES.get(kind, kind)} {number}", camera)
+        for kind, count in others.items()
+        for number, camera in enumerate(place.cameras(kind, count))
+    ]
+    cameras = [camera for _, _, camera in pictures] + [camera for _, camera in placed]
+    measured_V = np.array([depth is not None for _, depth, _ in pictures] + [False] * len(placed), dtype=bool)
+    images, depths = _look(scene, cameras, [picture[:2] for picture in pictures], device)
+    seen_VN = _seen(points_N3[visible], cameras, depths, measured_V)
     return ViewPool(
-        images_VHW3=np.stack(images) if images else np.zeros((0, height, width, 3), dtype=np.uint8),
+        images_VHW3=np.stack(images) if images else np.zeros((0, *image_size, 3), dtype=np.uint8),
         cameras=cameras,
-        names=[f"frame {row}" for row in frames] + [f"rendered {row}" for row in range(len(cameras) - len(frames))],
+        names=[f"frame {row}" for row in frames] + [name for name, _ in placed],
         visible_VK=_shares(seen_VN, member_NK),
         coverage_VS=seen_VN[:, _subsample(len(visible), COVERAGE_POINTS)],
         points_N3=points_N3[visible],
         seen_VN=seen_VN,
     )
+
+
+def _look(
+    scene: Scene,
+    cameras: list[Camera],
+    pictures: list[tuple[np.ndarray, np.ndarray | None]],
+    device: str | torch.device,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Picture and depth of every camera: the first ones' as read, the rest rendered, as is depth not measured."""
+    missing = [row for row in range(len(cameras)) if row >= len(pictures) or pictures[row][1] is None]
+    if not missing:
+        return [image for image, _ in pictures], [depth for _, depth in pictures if depth is not None]
+    some = [cameras[row] for row in missing]
+    renders = dict(zip(missing, splat_batch(scene.points_N3, display_colors(scene), some, device=device), strict=True))
+    images = [image for image, _ in pictures]
+    images += [renders[row].color_HW3 for row in range(len(pictures), len(cameras))]
+    depths = [pictures[row][1] if row not in renders else renders[row].depth_HW for row in range(len(cameras))]
+    return images, [depth for depth in depths if depth is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Where rendered views of one scene are looked at from; see `place_cameras` for the fields."""
+
+    points_N3: np.ndarray
+    floor: float
+    image_size: tuple[int, int]
+    weight_N: np.ndarray
+    seed: int
+    device: str | torch.device
+
+    def cameras(self, kind: str, count: int) -> list[Camera]:
+        """`count` cameras of one rendered kind; fewer where there are no more places."""
+        if count < 1:
+            return []
+        if kind in ("inside", "object"):
+            return place_cameras(
+                self.points_N3,
+                self.floor,
+                count,
+                self.image_size,
+                weight_N=self.weight_N,
+                around=kind == "object",
+                seed=self.seed,
+                device=self.device,
+            )
+        height, width = self.image_size
+        matrix_33 = pinhole(width, height, FIELD_OF_VIEW)
+        if kind == "top":
+            poses = top_poses(self.points_N3, count)
+        else:
+            poses = ring_poses(self.points_N3, self.floor, count, low=kind == "bottom")
+        return [Camera(pose_44, matrix_33, width, height) for pose_44 in poses]
 
 
 def visible_shares(scene: Scene, cameras: Sequence[Camera], boxes_K7: np.ndarray) -> np.ndarray:
@@ -135,16 +178,8 @@ def visible_shares(scene: Scene, cameras: Sequence[Camera], boxes_K7: np.ndarray
     renders = splat_batch(points_N3, display_colors(scene), cameras, smooth=False)
     visible = _subsample(len(points_N3), _VISIBILITY_POINTS)
     depths = [render.depth_HW for render in renders]
-    seen_VN = visible_points(points_N3[visible], cameras, depths, tolerance=_SPLATTED_TOLERANCE)
+    seen_VN = visible_points(points_N3[visible], cameras, depths, tolerance=splat_tolerance(points_N3))
     return _shares(seen_VN, points_in_boxes(points_N3[visible], boxes_K7).numpy())
-
-
-def spread_frames(frames: Sequence[Frame], count: int) -> list[int]:
-    """Indices of `count` frames spread evenly in pose space (position and viewing direction), in frame order."""
-    if not frames or count < 1:
-        return []
-    pose_F6 = np.stack([np.r_[frame.pose_44[:3, 3], _TURN_METRES * frame.pose_44[:3, 2]] for frame in frames])
-    return sorted(int(row) for row in spread(pose_F6, count))
 
 
 def display_colors(scene: Scene) -> np.ndarray:
@@ -169,9 +204,7 @@ def _read_frame(frame: Frame, image_size: tuple[int, int]) -> tuple[np.ndarray, 
             return image_HW3, None, camera
         depth = Image.fromarray(read_depth(frame.depth_path))
     except OSError as error:
-        raise ValueError(
-            f"Cannot read the frame {frame.color_path} ({error}); prepare the scan again or use rendered views."
-        ) from None
+        raise unreadable(frame, error) from None
     return image_HW3, np.array(depth.resize((width, height), Image.Resampling.NEAREST)), camera
 
 
@@ -185,9 +218,9 @@ def _subsample(size: int, limit: int) -> np.ndarray:
 def _seen(
     points_N3: np.ndarray, cameras: list[Camera], depths: list[np.ndarray], measured_V: np.ndarray
 ) -> np.ndarray:
-    """Which points each view sees, bool [V, N]; splatted depth is given more tolerance than measured depth."""
+    """Which points each view sees, bool [V, N]; a room's splatted depth is given more tolerance than measured."""
     seen_VN = np.zeros((len(cameras), len(points_N3)), dtype=bool)
-    for measured, tolerance in ((True, _MEASURED_TOLERANCE), (False, _SPLATTED_TOLERANCE)):
+    for measured, tolerance in ((True, _MEASURED_TOLERANCE), (False, splat_tolerance(points_N3))):
         rows = np.nonzero(measured_V == measured)[0]
         some, maps = [cameras[row] for row in rows], [depths[row] for row in rows]
         seen_VN[rows] = visible_points(points_N3, some, maps, tolerance=tolerance)

@@ -286,6 +286,30 @@ def test_infer_with_wrong_arguments(argv: list[str], words: str, refused: Refuse
 # prepare ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "Name a run folder or predictions.jsonl to look at, or a scan with --views."),
+        (["--ask", "Where?"], "go with --views SCENE"),
+        (
+            ["--views", "gone", "--ask", "Where?"],
+            "There is no scan at gone, and no prepared scene data/rooms/prepared",
+        ),
+        (["--views", "SCENE"], "There is no question for the views"),
+        (["--views", "SCENE", "--ask", " "], "A question is empty"),
+        (["--views", "SCENE", "--ask", "Where?", "--source", "sky"], "source is 'sky'; choose posed"),
+        (["--views", "SCENE", "--ask", "Where?", "--source", "none"], "Source 'none' makes no views"),
+        (["--views", "SCENE", "--ask", "Where?", "--encoder", "gone"], "Cannot load the encoder 'gone'"),
+        (["--views", "SCENE", "--ask", "Where?", "--model", "RUN"], "This model takes no views"),
+        (["--views", "SCENE", "--ask", "Where?", "--model", "gone"], "There is no model at gone"),
+        (["--views", "SCENE", "--ask", "Where?", "--save", "a.rrd"], "--save writes predictions"),
+    ],
+)
+def test_view_of_views_with_wrong_arguments(argv: list[str], words: str, refused: Refused, run: Path, prepared: Path):
+    places = {"SCENE": str(prepared / "prepared" / "scene0000_00.npz"), "RUN": str(run)}
+    assert words in refused("view", *[places.get(word, word) for word in argv])
+
+
 def break_mesh(points_N3: np.ndarray) -> Callable[[Path], object]:
     return lambda scan: cloud(scan / f"{SCENE}_vh_clean_2.ply", points_N3)
 

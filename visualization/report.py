@@ -69,7 +69,12 @@ def find_evaluations(path: Path) -> list[Evaluated]:
 
 
 def write_report(
-    source: str | Path, out: str | Path, *, data_root: str | Path = "data/rooms", limit: int | None = None
+    source: str | Path,
+    out: str | Path,
+    *,
+    data_root: str | Path = "data/rooms",
+    limit: int | None = None,
+    sections: Sequence[str] = (),
 ) -> Path:
     """Write the report of a run folder (with `eval/*`), of one evaluation, or of a prediction file.
 
@@ -78,6 +83,7 @@ def write_report(
         out: the HTML file.
         data_root: where `prepared/` lies, for the pictures.
         limit: examples of each task; default 2.
+        sections: HTML to put at the end, such as contact sheets of views.
 
     Raises:
         ValueError: there is nothing to report on.
@@ -91,16 +97,26 @@ def write_report(
         raise ValueError(f"There is nothing to report on under {source}: no results.json and no predictions.jsonl.")
     predictions = read_predictions(file)
     parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>3D-R1 report</title>",
-        f"<style>{_STYLE}</style></head><body><h1>3D-R1 report</h1><p class='note'>{html.escape(str(source))}</p>",
         results_table(evaluations) if evaluations else "",
         curves_section(source) if source.is_dir() else "",
         examples_section(predictions, file.parent, Path(data_root), limit or 2),
+        *sections,
+    ]
+    return write_page(out, "3D-R1 report", str(source), parts)
+
+
+def write_page(out: str | Path, title: str, note: str, parts: Sequence[str]) -> Path:
+    """Write sections of HTML as one page."""
+    out = Path(out)
+    page = [
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>",
+        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1><p class='note'>{html.escape(note)}</p>",
+        *parts,
         "</body></html>",
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
-    partial.write_text("\n".join(parts), encoding="utf-8")
+    partial.write_text("\n".join(page), encoding="utf-8")
     os.replace(partial, out)
     return out
 

@@ -9,7 +9,8 @@ from threedr1.datasets.scene import Frame, Scene, floor_centre
 from threedr1.models.image_encoder import SentenceEncoder, TextImageEncoder, load_text_encoder
 from threedr1.models.relaxed_top_k import soft_top_k
 from threedr1.models.view_cameras import most_telling, place_cameras, spread, walkable_positions
-from threedr1.models.view_pool import ViewPool, build_view_pool, display_colors, spread_frames
+from threedr1.models.view_frames import spread_frames
+from threedr1.models.view_pool import ViewPool, build_view_pool, display_colors
 from threedr1.models.view_selector import (
     ViewSelector,
     relevant_views,
@@ -293,7 +294,7 @@ class TestViewPool:
         assert len(empty) == 0 and empty.visible_VK.shape == (0, 3) and empty.images_VHW3.shape == (0, 224, 224, 3)
         with pytest.raises(ValueError, match="no posed frames"):
             build_view_pool(scene, source="posed")
-        with pytest.raises(ValueError, match="choose one of posed"):
+        with pytest.raises(ValueError, match="choose posed"):
             build_view_pool(scene, source="pictures")
         with pytest.raises(ValueError, match="at least one candidate"):
             build_view_pool(scene, source="rendered", num_candidates=0)
