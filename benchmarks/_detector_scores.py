@@ -105,7 +105,8 @@ def scan_rows(name: str, run_dir: Path, cloud: Path, boxes: Path) -> list[Row]:
     probability_QC, objectness_Q = split_logits(encoding.class_logits_BQC1[0].numpy())
     found = SceneDetections(encoding.boxes_BQ7[0], probability_QC, objectness_Q, inputs.points_N3)
     kept = keep_detections(found, nms_iou=NMS_IOU, min_points=MIN_POINTS, min_objectness=MIN_OBJECTNESS)
-    best_K = box3d_iou(encoding.boxes_BQ7[0, torch.from_numpy(kept)], truth_K7).amax(0).numpy()
+    overlap_RK = box3d_iou(encoding.boxes_BQ7[0, torch.from_numpy(kept)], truth_K7)
+    best_K = overlap_RK.amax(0).numpy() if len(kept) else np.zeros(len(truth_K7))
     note = (
         f"share of {len(truth_K7)} objects that one of {len(kept)} kept detections overlaps by more, whatever its "
         f"class; {run.data.num_points} of {len(points_N3)} points"
@@ -127,6 +128,8 @@ def _labelled_scan(cloud: Path, boxes: Path) -> tuple[np.ndarray, np.ndarray, np
         scene_id = str(content["scene_id"])
     except (KeyError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{cloud} and {boxes} are not a labelled scan ({error}); see --scan in --help.") from None
+    if not len(truth_K6):
+        raise ValueError(f"{boxes} has no instances, so there is nothing to find.")
     aligned_N3 = (xyz_N3 @ align_44[:3, :3].T + align_44[:3, 3]).astype(np.float32)
     origin_3 = floor_centre(aligned_N3)
     truth_K7 = np.pad(truth_K6, ((0, 0), (0, 1))).astype(np.float32)

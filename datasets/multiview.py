@@ -107,7 +107,8 @@ class MultiviewFeatures:
 
     def _rows(self, content: h5py.Dataset, vertex_N: np.ndarray) -> np.ndarray:
         offset = content.id.get_offset()  # None unless the data set lies in one piece
-        if offset is None or content.external:
+        own = content.file.filename == self._opened().filename  # not behind a link into another file
+        if offset is None or content.external or not own:
             return content[()].take(vertex_N, axis=0)
         mapped_VW = np.memmap(self.path, content.dtype, "r", offset, content.shape)
         return np.asarray(mapped_VW).take(vertex_N, axis=0)

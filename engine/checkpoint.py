@@ -197,14 +197,12 @@ def open_run(config: Any, resume: bool) -> Path | None:
     return newest
 
 
-# Keys that came to these groups later have defaults that mean what was done before there were such keys.
-_GROWN = ("data", "encoder", "model.encoder", "model.views")
-# Others have a default that means something new; this is what was done before.
+# Keys that came later have defaults that mean what was done before there were such keys, but for these.
 _BEFORE = {"model.language.object_token": False, "model.views.redundancy": 0.0}
 
 
 def _saved_config(checkpoint: Path, defaults: dict) -> dict:
-    """A checkpoint's configuration; keys of `_GROWN` that it was written without take their defaults."""
+    """A checkpoint's configuration; keys that it was written without take their defaults."""
     path = checkpoint / "config.yaml"
     text = read_text(path, f"{checkpoint} has no config.yaml; delete that checkpoint and resume from the one before.")
     try:
@@ -220,10 +218,7 @@ def _saved_config(checkpoint: Path, defaults: dict) -> dict:
         group = _group(saved, names)
         if isinstance(group, dict):
             group.setdefault(key, value)
-    for path in _GROWN:
-        group = _group(saved, path.split("."))
-        if isinstance(group, dict):
-            _fill(group, _group(defaults, path.split(".")) or {})
+    _fill(saved, defaults)
     return saved
 
 

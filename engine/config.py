@@ -467,9 +467,12 @@ def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:
             _set_or_switch(target, key, value)
 
 
+_SWITCHED = ("augment",)  # groups that `true` or `false` switch
+
+
 def _set_or_switch(target: dict[str, Any], key: str, value: Any) -> None:
     """Set a key; `true` or `false` for a group with a switch keep the group's other keys."""
-    if isinstance(value, bool) and isinstance(target.get(key), dict):
+    if isinstance(value, bool) and key in _SWITCHED and isinstance(target.get(key), dict):
         value = {**target[key], "enabled": value}
     target[key] = value
 
@@ -477,7 +480,7 @@ def _set_or_switch(target: dict[str, Any], key: str, value: Any) -> None:
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
-        if isinstance(values.get(parent), bool):
+        if parent in _SWITCHED and isinstance(values.get(parent), bool):
             values[parent] = {"enabled": values[parent]}
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):

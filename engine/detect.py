@@ -8,6 +8,8 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,6 +37,9 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
     if run.micro_batch_size not in (0, run.batch_size):
         raise ValueError("detect takes a batch at once; leave run.micro_batch_size at 0 and lower run.batch_size.")
     last = open_run(config, resume)
+    if last is None and os.environ.get("RANK", "0") == "0":  # an older run's, without its checkpoints
+        shutil.rmtree(Path(run.dir) / "best", ignore_errors=True)
+        (Path(run.dir) / "detection.json").unlink(missing_ok=True)
     runtime = init_runtime(run.device)
     scenes = SceneSamples(config, config.data.train_split)
     held_out = SceneSamples(config, config.data.eval_split) if config.data.eval_split else None
@@ -43,7 +48,6 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
     encoder.to(runtime.device).train()
     if config.precision == "bfloat16":
         encoder.compute_in(torch.bfloat16)
-        torch.set_float32_matmul_precision("high")  # what stays in float32 goes through the matrix units
     average = copy.deepcopy(encoder).eval().requires_grad_(False) if config.ema_decay else encoder
     criterion = SetCriterion(encoder.num_classes, repeats=config.queries_per_object).to(runtime.device)
     optimizer = Optimizer(dict(encoder.named_parameters()), config.optim, run.steps, runtime)
@@ -56,7 +60,7 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
     tracker = Tracker(
         run.dir, "detect", run.steps, first_step=state["step"], sinks=run.trackers, enabled=runtime.is_main
     )
-    with tracker, scenes.loader:
+    with tracker, scenes.loader, matmul_precision("high" if config.precision == "bfloat16" else "highest"):
         for step in range(state["step"], run.steps):
             seed_everything(run.seed, step, runtime.rank)
             losses = train_step(encoder, criterion, scenes, step, runtime)
@@ -90,6 +94,17 @@ def train_step(
     loss, parts = criterion(encoding, targets.to(runtime.device))
     loss.backward()
     return {"loss": loss.detach(), **parts}
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """`high` puts what stays in float32 through the matrix units of a GPU (TF32); the setting before comes back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def mean_over_ranks(losses: dict[str, torch.Tensor], runtime: Runtime) -> dict[str, float]:
@@ -137,7 +152,7 @@ class Best:
 
     def __init__(self, run_dir: Path, *, score: float, seconds: float):
         self.folder = run_dir / "best"
-        self.score = score
+        self.score = score if self.folder.exists() else -1.0  # a kill can come between removing and renaming
         self.seconds = seconds
 
     def evaluate(

@@ -108,9 +108,12 @@ class CloudSampler:
             self._outlines[row] = object_outlines(everything_N3, scene.instance_ids_N, scene.object_ids_K)
         part = self.augmentation.part(scene, self._outlines[row], rng)
         available = len(scene.points_N3) if part.kept_P is None else len(part.kept_P)
-        kept_N = sample_indices(available, self.num_points, rng)
-        if part.kept_P is not None:
-            kept_N = part.kept_P.take(kept_N)
+        (part_rng,) = rng.spawn(1)  # so that a cut does not change what is drawn after it
+        if part.kept_P is None:
+            kept_N = sample_indices(available, self.num_points, rng)
+        else:
+            sample_indices(len(scene.points_N3), self.num_points, rng)
+            kept_N = part.kept_P.take(sample_indices(available, self.num_points, part_rng))
         points_N3 = scene.to_model(scene.points_N3.take(kept_N, axis=0))
         points_N3, boxes_K7, change = self.augmentation.moved(points_N3, part, rng)
         return _Placed(kept_N, points_N3, boxes_K7, part.rows_M, change)
@@ -151,9 +154,10 @@ def stack(samples: Sequence[CloudSample]) -> Arrays:
 def to_batch(arrays: Arrays) -> Batch:
     """Tensors of a batch, on the host. ValueError: an object is of a class that there is not."""
     for classes_K in arrays.classes:
-        if len(classes_K) and not 0 <= classes_K.min() <= classes_K.max() < NUM_CLASSES:
+        outside = classes_K[(classes_K < 0) | (classes_K >= NUM_CLASSES)]
+        if len(outside):
             raise ValueError(
-                f"A scene has an object of class {classes_K.max()}; classes run from 0 to {NUM_CLASSES - 1}, and "
+                f"A scene has an object of class {outside[0]}; classes run from 0 to {NUM_CLASSES - 1}, and "
                 f"{NUM_CLASSES - 1} stands for everything else. Run `python main.py prepare` again."
             )
     boxes, classes = ([torch.from_numpy(part) for part in parts] for parts in (arrays.boxes, arrays.classes))

@@ -194,8 +194,10 @@ class SceneEncoder(nn.Module):
                 f"{features_BNF.shape[-1]}; choose the channels as in its training."
             )
         points_BN3, features_BNF = points_BN3.float(), features_BNF.float()
-        if not bool(torch.isfinite(points_BN3).all()):
-            raise ValueError(NOT_FINITE)
+        if not bool(torch.isfinite(points_BN3).all() & torch.isfinite(features_BNF).all()):
+            if not bool(torch.isfinite(points_BN3).all()):
+                raise ValueError(NOT_FINITE)
+            raise ValueError("The scene has channels (colour, height, features) that are NaN or infinite; mend them.")
         token_xyz_BM3, tokens_BMD = self.set_abstraction(*self._cloud(points_BN3, features_BNF))
         token_position_BMD = self.token_position(token_xyz_BM3)
         distance_BMM = _distances(token_xyz_BM3, token_xyz_BM3)

@@ -67,6 +67,15 @@ def test_features_of_another_release_are_refused(scene, tmp_path, array, words):
         features.of(scene)
 
 
+def test_features_behind_a_link_into_another_file(scene, tmp_path):
+    values_VW = np.random.default_rng(0).random((scene.num_vertices, 3)).astype(np.float32)
+    write(tmp_path / "part.hdf5", padding=np.ones((50, 3), np.float32), scene0000_00=values_VW)
+    with h5py.File(tmp_path / "index.hdf5", "w") as file:
+        file["scene0000_00"] = h5py.ExternalLink("part.hdf5", "scene0000_00")
+    found = MultiviewFeatures(tmp_path / "index.hdf5").of(scene)
+    assert np.array_equal(found, values_VW[scene.vertex_ids_N])
+
+
 def test_old_scenes_and_broken_files_are_explained(scene, tmp_path):
     features = write(tmp_path / "f.hdf5", scene0000_00=np.ones((scene.num_vertices, 2), np.float32))
     scene.vertex_ids_N = None

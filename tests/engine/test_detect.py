@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -254,6 +255,23 @@ def test_scenes_without_objects_and_with_more_than_there_are_queries(data_root, 
     detect.train(make_config(data_root, tmp_path / "nothing", batch_size=1, steps=2))
     scores = json.loads((tmp_path / "nothing" / "detection.json").read_text())
     assert scores["0.25"]["mAP"] == scores["0.5"]["AR"] == 0.0
+
+
+def test_the_best_encoder_is_there_after_every_run(data_root, tmp_path):
+    """Also where a kill came between removing the old one and renaming the new one, or an older run left one."""
+    config = make_config(data_root, tmp_path / "run", steps=2)
+    folder = detect.train(config)
+    first = load_file(folder / "model.safetensors")
+    shutil.rmtree(folder)
+    assert detect.train(config, resume=True) == folder
+    for name, value in load_file(folder / "model.safetensors").items():
+        assert torch.equal(value, first[name])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    untrained = detect.train(make_config(data_root, tmp_path / "run", steps=0))
+    assert not torch.equal(
+        load_file(untrained / "model.safetensors")["class_head.0.weight"], first["class_head.0.weight"]
+    )
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_class_outside_the_map_is_refused(data_root, tmp_path):

@@ -100,12 +100,14 @@ def test_all_scenes_at_once_equal_one_after_the_other(counts, repeats):
 
 
 @pytest.mark.parametrize("counts", [[3, 1, 2], [0, 4], [0, 0], [9, 2]], ids=["some", "none", "nothing", "too-many"])
-def test_losses_equal_a_loop_over_layers_and_scenes(counts):
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_losses_equal_a_loop_over_layers_and_scenes(counts, repeats):
     logits_LBQC1, boxes_LBQ7, targets = random_problem(counts)
     predictions = [LayerPrediction(logits, boxes) for logits, boxes in zip(logits_LBQC1, boxes_LBQ7, strict=True)]
-    losses = SetCriterion(4, LossWeights(no_object=0.1)).layer_losses(predictions, targets)
+    losses = SetCriterion(4, LossWeights(no_object=0.1), repeats).layer_losses(predictions, targets)
     for layer in range(3):
-        matches = match(logits_LBQC1[layer : layer + 1], boxes_LBQ7[layer : layer + 1], targets)
+        alone = slice(layer, layer + 1)
+        matches = match(logits_LBQC1[alone], boxes_LBQ7[alone], targets, [repeats if layer < 2 else 1])
         wanted_BQ = torch.full((len(counts), 6), 4)
         centre = size = giou = 0.0
         for scene, query, entry in zip(*(column.tolist() for column in matches[1:]), strict=True):

@@ -184,6 +184,10 @@ def test_points_that_are_not_finite_are_refused(backbone):
         points_BN3[1, 5, 2] = bad
         with pytest.raises(ValueError, match="points with NaN or infinite coordinates; clean the scan"):
             encoder(points_BN3, features_BNF)
+        points_BN3[1, 5, 2], features_BNF[0, 3, 1] = 0.0, bad
+        with pytest.raises(ValueError, match="channels .* that are NaN or infinite"):
+            encoder(points_BN3, features_BNF)
+        features_BNF[0, 3, 1] = 0.0
 
 
 def balls_step_by_step(
