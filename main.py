@@ -188,8 +188,16 @@ def save_answer_pictures(answered: "Answered", folder: Path) -> None:
 
 
 def run_view(args: argparse.Namespace) -> int:
-    if args.views is None and (args.ask or args.model or args.encoder or args.source or args.candidates):
-        raise ValueError("--ask, --model, --encoder, --source and --candidates go with --views SCENE.")
+    chosen = [args.ask, args.model, args.encoder, args.source, args.candidates, args.language_model, args.multiview]
+    if args.views is None and any(chosen):
+        raise ValueError(
+            "--ask, --model, --encoder, --source, --candidates, --language-model and --multiview go with "
+            "--views SCENE."
+        )
+    if args.views is not None and args.model is None and (args.language_model or args.multiview):
+        raise ValueError("--language-model and --multiview go with --model DIR.")
+    if args.views is not None and args.predictions is not None and not args.html:
+        raise ValueError("With predictions and --views the sheets stand in their report; name it with --html FILE.")
     if args.views is None and args.predictions is None:
         raise ValueError("Name a run folder or predictions.jsonl to look at, or a scan with --views.")
     if args.predictions is None and args.save:

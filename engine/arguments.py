@@ -16,10 +16,13 @@ _MINUS = re.compile(r"-[\d.]")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers a wrong command line with one sentence instead of the whole usage.
+    """A parser that answers a wrong command line with one sentence instead of the whole usage, and takes whole words.
 
     It takes `--click -1,0.5,0.4` as it is meant; argparse alone reads the numbers as an option for their minus sign.
     """
+
+    def __init__(self, *positional: Any, **options: Any):
+        super().__init__(*positional, **{"allow_abbrev": False, **options})
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         joined: list[str] = []

@@ -93,6 +93,13 @@ def check_settings(model: SceneVLM, config: ModelConfig, data: DataConfig) -> No
     if model.view_selector is not None:
         pairs["num_views"] = (config.views.num_views, model.view_selector.num_views)
         pairs["redundancy"] = (config.views.redundancy, model.view_selector.redundancy)
+        pairs["view encoder"] = (config.views.encoder, model.view_selector.encoder_name)
+        if config.views.weights == "fixed":
+            for name in ("w_text", "w_image"):
+                pairs[f"view weight {name}"] = (
+                    round(getattr(config.views, name), 4),
+                    round(float(getattr(model.view_selector, name)), 4),
+                )
     for name, (asked, found) in pairs.items():
         if asked != found:
             raise ValueError(

@@ -26,6 +26,7 @@ from .references import reference_of
 from .rollout import Rollout, roll_out
 from .runtime import log, pick_device
 
+_BESIDE = 1.0  # metres that a click may lie outside of a scan
 CAPTION_TASKS = ("dense_caption", "object_caption")
 Asked: TypeAlias = tuple[np.ndarray | None, dict[str, Any]]  # the box of an object, world frame, and a sample's `meta`
 
@@ -208,6 +209,8 @@ def _check_questions(questions: Sequence[str], task: str, pointing: bool) -> Non
             raise ValueError(f"Task {task} takes no question besides the box; leave --ask out, or choose --task qa.")
     elif not questions:
         raise ValueError('There is no question: ask one with --ask "…" or give a file with --questions.')
+    elif not pointing and any(OBJECT_PLACEHOLDER in question for question in questions):
+        raise ValueError(f"A question speaks of {OBJECT_PLACEHOLDER}; point at it with --box or --click.")
     elif pointing:
         for question in questions:
             if OBJECT_PLACEHOLDER not in question:
@@ -224,12 +227,13 @@ def _checked_box(box: Sequence[float], scene: Scene) -> np.ndarray:
         raise ValueError(f"{shown} is no box; give x,y,z,dx,dy,dz, sizes above 0, and a heading where it is turned.")
     box_7 = np.array([*box, 0.0][:7], dtype=np.float32)
     if not bool(points_in_boxes(scene.points_N3, box_7[None]).any()):
-        low, high = scene.points_N3.min(0), scene.points_N3.max(0)
-        raise ValueError(
-            f"The box {shown} holds no point of the scan, which lies between {_shown(low)} and {_shown(high)} m after "
-            "alignment; boxes are in that frame."
-        )
+        raise ValueError(f"The box {shown} holds no point of the scan, {_extent(scene)}; boxes are in that frame.")
     return box_7
+
+
+def _extent(scene: Scene) -> str:
+    low, high = scene.points_N3.min(0), scene.points_N3.max(0)
+    return f"which lies between {_shown(low)} and {_shown(high)} m after alignment"
 
 
 def _clicked(click: Sequence[float], observation: Observation) -> Asked:
@@ -237,6 +241,11 @@ def _clicked(click: Sequence[float], observation: Observation) -> Asked:
     if len(click) != 3:
         raise ValueError(f"A click has three coordinates, x,y,z, not {len(click)}.")
     assert observation.encoded is not None
+    points_N3 = observation.scene.points_N3
+    outside_3 = np.maximum(points_N3.min(0) - np.asarray(click), np.asarray(click) - points_N3.max(0))
+    if np.isfinite(click).all() and outside_3.max() > _BESIDE:
+        where = _extent(observation.scene)
+        raise ValueError(f"The click {_shown(click)} is far from the scan, {where}; clicks are in that frame.")
     box_7, distance = clicked_box(click, observation.scene, observation.encoded)
     if np.isinf(distance):
         log.warning("nothing is detected in this scan; the click %s means what lies around it", _shown(click))

@@ -112,14 +112,17 @@ def clicked_box(
 ) -> tuple[np.ndarray, float]:
     """What a click means: the box [7] of a detected object, and how far from it the click is; world frame, metres.
 
-    The smallest object that contains the click, else the nearest one; where nothing is detected a small cube around
-    the click, at an infinite distance.
+    The smallest object that contains the click, else the nearest one, out of those that are more likely an object than
+    not (of all proposals where none is); without a proposal a small cube around the click, at an infinite distance.
 
     Raises:
         ValueError: a click that is not finite.
     """
     model_3 = torch.from_numpy(scene.to_model(np.asarray(point_3, dtype=np.float32)))
+    likely_K = encoded.valid_K & (encoded.objectness_K >= 0.5)
+    if not bool(likely_K.any()):
+        likely_K = encoded.valid_K
     boxes_17, distance_1 = click_boxes(
-        model_3[None].to(encoded.boxes_K7.device), encoded.boxes_K7[None], encoded.valid_K[None]
+        model_3[None].to(encoded.boxes_K7.device), encoded.boxes_K7[None], likely_K[None]
     )
     return scene.to_world(boxes_17[0].detach().cpu().numpy()), float(distance_1[0])

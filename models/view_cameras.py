@@ -95,7 +95,7 @@ def poses_around(points_N3: np.ndarray, azimuths: Iterable[float], elevation: fl
 
     Azimuths in radians from +x, elevation in degrees above the horizon.
     """
-    lower_3, upper_3 = points_N3.min(0).astype(float), points_N3.max(0).astype(float)
+    lower_3, upper_3 = _walls(points_N3)
     middle_3, radius = (lower_3 + upper_3) / 2, float(np.linalg.norm(upper_3 - lower_3)) / 2
     distance = max(1.05 * radius / np.sin(np.radians(FIELD_OF_VIEW) / 2), radius + 2 * NEAR_PLANE)
     height = np.radians(elevation)
@@ -119,7 +119,7 @@ def ring_poses(points_N3: np.ndarray, floor: float, count: int, *, low: bool = F
     angles = np.arange(count) * 2 * np.pi / count
     if is_object(points_N3):
         return poses_around(points_N3, angles, -_OBJECT_STEEP if low else _OBJECT_RING)
-    lower_3, upper_3 = points_N3.min(0).astype(float), points_N3.max(0).astype(float)
+    lower_3, upper_3 = _walls(points_N3)
     scale = min(1.0, 0.65 * max(upper_3[2] - floor, 1e-3) / EYE_HEIGHT)
     eye, target = (_LOW_HEIGHT, _LOW_TARGET) if low else (EYE_HEIGHT, _LOOK_HEIGHT)
     middle_3 = np.array([*(lower_3 + upper_3)[:2] / 2, floor + scale * target])
@@ -130,11 +130,17 @@ def ring_poses(points_N3: np.ndarray, floor: float, count: int, *, low: bool = F
     return [look_at(eye_3, middle_3) for eye_3 in eyes]
 
 
+def _walls(points_N3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper corner of a room, a few stray points aside."""
+    lower_3, upper_3 = np.percentile(points_N3, [0.5, 99.5], axis=0)
+    return lower_3, upper_3
+
+
 def top_poses(points_N3: np.ndarray, count: int) -> list[np.ndarray]:
     """Poses [4, 4] in rows below the ceiling of a room, straight down; a single object is seen steeply from around."""
     if is_object(points_N3):
         return poses_around(points_N3, np.arange(count) * 2 * np.pi / count, _OBJECT_STEEP)
-    lower_3, upper_3 = points_N3.min(0).astype(float), points_N3.max(0).astype(float)
+    lower_3, upper_3 = _walls(points_N3)
     along, across = (0, 1) if (upper_3 - lower_3)[0] >= (upper_3 - lower_3)[1] else (1, 0)
     rows = 1 if count < 4 else 2
     columns = -(-count // rows)

@@ -14,6 +14,7 @@ from .view_cameras import spread
 
 TURN_METRES = 1.5  # a turn by 60 degrees separates two frames as much as so many metres
 SAME_VIEW = 0.15  # metres in pose space; a frame nearer to a chosen one shows what that one shows
+_RIGID = 0.05  # that R^T R of a pose may differ from the identity: poses are written with few decimals
 _RIVALS = 4  # frames that show what a chosen one shows and may take its place by being sharper
 # At 320 x 240, 7-Scenes' frames lie between 0.26 and 0.46; smeared by a Gaussian of 2 pixels 0.7, of 3 0.8
 _BLURRED, _WORSE = 0.75, 0.15
@@ -22,16 +23,18 @@ _EDGE, _LEAST_EDGES = 2.0, 0.01  # grey levels between neighbours that count; sh
 
 
 def is_usable(frame: Frame) -> bool:
-    """Whether a frame's pose and intrinsics are those of a camera: finite, with positive focal lengths.
+    """Whether a frame's pose and intrinsics are those of a camera: a finite rigid pose, positive focal lengths.
 
-    ScanNet writes a pose full of infinities where tracking was lost.
+    ScanNet writes a pose full of infinities where tracking was lost, other tools one of zeros.
     """
     pose_44, matrix_33 = np.asarray(frame.pose_44), np.asarray(frame.intrinsics_33)
     if pose_44.shape != (4, 4) or matrix_33.shape != (3, 3):
         return False
-    return bool(
-        np.isfinite(pose_44).all() and np.isfinite(matrix_33).all() and min(matrix_33[0, 0], matrix_33[1, 1]) > 0
-    )
+    if not (np.isfinite(pose_44).all() and np.isfinite(matrix_33).all()):
+        return False
+    turn_33 = pose_44[:3, :3].astype(np.float64)
+    rigid = np.abs(turn_33.T @ turn_33 - np.eye(3)).max() < _RIGID
+    return bool(rigid and min(matrix_33[0, 0], matrix_33[1, 1]) > 0)
 
 
 def pose_rows(frames: Sequence[Frame]) -> np.ndarray:
@@ -91,7 +94,13 @@ def choose_frames(frames: Sequence[Frame], count: int) -> list[int]:
     for row in chosen:
         distance_F = np.linalg.norm(pose_F6 - pose_rows([frames[row]]), axis=1)
         near = np.argsort(distance_F, kind="stable")[: _RIVALS + 1]
-        rivals = {usable[index] for index in near if distance_F[index] < SAME_VIEW} - {*chosen, *kept}
+        others_G6 = pose_rows([frames[other] for other in {*chosen, *kept} - {row}])
+        rivals = {
+            usable[index]
+            for index in near
+            if distance_F[index] < SAME_VIEW
+            and not (np.linalg.norm(others_G6 - pose_F6[index], axis=1) < SAME_VIEW).any()
+        } - {row}
         blurs = {other: _blur_of(frames[other]) for other in (row, *sorted(rivals))}
         best = min(blurs, key=lambda other: (round(blurs[other], 2), other != row))
         kept[best] = blurs[best]

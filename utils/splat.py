@@ -76,8 +76,9 @@ def splat_batch(
     filled, and its depth is that of this point. ValueError for an empty cloud, coordinates that are not finite and
     cameras of different sizes.
 
-    A GPU makes the same pictures as a CPU. Those of one call share page-locked memory then, which stays taken while
-    one of them lives: copy what is kept for long.
+    A GPU makes the same pictures as a CPU, but for pixels where rounding decides (tests allow one in 10,000). There
+    the pictures of one call share page-locked memory, which stays taken while one of them lives: copy what is kept
+    for long.
     """
     points, colors = _check(points_N3, colors_N3, cameras)
     if not cameras:

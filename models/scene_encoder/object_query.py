@@ -15,6 +15,7 @@ from torch import Tensor
 from ...utils.boxes import paired_iou
 
 NOTHING = -1
+_TOUCH = 1e-6  # IoU that rounding can give boxes which only touch
 CLICK_REACH = 0.3  # metres around a click that count as its object where nothing is detected
 
 
@@ -61,7 +62,7 @@ def select_by_box(
     asked_BK7 = boxes_B7.detach()[:, None].expand(-1, num_proposals, -1)
     iou_BK = paired_iou(asked_BK7.flatten(0, 1), proposals_BK7.detach().flatten(0, 1)).view(batch, num_proposals)
     best_B, index_B = iou_BK.masked_fill(~valid_BK, 0).max(-1)
-    counts_B = (best_B > 0) & (best_B >= min_iou)
+    counts_B = (best_B > _TOUCH) & (best_B >= min_iou)
     return index_B.where(counts_B, NOTHING), best_B.where(counts_B, 0)
 
 

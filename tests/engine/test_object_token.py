@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from threedr1 import main as cli
+from threedr1.datasets.readers import read_scene
 from threedr1.datasets.scene import Sample
 from threedr1.datasets.scene_store import SceneStore
 from threedr1.engine import sft
@@ -313,6 +314,7 @@ def test_infer_asks_each_question_of_each_object(folder, scan, scene):
         ({"boxes": [[0.0, 0, 0]]}, "is no box"),
         ({"clicks": [[0.0, 0]]}, "A click has three coordinates"),
         ({"clicks": [[0.0, 0, float("inf")]]}, "a click is not finite"),
+        ({"clicks": [[50.0, 0, 1]]}, "is far from the scan, which lies between"),
         (
             {"clicks": [[0.0, 0, 0]], "questions": ["How many?"]},
             "does not say where the object stands; write {object}",
@@ -331,9 +333,10 @@ def test_infer_refuses_what_it_cannot_point_at(arguments, words, folder, scan):
         infer(scan, folder, **{"questions": [], **arguments})
 
 
-def test_a_click_far_outside_takes_the_nearest_object_and_says_so(folder, scan, caplog):
+def test_a_click_beside_everything_takes_the_nearest_object_and_says_so(folder, scan, caplog):
+    top_3 = read_scene(scan).points_N3.max(0)
     with caplog.at_level("WARNING"):
-        answered = infer(scan, folder, [], clicks=[[50.0, 0.0, 1.0]], max_new_tokens=2)
+        answered = infer(scan, folder, [], clicks=[(top_3 + 0.9).tolist()], max_new_tokens=2)
     assert "lies in no detected object; the nearest is" in caplog.text
     assert abs(answered.predictions[0].meta["query_box"][0]) < 20
 

@@ -155,7 +155,7 @@ def test_selection_and_pooling_equal_brute_force(seed):
     for row in range(batch):
         overlaps = box3d_iou(asked[row, None], proposals_BK7[row])[0] * valid_BK[row]
         assert float(iou_B[row]) == pytest.approx(float(overlaps.max()), abs=1e-9)
-        assert (index_B[row] == NOTHING) == (overlaps.max() == 0)
+        assert (index_B[row] == NOTHING) == (overlaps.max() < 1e-6)
         around = points_in_boxes(xyz[row, :1], proposals_BK7[row])[0] & valid_BK[row]
         if around.any():
             volumes = proposals_BK7[row, :, 3:6].prod(-1)
@@ -313,3 +313,10 @@ def test_a_click_is_read_and_answered_in_the_world_frame():
     assert distance == math.inf
     with pytest.raises(ValueError, match="a click is not finite"):
         clicked_box([math.nan, 0.0, 0.0], scene, encoded_scene())
+    unlikely = encoded_scene()
+    unlikely.objectness_K[1] = 0.1  # the cup on the table
+    on_cup_3 = origin_3 + np.asarray(CUP[:3])
+    np.testing.assert_allclose(clicked_box(on_cup_3, scene, encoded_scene())[0][3:], CUP[3:], atol=1e-6)
+    assert not np.allclose(clicked_box(on_cup_3, scene, unlikely)[0][3:], CUP[3:])
+    unlikely.objectness_K[:] = 0.1
+    np.testing.assert_allclose(clicked_box(on_cup_3, scene, unlikely)[0][3:], CUP[3:], atol=1e-6)

@@ -128,6 +128,8 @@ class TestPlaces:
         assert all(pose[2, 2] == pytest.approx(-1) for pose in poses)
         assert len(np.unique(eyes.round(6), axis=0)) == count
         np.testing.assert_allclose(eyes[:, :2].mean(0), [2.5, 2.0], atol=1e-6)
+        stray = np.concatenate([room().points_N3, [[2.0, 2.0, 9.0]]]).astype(np.float32)
+        assert max(pose[2, 3] for pose in top_poses(stray, count)) < 2.5, "one point above the ceiling lifts no camera"
 
     @pytest.mark.parametrize("radius", [0.004, 0.3, 0.55])
     def test_a_single_object_is_seen_whole_from_all_around(self, radius):
@@ -182,6 +184,25 @@ class TestFrames:
         sharp, smeared = picture(tmp_path, "sharp"), picture(tmp_path, "smeared", smear=4)
         frames = [frame_at(smeared, 1), frame_at(sharp, 1.05), frame_at(sharp, 3), frame_at(smeared, 3.05)]
         assert choose_frames(frames, 2) == [1, 2]
+
+    def test_a_sharper_frame_is_not_taken_where_it_would_copy_another_choice(self, tmp_path):
+        sharp, smeared = picture(tmp_path, "sharp"), picture(tmp_path, "smeared", smear=4)
+        frames = [
+            frame_at(smeared, 0),
+            frame_at(sharp, 0.13),
+            frame_at(sharp, 0.16),
+            *(frame_at(sharp, x) for x in (3, 6)),
+        ]
+        for count in range(1, 7):
+            places = sorted(frames[row].pose_44[0, 3] for row in choose_frames(frames, count))
+            assert all(after - before >= SAME_VIEW for before, after in zip(places, places[1:], strict=False)), count
+
+    @pytest.mark.parametrize(
+        "spoil", [np.zeros((4, 4)), np.diag([1.0, 1, 0, 1]), 2 * np.eye(4), np.full((4, 4), np.inf)]
+    )
+    def test_a_pose_that_is_no_camera_is_not_used(self, spoil, tmp_path):
+        good = frame_at(picture(tmp_path, "a"), 1)
+        assert is_usable(good) and not is_usable(Frame(good.color_path, None, spoil, good.intrinsics_33))
 
     def test_a_frame_that_stays_blurred_is_left_out_where_the_others_are_not(self, tmp_path):
         sharp, smeared = picture(tmp_path, "sharp"), picture(tmp_path, "smeared", smear=5)
