@@ -4,10 +4,11 @@ from collections.abc import Iterable
 
 from ..datasets.multiview import open_multiview
 from ..datasets.scene import Sample
+from ..models.connector import build_connector
 from ..models.language_model import add_lora, load_language_model
 from ..models.observation import SceneSettings
 from ..models.scene_encoder.build import build_scene_encoder
-from ..models.scene_vlm import POLICY, SceneVLM, build_connector
+from ..models.scene_vlm import POLICY, SceneVLM
 from ..models.view_selector import ViewSelector
 from .config import DataConfig, ModelConfig, ViewsConfig
 

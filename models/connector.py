@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from ..third_party.pointnet2 import furthest_point_sample
+from .language_model import LanguageModel
+from .scene_encoder import SceneEncoder
 from .scene_encoder.object_query import QueriedObjects
 
 
@@ -115,3 +117,24 @@ class Connector(nn.Module):
             [self.layout_norm(pooled_BME), centres_BM3, fourier_features(centres_BM3, self.NUM_BANDS)], dim=-1
         )
         return self.output_norm(self.layout_linear(described))
+
+
+def build_connector(
+    language: LanguageModel,
+    scene_encoder: SceneEncoder,
+    *,
+    num_proposals: int,
+    num_layout_tokens: int,
+    object_token: bool,
+) -> Connector:
+    """A connector between two given parts, its tokens as large as the language model's own embeddings."""
+    embeddings = language.embedding.weight
+    return Connector(
+        encoder_width=scene_encoder.config["width"],
+        language_width=language.width,
+        num_classes=scene_encoder.num_classes,
+        num_proposals=num_proposals,
+        num_layout_tokens=num_layout_tokens,
+        object_token=object_token,
+        output_scale=float(embeddings[: min(len(embeddings), 4096)].detach().float().std()),
+    )
