@@ -10,6 +10,7 @@ from ..models.observation import SceneSettings
 from ..models.scene_encoder.build import build_scene_encoder
 from ..models.scene_vlm import POLICY, SceneVLM
 from ..models.view_selector import ViewSelector
+from ..models.view_tokens import build_view_features, token_sizes
 from .config import DataConfig, ModelConfig, ViewsConfig
 
 
@@ -39,12 +40,15 @@ def build_model(config: ModelConfig, data: DataConfig) -> SceneVLM:
         attention=language_config.attention,
         gradient_checkpointing=language_config.gradient_checkpointing,
     )
+    settings, view_selector = scene_settings(config, data), build_view_selector(config.views)
+    view_features = build_view_features(settings, view_selector)
     connector = build_connector(
         language,
         scene_encoder,
         num_proposals=language_config.num_proposals,
         num_layout_tokens=language_config.num_layout_tokens,
         object_token=language_config.object_token,
+        **token_sizes(view_features),
     )
     if language_config.train == "lora":
         add_lora(
@@ -61,8 +65,9 @@ def build_model(config: ModelConfig, data: DataConfig) -> SceneVLM:
         language_config.model,
         scene_encoder,
         connector,
-        build_view_selector(config.views),
-        scene_settings(config, data),
+        view_selector,
+        settings,
+        view_features,
     )
 
 
@@ -78,6 +83,10 @@ def scene_settings(config: ModelConfig, data: DataConfig) -> SceneSettings:
         view_source=config.views.source,
         num_candidates=config.views.num_candidates,
         view_size=config.views.image_size,
+        view_image_tokens=config.views.image_encoder_tokens,
+        view_image_encoder=config.views.token_encoder,
+        view_depth_tokens=config.views.depth_tokens,
+        view_depth_encoder=config.depth.encoder,
     )
 
 

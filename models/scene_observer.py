@@ -22,6 +22,7 @@ from .view_cache import ViewCache
 from .view_pool import ViewPool, build_view_pool
 from .view_selector import Selection, ViewSelector
 
+_UNNAMED = 64  # proposals that views are chosen by where the language model is told of none
 _ENCODED_TOGETHER = 8  # scenes in one pass of the scene encoder
 
 
@@ -71,6 +72,7 @@ class SceneObserver(nn.Module):
         fresh = self.observe(observation.scene, seed)
         fresh.pool = self.view_pool(observation)
         fresh.pixels, fresh.image_tokens = observation.pixels, observation.image_tokens
+        fresh.image_features, fresh.depth_cells = observation.image_features, observation.depth_cells
         return fresh
 
     def encode(self, observations: Sequence[Observation]) -> list[EncodedScene]:
@@ -83,7 +85,7 @@ class SceneObserver(nn.Module):
                 points_BN3 = torch.stack([observation.points_N3 for observation in part]).to(self.device)
                 features_BNF = torch.stack([observation.features_NF for observation in part]).to(self.device)
                 encoding = self.scene_encoder(points_BN3, features_BNF)
-                chosen = select_proposals(encoding, self.settings.num_proposals)
+                chosen = select_proposals(encoding, self.settings.num_proposals or _UNNAMED)
                 for row, observation in enumerate(part):
                     # clones, since a view of one row would keep the whole batch in memory
                     observation.encoded = EncodedScene(
@@ -94,6 +96,7 @@ class SceneObserver(nn.Module):
                         valid_K=chosen.valid_BK[row].clone(),
                         token_xyz_T3=encoding.token_xyz_BM3[row].clone(),
                         tokens_TE=encoding.tokens_BMD[row].clone(),
+                        are_named=self.settings.num_proposals > 0,
                     )
         return [observation.encoded for observation in observations if observation.encoded is not None]
 

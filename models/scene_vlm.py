@@ -7,7 +7,6 @@ Shapes: B rows, L tokens, K proposals, M layout tokens, T tokens of a view, D la
 
 import json
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +35,11 @@ from .language_model import (
 )
 from .model_files import FORMAT, lasting, load_connector, read_description
 from .observation import Answer, EncodedScene, Observation, SceneSettings, asked_objects, point_at
-from .relaxed_top_k import gate_views
+from .relaxed_top_k import gated_rows
 from .scene_encoder import SceneEncoder
 from .scene_observer import SceneObserver
 from .view_selector import ViewSelector
+from .view_tokens import ViewFeatures, build_view_features, token_sizes
 
 POLICY = "policy"
 
@@ -54,6 +54,7 @@ class SceneVLM(SceneObserver):
         connector: encoder output to language-model tokens.
         view_selector: chooses views by question; None where the model takes no views.
         settings: what is taken of a scene.
+        view_features: frozen encoders of the views' further tokens; None where there are none.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class SceneVLM(SceneObserver):
         connector: Connector,
         view_selector: ViewSelector | None,
         settings: SceneSettings,
+        view_features: ViewFeatures | None = None,
     ):
         super().__init__()
         if (view_selector is None) != (settings.view_source == "none"):
@@ -74,6 +76,7 @@ class SceneVLM(SceneObserver):
         self.connector = connector
         self.view_selector = view_selector
         self.settings = settings
+        self.view_features = view_features
         self.writer = RowWriter(language.tokenizer, merge_size=language.merge_size)
         self.train_vision_tower = False
         self.full_language_model = False  # whether save_pretrained writes the language model's own weights too
@@ -109,15 +112,18 @@ class SceneVLM(SceneObserver):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def scene_tokens(self, encoded: Sequence[EncodedScene]) -> list[torch.Tensor]:
-        """Language-model tokens of each scene [n + M, D]: its n valid proposals, then layout."""
+        """Language-model tokens of each scene [n + M, D]: its n valid proposals where it names any, then layout."""
         unique = list({id(scene): scene for scene in encoded}.values())
+        layout_BMD = self.connector.layout(
+            torch.stack([scene.token_xyz_T3 for scene in unique]), torch.stack([scene.tokens_TE for scene in unique])
+        )
+        if self.connector.num_proposals == 0:
+            layouts = {id(scene): layout_MD for scene, layout_MD in zip(unique, layout_BMD, strict=True)}
+            return [layouts[id(scene)] for scene in encoded]
         objects_BKD = self.connector.objects(
             torch.stack([scene.features_KE for scene in unique]),
             torch.stack([scene.boxes_K7 for scene in unique]),
             torch.stack([scene.class_probs_KC for scene in unique]),
-        )
-        layout_BMD = self.connector.layout(
-            torch.stack([scene.token_xyz_T3 for scene in unique]), torch.stack([scene.tokens_TE for scene in unique])
         )
         tokens = {
             id(scene): torch.cat([objects_BKD[row, scene.valid_K], layout_BMD[row]])
@@ -138,6 +144,8 @@ class SceneVLM(SceneObserver):
 
     def embed_views(self, shown: Sequence[tuple[Observation, int]]) -> list[torch.Tensor]:
         """Vision-tower tokens [T, D] of each view; a frozen tower sees each view once."""
+        if not shown:
+            return []
         if self.train_vision_tower:
             return self._look(shown)
         new = list({(id(seen), view): (seen, view) for seen, view in shown if view not in seen.image_tokens}.values())
@@ -156,6 +164,21 @@ class SceneVLM(SceneObserver):
         )
         return list(tokens.split([grid[1] * grid[2] // self.language.merge_size**2 for _, grid in pixels]))
 
+    def describe_views(
+        self, shown: Sequence[tuple[Observation, int]]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Tokens [n, D] of each view from the image encoder and from its depth; none where the model takes none."""
+        images: list[torch.Tensor] = []
+        depths: list[torch.Tensor] = []
+        if self.view_features is not None and shown:
+            if self.connector.num_view_image_tokens:
+                features = self.view_features.images(shown, self.device)
+                images = list(self.connector.view_images(torch.stack(features)))
+            if self.connector.num_view_depth_tokens:
+                cells = self.view_features.depths(shown, self.device)
+                depths = list(self.connector.view_depths(torch.stack(cells)))
+        return images, depths
+
     # -- inputs ----------------------------------------------------------------------------------------------------
 
     def write_row(
@@ -166,7 +189,7 @@ class SceneVLM(SceneObserver):
         OBJECT_PLACEHOLDER in a question about a box becomes the box's name or numbers, then its object token.
         """
         (encoded,) = self.encode([observation])
-        proposals_K7 = encoded.proposals
+        proposals_K7 = encoded.named
         views = self.choose_views(sample, observation)
         question, after_object, asked_7 = build_question(sample, mode), "", None
         if sample.query_box_7 is not None:
@@ -182,6 +205,8 @@ class SceneVLM(SceneObserver):
             num_proposals=len(proposals_K7),
             num_layout_tokens=self.connector.num_layout_tokens,
             grids=[self.view_pixels(observation, view)[1] for view in views],
+            num_view_image_tokens=self.connector.num_view_image_tokens,
+            num_view_depth_tokens=self.connector.num_view_depth_tokens,
             target=target,
             asked_box_7=asked_7,
             after_object=after_object,
@@ -191,7 +216,7 @@ class SceneVLM(SceneObserver):
     def with_names(self, text: str, observation: Observation) -> str:
         """Replace each `<box>` (model frame) by the name of the proposal that covers it, where one does."""
         (encoded,) = self.encode([observation])
-        return replace_boxes(text, lambda box: point_at(box, encoded.proposals))
+        return replace_boxes(text, lambda box: point_at(box, encoded.named))
 
     def embed_rows(
         self,
@@ -213,16 +238,16 @@ class SceneVLM(SceneObserver):
         shown = [
             (observation, view) for observation, chosen in zip(observations, views, strict=True) for view in chosen
         ]
-        image_tokens = self.embed_views(shown) if shown else []
-        if gates is not None:
-            rest = iter(image_tokens)
-            gated = [gate_views(list(islice(rest, len(gates_k))), gates_k) for gates_k in gates]
-            image_tokens = [tokens_TD for row in gated for tokens_TD in row]
+        image_tokens, view_image_tokens, view_depth_tokens = (
+            gated_rows(tokens, gates) for tokens in (self.embed_views(shown), *self.describe_views(shown))
+        )
         return assemble(
             rows,
             embed_tokens=self.language.embedding,
             scene_tokens=scene_tokens,
-            image_tokens=torch.cat(image_tokens) if image_tokens else None,
+            image_tokens=image_tokens,
+            view_image_tokens=view_image_tokens,
+            view_depth_tokens=view_depth_tokens,
             pad_id=self.language.pad_id,
             left=left,
             merge_size=self.language.merge_size,
@@ -265,7 +290,7 @@ class SceneVLM(SceneObserver):
         """A completion taken apart, its boxes resolved and moved to the world frame."""
         (encoded,) = self.encode([observation])
         response = parse_response(text)
-        boxes = resolve_boxes(response.answer, encoded.proposals.tolist())
+        boxes = resolve_boxes(response.answer, encoded.named.tolist())
         world = observation.scene.to_world(np.asarray(boxes, dtype=np.float32)).tolist() if boxes else []
         return Answer(text, response.think, response.answer, response.well_formed, world)
 
@@ -345,17 +370,21 @@ class SceneVLM(SceneObserver):
             load_lora(language, POLICY, folder / "adapter" / POLICY, trainable=trainable_adapter)
         settings = SceneSettings(**description["settings"])
         scene_encoder = SceneEncoder.from_pretrained(folder / "scene_encoder")
-        # a description without the key is from before there were object tokens: that model has none
-        connector = build_connector(language, scene_encoder, **{"object_token": False, **description["connector"]})
-        load_connector(connector, folder / "connector.safetensors")
         views = description["views"]
+        view_selector = ViewSelector.from_settings(views) if views else None
+        view_features = build_view_features(settings, view_selector)
+        # a description without the key is from before there were object tokens: that model has none
+        parts = {"object_token": False, **description["connector"], **token_sizes(view_features)}
+        connector = build_connector(language, scene_encoder, **parts)
+        load_connector(connector, folder / "connector.safetensors")
         model = cls(
             language,
             source,
             scene_encoder,
             connector,
-            ViewSelector.from_settings(views) if views else None,
+            view_selector,
             settings,
+            view_features,
         )
         model.full_language_model = description["language_model"] == "language_model"
         return model.to(device).eval()
