@@ -119,13 +119,9 @@ def _fit_line(x_n: np.ndarray, y_n: np.ndarray) -> tuple[float, float]:
 
 
 def view_depths(
-    scene: Scene,
-    pool: ViewPool,
-    views: Sequence[int],
-    encoder: DepthEncoder | None,
-    device: str | torch.device = "cpu",
+    scene: Scene, pool: ViewPool, encoder: DepthEncoder | None, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """Depth maps [V, H, W] of views of a pool: metres along z, float32, 0 for none.
+    """Depth maps [V, H, W] of a pool's views: metres along z, float32, 0 for none.
 
     The sensor's where the frame has it. Of a frame without one, the encoder's prediction, or, without an encoder, the
     rendered depth of the scan, which is also that of rendered views.
@@ -133,26 +129,26 @@ def view_depths(
     Raises:
         ValueError: a depth file that cannot be read.
     """
-    frames = [_frame_of(scene, pool.names[view]) for view in views]
     found: dict[int, Tensor] = {}
-    predicted = [
-        place
-        for place, frame in enumerate(frames)
-        if frame is not None and frame.depth_path is None and encoder is not None
-    ]
-    if predicted and encoder is not None:
-        maps_VHW = encoder.to(device).predict([pool.images_VHW3[views[place]] for place in predicted])
-        for place, map_HW in zip(predicted, maps_VHW, strict=True):
-            found[place] = map_HW if encoder.is_metric else align_depth(map_HW, *_seen_points(pool, views[place]))
-    for place, frame in enumerate(frames):
+    without, rendered = [], []
+    for view, name in enumerate(pool.names):
+        frame = _frame_of(scene, name)
         if frame is not None and frame.depth_path is not None:
-            found[place] = torch.from_numpy(_sensor_depth(frame.depth_path, pool.cameras[views[place]])).to(device)
-    rest = [place for place in range(len(views)) if place not in found]
-    cameras = [pool.cameras[views[place]] for place in rest]
-    renders = splat_batch(scene.points_N3, display_colors(scene), cameras, smooth=False, device=device) if rest else []
-    for place, render in zip(rest, renders, strict=True):
-        found[place] = torch.from_numpy(np.array(render.depth_HW)).to(device)
-    return torch.stack([found[place].float() for place in range(len(views))])
+            found[view] = torch.from_numpy(_sensor_depth(frame.depth_path, pool.cameras[view])).to(device)
+        elif frame is not None and encoder is not None:
+            without.append(view)
+        else:
+            rendered.append(view)
+    if without and encoder is not None:
+        maps_VHW = encoder.to(device).predict([pool.images_VHW3[view] for view in without])
+        for view, map_HW in zip(without, maps_VHW, strict=True):
+            found[view] = map_HW if encoder.is_metric else align_depth(map_HW, *_seen_points(pool, view))
+    if rendered:
+        cameras = [pool.cameras[view] for view in rendered]
+        renders = splat_batch(scene.points_N3, display_colors(scene), cameras, smooth=False, device=device)
+        for view, render in zip(rendered, renders, strict=True):
+            found[view] = torch.from_numpy(np.array(render.depth_HW)).to(device)
+    return torch.stack([found[view].float() for view in range(len(pool))])
 
 
 def _frame_of(scene: Scene, name: str) -> Frame | None:

@@ -75,8 +75,7 @@ class Observation:
     pool: ViewPool | None = None
     pixels: dict[int, tuple[torch.Tensor, tuple[int, int, int]]] = field(default_factory=dict)
     image_tokens: dict[int, torch.Tensor] = field(default_factory=dict)  # of a frozen vision tower
-    image_features: dict[int, torch.Tensor] = field(default_factory=dict)  # of each view (view_tokens.py)
-    depth_cells: dict[int, torch.Tensor] = field(default_factory=dict)
+    view_features: dict[str, torch.Tensor] = field(default_factory=dict)  # of the whole pool (view_tokens.py)
     choices: dict[str, list[int]] = field(default_factory=dict)
 
 

@@ -72,7 +72,7 @@ class SceneObserver(nn.Module):
         fresh = self.observe(observation.scene, seed)
         fresh.pool = self.view_pool(observation)
         fresh.pixels, fresh.image_tokens = observation.pixels, observation.image_tokens
-        fresh.image_features, fresh.depth_cells = observation.image_features, observation.depth_cells
+        fresh.view_features = observation.view_features
         return fresh
 
     def encode(self, observations: Sequence[Observation]) -> list[EncodedScene]:

@@ -172,11 +172,9 @@ class SceneVLM(SceneObserver):
         depths: list[torch.Tensor] = []
         if self.view_features is not None and shown:
             if self.connector.num_view_image_tokens:
-                features = self.view_features.images(shown, self.device)
-                images = list(self.connector.view_images(torch.stack(features)))
+                images = list(self.connector.view_images(self.view_features.images(shown, self.device)))
             if self.connector.num_view_depth_tokens:
-                cells = self.view_features.depths(shown, self.device)
-                depths = list(self.connector.view_depths(torch.stack(cells)))
+                depths = list(self.connector.view_depths(self.view_features.depths(shown, self.device)))
         return images, depths
 
     # -- inputs ----------------------------------------------------------------------------------------------------

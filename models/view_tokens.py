@@ -1,8 +1,8 @@
 """Features of the chosen views from frozen encoders beside Qwen's vision tower: SigLIP-2's patches and depth.
 
 The paper's image and depth encoders (1.1). Each view gets a fixed number of tokens from each: patches of the
-picture pooled to a small grid, and cells of its depth map (depth_encoder.py). The connector projects them and the input
-assembler puts them behind their view. Features of a view are computed once and kept in its scene's Observation.
+picture pooled to a small grid, and cells of its depth map (depth_encoder.py). The connector projects them, and the
+input assembler puts them behind their view. Features are computed once and kept in the scene's Observation.
 
 Shapes: V views, n tokens of a view, E width of the image encoder, P numbers of a depth cell, h x w patches.
 """
@@ -18,8 +18,10 @@ from .depth_encoder import CELL_WIDTH, DepthEncoder, depth_cells, grid_side, loa
 from .dual_encoder import DualEncoder, prepare_pictures
 from .image_encoder import Encoder, SentenceEncoder, load_text_encoder
 from .observation import Observation, SceneSettings
+from .view_pool import ViewPool
 from .view_selector import ViewSelector
 
+IMAGE_FEATURES, DEPTH_CELLS = "image", "depth"  # names in Observation.view_features
 Shown = Sequence[tuple[Observation, int]]  # views, each by its scene and its place in the scene's pool
 
 
@@ -49,29 +51,36 @@ class ViewFeatures:
         self.depth_encoder = depth_encoder
         self.image_width = patch_width(image_encoder()) if num_image_tokens and image_encoder is not None else 0
 
-    def images(self, shown: Shown, device: torch.device) -> list[Tensor]:
-        """Features [n, E] of each view's picture."""
-        assert self.image_encoder is not None
-        new = _new(shown, lambda observation: observation.image_features)
-        if new:
-            pictures = [
-                observation.pool.images_VHW3[view] for observation, view in new if observation.pool is not None
-            ]
-            features_VnE = embed_patches(self.image_encoder().to(device), pictures, grid_side(self.num_image_tokens))
-            for (observation, view), features_nE in zip(new, features_VnE, strict=True):
-                observation.image_features[view] = features_nE.clone()
-        return [observation.image_features[view] for observation, view in shown]
+    def images(self, shown: Shown, device: torch.device) -> Tensor:
+        """Features [V, n, E] of the pictures of views."""
 
-    def depths(self, shown: Shown, device: torch.device) -> list[Tensor]:
-        """Cells [n, P] of each view's depth map."""
-        new = _new(shown, lambda observation: observation.depth_cells)
-        for observation in {id(observation): observation for observation, _ in new}.values():
+        def make(observation: Observation, pool: ViewPool) -> Tensor:
+            assert self.image_encoder is not None
+            encoder = self.image_encoder().to(device)
+            return embed_patches(encoder, list(pool.images_VHW3), grid_side(self.num_image_tokens))
+
+        return _kept(shown, IMAGE_FEATURES, make)
+
+    def depths(self, shown: Shown, device: torch.device) -> Tensor:
+        """Cells [V, n, P] of the depth maps of views."""
+
+        def make(observation: Observation, pool: ViewPool) -> Tensor:
+            return depth_cells(view_depths(observation.scene, pool, self.depth_encoder, device), self.num_depth_tokens)
+
+        return _kept(shown, DEPTH_CELLS, make)
+
+
+def _kept(shown: Shown, kind: str, make: Callable[[Observation, ViewPool], Tensor]) -> Tensor:
+    """What is kept of the views, made of a scene's whole pool at once where it is not yet.
+
+    Encoders give other last bits in a batch of another size; of the whole pool they are the same whichever views are
+    asked for first, and so after a resume.
+    """
+    for observation, _ in shown:
+        if kind not in observation.view_features:
             assert observation.pool is not None
-            views = [view for other, view in new if other is observation]
-            maps_VHW = view_depths(observation.scene, observation.pool, views, self.depth_encoder, device)
-            for view, cells_nP in zip(views, depth_cells(maps_VHW, self.num_depth_tokens), strict=True):
-                observation.depth_cells[view] = cells_nP.clone()
-        return [observation.depth_cells[view] for observation, view in shown]
+            observation.view_features[kind] = make(observation, observation.pool)
+    return torch.stack([observation.view_features[kind][view] for observation, view in shown])
 
 
 def build_view_features(settings: SceneSettings, selector: ViewSelector | None) -> ViewFeatures | None:
@@ -146,9 +155,3 @@ def _patches(encoder: Encoder, images: Sequence[np.ndarray]) -> list[Tensor]:
         shapes = [(side, side)] * len(images)
         hidden_VLE = hidden_VLE[:, -side * side :]  # CLIP puts a class token first
     return [hidden_LE[: h * w].unflatten(0, (h, w)) for hidden_LE, (h, w) in zip(hidden_VLE, shapes, strict=True)]
-
-
-def _new(shown: Shown, kept: Callable[[Observation], dict[int, Tensor]]) -> list[tuple[Observation, int]]:
-    """The views, each once, of which nothing is kept yet."""
-    unique = {(id(observation), view): (observation, view) for observation, view in shown}
-    return [(observation, view) for observation, view in unique.values() if view not in kept(observation)]
