@@ -18,7 +18,6 @@ from .depth_encoder import CELL_WIDTH, DepthEncoder, depth_cells, grid_side, loa
 from .dual_encoder import DualEncoder, prepare_pictures
 from .image_encoder import Encoder, SentenceEncoder, load_text_encoder
 from .observation import Observation, SceneSettings
-from .view_pool import ViewPool
 from .view_selector import ViewSelector
 
 IMAGE_FEATURES, DEPTH_CELLS = "image", "depth"  # names in Observation.view_features
@@ -54,23 +53,25 @@ class ViewFeatures:
     def images(self, shown: Shown, device: torch.device) -> Tensor:
         """Features [V, n, E] of the pictures of views."""
 
-        def make(observation: Observation, pool: ViewPool) -> Tensor:
-            assert self.image_encoder is not None
+        def make(observation: Observation) -> Tensor:
+            assert self.image_encoder is not None and observation.pool is not None
             encoder = self.image_encoder().to(device)
-            return embed_patches(encoder, list(pool.images_VHW3), grid_side(self.num_image_tokens))
+            return embed_patches(encoder, list(observation.pool.images_VHW3), grid_side(self.num_image_tokens))
 
         return _kept(shown, IMAGE_FEATURES, make)
 
     def depths(self, shown: Shown, device: torch.device) -> Tensor:
         """Cells [V, n, P] of the depth maps of views."""
 
-        def make(observation: Observation, pool: ViewPool) -> Tensor:
-            return depth_cells(view_depths(observation.scene, pool, self.depth_encoder, device), self.num_depth_tokens)
+        def make(observation: Observation) -> Tensor:
+            assert observation.pool is not None
+            maps_VHW = view_depths(observation.scene, observation.pool, self.depth_encoder, device)
+            return depth_cells(maps_VHW, self.num_depth_tokens)
 
         return _kept(shown, DEPTH_CELLS, make)
 
 
-def _kept(shown: Shown, kind: str, make: Callable[[Observation, ViewPool], Tensor]) -> Tensor:
+def _kept(shown: Shown, kind: str, make: Callable[[Observation], Tensor]) -> Tensor:
     """What is kept of the views, made of a scene's whole pool at once where it is not yet.
 
     Encoders give other last bits in a batch of another size; of the whole pool they are the same whichever views are
@@ -78,8 +79,7 @@ def _kept(shown: Shown, kind: str, make: Callable[[Observation, ViewPool], Tenso
     """
     for observation, _ in shown:
         if kind not in observation.view_features:
-            assert observation.pool is not None
-            observation.view_features[kind] = make(observation, observation.pool)
+            observation.view_features[kind] = make(observation)
     return torch.stack([observation.view_features[kind][view] for observation, view in shown])
 
 

@@ -185,6 +185,9 @@ def test_a_saved_model_has_the_same_tokens_and_an_older_one_has_none(rooms_root,
         _, _, ours = embedded(model, model.observe(scene))
         _, _, theirs = embedded(loaded, loaded.observe(scene))
     assert torch.equal(ours.inputs_embeds_BLD, theirs.inputs_embeds_BLD)
+    assert loaded.ask(scene, QUESTION.question, max_new_tokens=3) == model.ask(
+        scene, QUESTION.question, max_new_tokens=3
+    )
     build(rooms_root, *both(encoders)[:3]).save_pretrained(tmp_path / "old")
     path = tmp_path / "old" / "scene_vlm.json"
     description = json.loads(path.read_text())
