@@ -184,7 +184,7 @@ class LanguageConfig:
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_last_blocks: int = 0  # adapt only the last n blocks; 0 adapts all
-    num_proposals: int = 64
+    num_proposals: int = 64  # 0: no object has a token or a name; views are chosen by the detections all the same
     num_layout_tokens: int = 32
     object_token: bool = True  # an object that a caption is asked for has a token of its own, beside its name or box
     gradient_checkpointing: bool = False

@@ -1,6 +1,7 @@
 """Depth of views and the features that frozen encoders give of them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
+from threedr1.datasets.readers import read_scene
 from threedr1.datasets.scene import Frame
 from threedr1.models.connector import Connector
 from threedr1.models.depth_encoder import (
@@ -170,6 +172,26 @@ def test_what_is_no_depth_anything_is_refused(tmp_path):
         load_depth_encoder(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="of the kind clip, not depth_anything"):
         load_depth_encoder(write_dual_encoder(tmp_path / "clip", "clip"))
+
+
+def test_depth_of_a_real_scan(real_data):
+    """Frames of 7-Scenes: the cloud rendered from a frame's camera, and a noisy relative prediction put into metres."""
+    scene = read_scene(real_data / "redkitchen")
+    pool = build_view_pool(scene, source="posed", num_candidates=4, image_size=(224, 224))
+    sensor_VHW = view_depths(scene, pool, None)
+    bare = replace(scene, frames=[replace(frame, depth_path=None) for frame in scene.frames])
+    rng = np.random.default_rng(0)
+    for view, rendered_HW in enumerate(view_depths(bare, pool, None)):
+        sensor_HW = sensor_VHW[view]
+        measured_HW = sensor_HW > 0
+        both_HW = measured_HW & (rendered_HW > 0)
+        assert float(both_HW.float().mean()) > 0.7
+        assert float((rendered_HW - sensor_HW)[both_HW].abs().median()) < 0.04
+        noise_HW = torch.from_numpy(0.02 * rng.standard_normal((224, 224))).float()
+        relative_HW = torch.where(measured_HW, (1 / sensor_HW.clamp(min=0.1) - 0.1) / 0.37, 0.0) + noise_HW
+        seen_N3 = pool.points_N3[pool.seen_VN[view]]
+        error_HW = (align_depth(relative_HW, *pool.cameras[view].project(seen_N3)) - sensor_HW).abs() / sensor_HW
+        assert float(error_HW[measured_HW].median()) < 0.02
 
 
 # -- what tokens are made of -------------------------------------------------------------------------------------
