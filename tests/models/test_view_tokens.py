@@ -175,7 +175,7 @@ def test_what_is_no_depth_anything_is_refused(tmp_path):
 
 
 def test_depth_of_a_real_scan(real_data):
-    """Frames of 7-Scenes: the cloud rendered from a frame's camera, and a noisy relative prediction put into metres."""
+    """Frames of 7-Scenes: the cloud rendered from a frame's camera, and a noisy relative prediction in metres."""
     scene = read_scene(real_data / "redkitchen")
     pool = build_view_pool(scene, source="posed", num_candidates=4, image_size=(224, 224))
     sensor_VHW = view_depths(scene, pool, None)
