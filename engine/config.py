@@ -135,6 +135,8 @@ class ViewsConfig:
     w_text: float = 0.3
     w_image: float = 0.5
     w_clip: float = 0.5
+    num_references: int = 3  # views of highest text score that the image score compares with
+    standardize: bool = False  # weigh the three scores as standard deviations over the pool, not as cosines
     redundancy: float = 2.5  # 0: plain top-k; how much a view loses that shows only what the chosen ones show
     weights: str = "fixed"  # learned: w_text and w_image start as above and learn from the language model's loss
     # of learned weights:
@@ -145,7 +147,8 @@ class ViewsConfig:
     def __post_init__(self):
         kinds_of(self.source)
         _one_of(self, weights=("fixed", "learned"))
-        _at_least(self, num_candidates=1, num_views=1, image_size=1, redundancy=0, pull=0, lr_factor=0)
+        _at_least(self, num_candidates=1, num_views=1, num_references=1, image_size=1)
+        _at_least(self, redundancy=0, pull=0, lr_factor=0)
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0.")
         if self.weights == "learned" and self.source == "none":

@@ -184,7 +184,7 @@ def _descend(tower: nn.Module, losses: Iterator[Tensor], steps: int, name: str) 
 
 
 def train_dual(
-    out: str | Path, *, rooms: int = 64, held_out: int = 8, steps: int = 2400, seed: int = 0, device: str = "auto"
+    out: str | Path, *, rooms: int = 64, held_out: int = 8, steps: int = 2000, seed: int = 0, device: str = "auto"
 ) -> dict:
     """Train on `rooms` training rooms, test on `held_out` held-out ones, write the encoder and dual.json to `out`.
 
