@@ -10,7 +10,7 @@ Shapes: n pictures or texts, L cells of a picture, N = n L, M names, B colours, 
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,6 +211,6 @@ def train_dual(
     return found
 
 
-def pictured_rooms(split: str, count: int, seed: int) -> Sequence[RoomPictures]:
+def pictured_rooms(split: str, count: int, seed: int) -> list[RoomPictures]:
     """The first rooms of a split, rendered."""
     return [picture_room(split, index, seed) for index in tqdm(range(count), desc=f"{split} rooms", unit="room")]
