@@ -25,7 +25,9 @@ def build_view_selector(config: ViewsConfig) -> ViewSelector | None:
             "w_text": config.w_text,
             "w_image": config.w_image,
             "w_clip": config.w_clip,
+            "num_references": config.num_references,
             "redundancy": config.redundancy,
+            "standardize": config.standardize,
         }
     )
 
@@ -102,7 +104,8 @@ def check_settings(model: SceneVLM, config: ModelConfig, data: DataConfig) -> No
     pairs["object_token"] = (config.language.object_token, model.connector.object_token)
     if model.view_selector is not None:
         pairs["num_views"] = (config.views.num_views, model.view_selector.num_views)
-        pairs["redundancy"] = (config.views.redundancy, model.view_selector.redundancy)
+        for name in ("num_references", "redundancy", "standardize"):
+            pairs[name] = (getattr(config.views, name), getattr(model.view_selector, name))
         pairs["view encoder"] = (config.views.encoder, model.view_selector.encoder_name)
         if config.views.weights == "fixed":
             for name in ("w_text", "w_image"):

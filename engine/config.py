@@ -146,6 +146,8 @@ class ViewsConfig:
     image_encoder_tokens: int = 0  # patches of a frozen image encoder
     token_encoder: str = ""  # that encoder; "" takes `encoder`
     depth_tokens: int = 0  # the depth map; model.depth says whose
+    num_references: int = 3  # views of highest text score that the image score compares with
+    standardize: bool = False  # weigh the three scores as standard deviations over the pool, not as cosines
     redundancy: float = 2.5  # 0: plain top-k; how much a view loses that shows only what the chosen ones show
     weights: str = "fixed"  # learned: w_text and w_image start as above and learn from the language model's loss
     # of learned weights:
@@ -156,7 +158,8 @@ class ViewsConfig:
     def __post_init__(self):
         kinds_of(self.source)
         _one_of(self, weights=("fixed", "learned"))
-        _at_least(self, num_candidates=1, num_views=1, image_size=1, redundancy=0, pull=0, lr_factor=0)
+        _at_least(self, num_candidates=1, num_views=1, num_references=1, image_size=1)
+        _at_least(self, redundancy=0, pull=0, lr_factor=0)
         _square(self, "image_encoder_tokens", "depth_tokens")
         if self.source == "none" and (self.image_encoder_tokens or self.depth_tokens):
             raise ValueError("source is 'none', but views are to have tokens; set both numbers of tokens to 0.")

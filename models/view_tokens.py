@@ -124,7 +124,7 @@ def patch_width(encoder: Encoder) -> int:
             "checkpoint as model.views.token_encoder, or set model.views.image_encoder_tokens to 0."
         )
     if isinstance(encoder, DualEncoder):
-        return int(encoder.image.out[0].in_features) // 2  # type: ignore[operator, arg-type]
+        return encoder.image.out.in_features
     return int(encoder.model.config.vision_config.hidden_size)  # type: ignore[union-attr, arg-type]
 
 
