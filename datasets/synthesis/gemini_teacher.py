@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .limits import Limits
-from .network_teacher import NetworkTeacher, http_library
+from .network_teacher import POOL_SIZE, Clients, NetworkTeacher, http_library, ssl_context
 from .teacher import (
     RETRIED_STATUS,
     Reply,
@@ -94,12 +94,14 @@ class GeminiTeacher(NetworkTeacher):
             raise ValueError('The Gemini teacher needs the package: pip install "google-genai>=1.40".') from None
         self._key = check_key(os.environ[variable], variable)
         self.model = model or DEFAULT_MODEL
-        # the library's own pool keeps 20 connections alive, and would open a new one for most requests
-        pool = http_library().Limits(max_connections=None, max_keepalive_connections=None)
+        library = http_library()
+        pool = library.Limits(max_connections=None, max_keepalive_connections=POOL_SIZE)
         options = types.HttpOptions(
-            base_url=base_url, timeout=round(timeout * 1000), async_client_args={"limits": pool}
+            base_url=base_url,
+            timeout=round(timeout * 1000),
+            async_client_args={"limits": pool, "verify": ssl_context(library)},
         )
-        self._client = genai.Client(api_key=self._key, vertexai=False, http_options=options)
+        self._clients = Clients(lambda: genai.Client(api_key=self._key, vertexai=False, http_options=options))
         thinking = types.ThinkingConfig(thinking_budget=thinking_budget)
         self._configs = {
             checking: types.GenerateContentConfig(thinking_config=thinking, temperature=0.0 if checking else None)
@@ -116,9 +118,10 @@ class GeminiTeacher(NetworkTeacher):
     async def ask_once(self, request: Request) -> Reply:
         """One attempt."""
         try:
-            response = await self._client.aio.models.generate_content(
-                model=self.model, contents=request.prompt, config=self._configs[bool(request.think)]
-            )
+            with self._clients.lend() as client:
+                response = await client.aio.models.generate_content(
+                    model=self.model, contents=request.prompt, config=self._configs[bool(request.think)]
+                )
         except self._api_error as error:
             raise self._translate(error) from None
         except self._unread as error:
@@ -140,7 +143,8 @@ class GeminiTeacher(NetworkTeacher):
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.aio.aclose()
+        for client in self._clients.all():
+            await client.aio.aclose()
 
 
 def read_response(response: "types.GenerateContentResponse") -> Reply:

@@ -3,13 +3,18 @@
 import asyncio
 import importlib
 import logging
+import os
 import random
+import ssl
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .limits import Limits
 from .teacher import Reply, Request, RetryOptions, TeacherUnavailable, backoff
 
+POOL_SIZE = 8  # requests that one client has in flight
 _log = logging.getLogger(__name__)
 
 
@@ -25,6 +30,47 @@ def http_library() -> Any:
         except ModuleNotFoundError:
             continue
     raise ValueError("Network teachers need the package httpx: pip install httpx.")
+
+
+def ssl_context(library: Any) -> ssl.SSLContext:
+    """One context for all clients, as making one takes tens of milliseconds; SSL_CERT_FILE and _DIR hold."""
+    file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    if file or folder:
+        return ssl.create_default_context(cafile=file, capath=folder)
+    return library.create_ssl_context()
+
+
+class Clients:
+    """HTTP clients that share the requests, made as they are needed.
+
+    A client looks at every idle connection of its pool before each request. Of one pool for 64 requests that costs as
+    much as the request itself; many small ones keep their connections as well and look at few.
+
+    Args:
+        make: makes a client.
+    """
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make = make
+        self._clients: list[Any] = []
+        self._lent: list[int] = []
+
+    @contextmanager
+    def lend(self) -> Iterator[Any]:
+        """The first client that has room for a request."""
+        number = next((number for number, lent in enumerate(self._lent) if lent < POOL_SIZE), len(self._lent))
+        if number == len(self._lent):
+            self._clients.append(self._make())
+            self._lent.append(0)
+        self._lent[number] += 1
+        try:
+            yield self._clients[number]
+        finally:
+            self._lent[number] -= 1
+
+    def all(self) -> list[Any]:
+        """Those made so far."""
+        return list(self._clients)
 
 
 class NetworkTeacher(ABC):

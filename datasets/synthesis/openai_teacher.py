@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from .limits import Limits
-from .network_teacher import NetworkTeacher, http_library
+from .network_teacher import POOL_SIZE, Clients, NetworkTeacher, http_library, ssl_context
 from .teacher import (
     RETRIED_STATUS,
     Reply,
@@ -73,8 +73,11 @@ class OpenAITeacher(NetworkTeacher):
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        pool = library.Limits(max_connections=None, max_keepalive_connections=None)
-        self._client = library.AsyncClient(headers=headers, timeout=timeout, limits=pool)
+        pool = library.Limits(max_connections=None, max_keepalive_connections=POOL_SIZE)
+        context = ssl_context(library)
+        self._clients = Clients(
+            lambda: library.AsyncClient(headers=headers, timeout=timeout, limits=pool, verify=context)
+        )
 
     async def ask_once(self, request: Request) -> Reply:
         """One attempt."""
@@ -82,7 +85,8 @@ class OpenAITeacher(NetworkTeacher):
         if request.think:
             body["temperature"] = 0.0
         try:
-            response = await self._client.post(self._url, content=orjson.dumps(body))
+            with self._clients.lend() as client:
+                response = await client.post(self._url, content=orjson.dumps(body))
         except self._lost as error:
             raise TeacherUnavailable(f"The connection to {self._server} failed ({type(error).__name__})") from None
         if response.status_code in RETRIED_STATUS:
@@ -98,7 +102,8 @@ class OpenAITeacher(NetworkTeacher):
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.aclose()
+        for client in self._clients.all():
+            await client.aclose()
 
 
 def server_name(url: str) -> str:
