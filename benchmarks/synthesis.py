@@ -198,7 +198,7 @@ def main(argv: Sequence[str] = ()) -> int:
     parser = measuring_parser("synthesis", __doc__, repeats=3, cuda=False)
     add = parser.add_argument
     add("--slow", type=positive, default=1280, metavar="N", help="questions at 500 ms (default: %(default)s)")
-    add("--fast", type=positive, default=960, metavar="N", help="questions at 50 ms (default: %(default)s)")
+    add("--fast", type=positive, default=1920, metavar="N", help="questions at 50 ms (default: %(default)s)")
     add("--items", type=positive, default=100_000, metavar="N", help="questions for memory (default: %(default)s)")
     arguments = parser.parse_args(list(argv))
     arguments.threads = arguments.threads or 1

@@ -6,8 +6,9 @@ import logging
 import os
 import random
 import ssl
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,6 +74,14 @@ class Clients:
         return list(self._clients)
 
 
+async def within(seconds: float, reply: Awaitable[Reply]) -> Reply:
+    """A reply, or asyncio.TimeoutError; without a task of its own where Python knows how (3.11)."""
+    if sys.version_info < (3, 11):
+        return await asyncio.wait_for(reply, seconds)
+    async with asyncio.timeout(seconds):
+        return await reply
+
+
 class NetworkTeacher(ABC):
     """A teacher whose requests may fail and are tried again.
 
@@ -129,7 +138,7 @@ class NetworkTeacher(ABC):
         charged = await self.limits.admit(request)
         used: Reply | None = None
         try:
-            used = reply = await asyncio.wait_for(self.ask_once(request), self.timeout)
+            used = reply = await within(self.timeout, self.ask_once(request))
         except asyncio.TimeoutError:
             raise TeacherUnavailable(f"There was no whole reply within {self.timeout:g} s") from None
         finally:
