@@ -254,6 +254,8 @@ def save_view_sheets(args: argparse.Namespace) -> list[str]:
 
 
 def run_synthesize(args: argparse.Namespace) -> int:
+    from dataclasses import fields
+
     from .datasets.synthesis import FilterOptions, Operation, synthesize
 
     report = synthesize(
@@ -267,16 +269,7 @@ def run_synthesize(args: argparse.Namespace) -> int:
         seed=args.seed,
         thinking_budget=args.thinking_budget,
         options=FilterOptions(min_think_words=args.min_think_words, min_answer_words=args.min_answer_words),
-        operation=Operation(
-            requests_per_minute=args.rpm,
-            tokens_per_minute=args.tpm,
-            max_cost=args.max_cost,
-            max_tokens=args.max_tokens,
-            input_price=args.input_price,
-            output_price=args.output_price,
-            timeout=args.timeout,
-            dry_run=args.dry_run,
-        ),
+        operation=Operation(**{field.name: getattr(args, field.name) for field in fields(Operation)}),
     )
     if args.dry_run:
         show_table(report)

@@ -1,9 +1,13 @@
-"""A server that speaks Gemini's protocol and answers every request after a fixed time, in a process of its own."""
+"""A server that speaks Gemini's protocol and answers every request after a fixed time, in a process of its own.
+
+That process runs this file as a script: it prints its port and serves until its input ends.
+"""
 
 import asyncio
 import json
-import multiprocessing
-from multiprocessing.connection import Connection
+import subprocess
+import sys
+from pathlib import Path
 
 THINK = (
     "Step 1: The question asks for the thing on the left of the chair, which stands near the middle of the room. "
@@ -47,15 +51,12 @@ class _Protocol(asyncio.Protocol):
             self._transport.write(self._answers[checking])
 
 
-def _serve(latency: float, pipe: Connection) -> None:
-    async def run() -> None:
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: _Protocol(latency), "127.0.0.1", 0, backlog=512)
-        pipe.send(server.sockets[0].getsockname()[1])
-        await loop.run_in_executor(None, pipe.recv)
-        server.close()
-
-    asyncio.run(run())
+async def _serve(latency: float) -> None:
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: _Protocol(latency), "127.0.0.1", 0, backlog=512)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await loop.run_in_executor(None, sys.stdin.read)
+    server.close()
 
 
 class SlowTeacher:
@@ -66,15 +67,17 @@ class SlowTeacher:
     """
 
     def __init__(self, latency: float):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(latency, theirs), daemon=True)
+        self._command = [sys.executable, str(Path(__file__).resolve()), str(latency)]
 
     def __enter__(self) -> "SlowTeacher":
-        self._process.start()
-        self.url = f"http://127.0.0.1:{self._pipe.recv()}"
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.url = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pipe.send("stop")
-        self._process.join(timeout=10)
+        self._process.communicate(timeout=10)
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(float(sys.argv[1])))

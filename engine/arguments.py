@@ -194,31 +194,18 @@ def _add_data_commands(add: AddCommand) -> None:
 def _add_operation(synthesize: argparse.ArgumentParser) -> None:
     group = synthesize.add_argument_group("pace and budget", "0 means no limit (docs/synthesis_operation.md)")
     group.add_argument("--dry-run", action="store_true", help="estimate requests, tokens and cost, and ask nothing")
-    group.add_argument(
-        "--rpm", type=at_least(0), default=0, metavar="N", help="requests a minute that the account allows"
-    )
-    group.add_argument(
-        "--tpm", type=at_least(0), default=0, metavar="N", help="tokens a minute that the account allows"
-    )
-    group.add_argument(
-        "--max-cost",
-        type=amount,
-        default=0.0,
-        metavar="DOLLARS",
-        help="stop before the output has cost more, earlier runs included",
-    )
-    group.add_argument(
-        "--max-tokens", type=at_least(0), default=0, metavar="N", help="the same in tokens of prompts and replies"
-    )
-    group.add_argument(
-        "--input-price",
-        type=amount,
-        metavar="DOLLARS",
-        help="for a million tokens of prompt (default: a table of list prices)",
-    )
-    group.add_argument(
-        "--output-price", type=amount, metavar="DOLLARS", help="for a million tokens of reply, hidden thought included"
-    )
+    for flag, name, purpose in (
+        ("--rpm", "requests_per_minute", "requests a minute that the account allows"),
+        ("--tpm", "tokens_per_minute", "tokens a minute that the account allows"),
+        ("--max-tokens", "max_tokens", "stop before the output has taken more tokens, earlier runs included"),
+    ):
+        group.add_argument(flag, dest=name, type=at_least(0), default=0, metavar="N", help=purpose)
+    for flag, default, purpose in (
+        ("--max-cost", 0.0, "stop before the output has cost more, earlier runs included"),
+        ("--input-price", None, "for a million tokens of prompt (default: a table of list prices)"),
+        ("--output-price", None, "for a million tokens of reply, hidden thought included"),
+    ):
+        group.add_argument(flag, type=amount, default=default, metavar="DOLLARS", help=purpose)
     group.add_argument(
         "--timeout",
         type=at_least(1),
