@@ -246,7 +246,7 @@ def save_view_sheets(args: argparse.Namespace) -> list[str]:
 
 
 def run_synthesize(args: argparse.Namespace) -> int:
-    from .datasets.synthesis import FilterOptions, synthesize
+    from .datasets.synthesis import FilterOptions, Operation, synthesize
 
     report = synthesize(
         args.root,
@@ -259,12 +259,24 @@ def run_synthesize(args: argparse.Namespace) -> int:
         seed=args.seed,
         thinking_budget=args.thinking_budget,
         options=FilterOptions(min_think_words=args.min_think_words, min_answer_words=args.min_answer_words),
+        operation=Operation(
+            requests_per_minute=args.rpm,
+            tokens_per_minute=args.tpm,
+            max_cost=args.max_cost,
+            max_tokens=args.max_tokens,
+            input_price=args.input_price,
+            output_price=args.output_price,
+            timeout=args.timeout,
+            dry_run=args.dry_run,
+        ),
     )
-    show_table(
-        {name: report[name] for name in ("questions", "kept", "rejected", "failed", "requests", "new_requests")}
-    )
+    if args.dry_run:
+        show_table(report)
+        return 0
+    names = ("questions", "kept", "rejected", "failed", "unasked", "requests", "new_requests", "cost")
+    show_table({name: report[name] for name in names if report[name] is not None})
     say(f"wrote {args.out}")
-    return 0 if report["failed"] == 0 else 1
+    return 0 if report["failed"] == report["unasked"] == 0 else 1
 
 
 def run_tiny(args: argparse.Namespace) -> int:

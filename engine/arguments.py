@@ -46,6 +46,17 @@ def at_least(bound: int) -> Callable[[str], int]:
     return read
 
 
+def amount(text: str) -> float:
+    """A number that is not negative, as an argument's type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of dollars")
+    return value
+
+
 def numbers(*counts: int) -> Callable[[str], list[float]]:
     """Numbers between commas, as many as one of `counts`, as an argument's type."""
 
@@ -140,7 +151,7 @@ def _add_data_commands(add: AddCommand) -> None:
         "--limit", type=at_least(0), default=0, metavar="N", help="questions to ask at most; 0 for all (default)"
     )
     synthesize.add_argument(
-        "--workers", type=at_least(1), default=4, metavar="N", help="requests at a time (default: %(default)s)"
+        "--workers", type=at_least(1), default=64, metavar="N", help="requests at a time (default: %(default)s)"
     )
     synthesize.add_argument(
         "--seed", type=at_least(0), default=0, help="order of the questions (default: %(default)s)"
@@ -166,6 +177,7 @@ def _add_data_commands(add: AddCommand) -> None:
         metavar="N",
         help="shorter answers are rejected; the paper says 20 and breaks it (default: 0, off)",
     )
+    _add_operation(synthesize)
 
     doctor = add(
         "doctor",
@@ -174,6 +186,43 @@ def _add_data_commands(add: AddCommand) -> None:
     )
     doctor.add_argument("--root", metavar="DIR", help="data root to examine; without one, how to get started")
     doctor.add_argument("--json", action="store_true", help="print one JSON object (docs/data_formats.md)")
+
+
+def _add_operation(synthesize: argparse.ArgumentParser) -> None:
+    group = synthesize.add_argument_group("pace and budget", "0 means no limit (docs/synthesis.md)")
+    group.add_argument("--dry-run", action="store_true", help="estimate requests, tokens and cost, and ask nothing")
+    group.add_argument(
+        "--rpm", type=at_least(0), default=0, metavar="N", help="requests a minute that the account allows"
+    )
+    group.add_argument(
+        "--tpm", type=at_least(0), default=0, metavar="N", help="tokens a minute that the account allows"
+    )
+    group.add_argument(
+        "--max-cost",
+        type=amount,
+        default=0.0,
+        metavar="DOLLARS",
+        help="stop before the output has cost more, earlier runs included",
+    )
+    group.add_argument(
+        "--max-tokens", type=at_least(0), default=0, metavar="N", help="the same in tokens of prompts and replies"
+    )
+    group.add_argument(
+        "--input-price",
+        type=amount,
+        metavar="DOLLARS",
+        help="for a million tokens of prompt (default: a table of list prices)",
+    )
+    group.add_argument(
+        "--output-price", type=amount, metavar="DOLLARS", help="for a million tokens of reply, hidden thought included"
+    )
+    group.add_argument(
+        "--timeout",
+        type=at_least(1),
+        default=300,
+        metavar="SECONDS",
+        help="that a whole reply may take (default: %(default)s)",
+    )
 
 
 def _add_loop_commands(add: AddCommand) -> None:
