@@ -144,7 +144,10 @@ class GeminiTeacher(NetworkTeacher):
 
 
 def read_response(response: "types.GenerateContentResponse") -> Reply:
-    """Text, tokens and, where there is no whole text, the reason: blocked_…, truncated or empty."""
+    """Text, tokens and, where there is no whole text, the reason: blocked_…, truncated or empty.
+
+    TeacherUnavailable for what holds neither a candidate, nor a reason, nor a count: no model wrote that.
+    """
     usage = response.usage_metadata
     tokens = {
         "input_tokens": (usage.prompt_token_count or 0) if usage else 0,
@@ -153,6 +156,9 @@ def read_response(response: "types.GenerateContentResponse") -> Reply:
     feedback = response.prompt_feedback
     if feedback is not None and feedback.block_reason is not None:
         return Reply("", f"blocked_prompt_{feedback.block_reason.value.lower()}", **tokens)
+    written = any(candidate.content or candidate.finish_reason for candidate in response.candidates or [])
+    if not written and usage is None:
+        raise TeacherUnavailable("Gemini's reply holds nothing")
     if not response.candidates:
         return Reply("", "empty", **tokens)
     candidate = response.candidates[0]

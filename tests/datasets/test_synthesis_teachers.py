@@ -102,7 +102,7 @@ def test_failures_that_stay_are_one_sentence_without_the_key(kind, status, messa
         ("gemini", {"promptFeedback": {"blockReason": "SAFETY"}}, "blocked_prompt_safety"),
         ("gemini", gemini_body("", finishReason="SAFETY", content=None), "blocked_safety"),
         ("gemini", gemini_body("half", finishReason="MAX_TOKENS"), "truncated"),
-        ("gemini", {"candidates": []}, "empty"),
+        ("gemini", {"candidates": [], "usageMetadata": {"promptTokenCount": 11}}, "empty"),
         ("gemini", gemini_body(" "), "empty"),
         ("openai", openai_body("", finish_reason="content_filter"), "blocked_content_filter"),
         ("openai", openai_body("", message={"content": None, "refusal": "no"}), "blocked_refusal"),
