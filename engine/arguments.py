@@ -189,7 +189,7 @@ def _add_data_commands(add: AddCommand) -> None:
 
 
 def _add_operation(synthesize: argparse.ArgumentParser) -> None:
-    group = synthesize.add_argument_group("pace and budget", "0 means no limit (docs/synthesis.md)")
+    group = synthesize.add_argument_group("pace and budget", "0 means no limit (docs/synthesis_operation.md)")
     group.add_argument("--dry-run", action="store_true", help="estimate requests, tokens and cost, and ask nothing")
     group.add_argument(
         "--rpm", type=at_least(0), default=0, metavar="N", help="requests a minute that the account allows"

@@ -58,6 +58,7 @@ class Engine:
         self.budget, self.estimator = budget or Budget(), estimator or Estimator()
         self.budget.add(journal.input_tokens, journal.output_tokens)
         self.new_requests = 0
+        self._slots = asyncio.Semaphore(workers)
         self._failures_in_a_row = 0
 
     async def _ask(self, request: Request) -> Reply:
@@ -69,7 +70,8 @@ class Engine:
         estimate = self.estimator.estimate(request)
         await self.budget.reserve(estimate)
         try:
-            reply = await self.teacher.ask(request)
+            async with self._slots:
+                reply = await self.teacher.ask(request)
             self.budget.add(reply.input_tokens, reply.output_tokens)
         finally:
             self.budget.release(estimate)
@@ -139,7 +141,8 @@ class Engine:
                 # gives the others a turn where the teacher never waits
                 await asyncio.sleep(0)
 
-        workers = [asyncio.create_task(work()) for _ in range(self.workers)]
+        # more questions than requests, so that a slot is not idle while a reply is synced and judged
+        workers = [asyncio.create_task(work()) for _ in range(2 * self.workers - 1)]
         try:
             await asyncio.gather(*workers)
         finally:

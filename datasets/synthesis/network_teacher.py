@@ -81,11 +81,11 @@ class NetworkTeacher(ABC):
 
     async def _attempt(self, request: Request) -> Reply:
         charged = await self.limits.admit(request)
-        reply: Reply | None = None
+        used: Reply | None = None
         try:
-            reply = await asyncio.wait_for(self.ask_once(request), self.timeout)
+            used = reply = await asyncio.wait_for(self.ask_once(request), self.timeout)
         except asyncio.TimeoutError:
             raise TeacherUnavailable(f"There was no whole reply within {self.timeout:g} s") from None
         finally:
-            self.limits.settle(charged, request, reply)
+            self.limits.settle(charged, request, used)
         return reply
