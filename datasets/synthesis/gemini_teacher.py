@@ -13,6 +13,7 @@ from .teacher import (
     Request,
     RetryOptions,
     TeacherUnavailable,
+    media_type,
     parse_retry_after,
     refusal,
     with_retries,
@@ -80,6 +81,7 @@ class GeminiTeacher:
             checking: types.GenerateContentConfig(thinking_config=thinking, temperature=0.0 if checking else None)
             for checking in (False, True)
         }
+        self._part = types.Part.from_bytes
         self._api_error: type[Exception] = errors.APIError
         self._unread: tuple[type[Exception], ...] = (errors.UnknownApiResponseError, json.JSONDecodeError)
         self._lost = _transport_errors()
@@ -89,9 +91,10 @@ class GeminiTeacher:
         return await with_retries(lambda: self._ask_once(request), self._retries, self._rng)
 
     async def _ask_once(self, request: Request) -> Reply:
+        pictures = [self._part(data=image, mime_type=media_type(image)) for image in request.images]
         try:
             response = await self._client.aio.models.generate_content(
-                model=self.model, contents=request.prompt, config=self._configs[bool(request.think)]
+                model=self.model, contents=[*pictures, request.prompt], config=self._configs[bool(request.think)]
             )
         except self._api_error as error:
             raise self._translate(error) from None

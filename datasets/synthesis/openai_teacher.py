@@ -1,6 +1,7 @@
 """A teacher behind any endpoint that speaks OpenAI's chat completions: OpenAI itself, vLLM, llama.cpp and others."""
 
 import asyncio
+import base64
 import http.client
 import json
 import os
@@ -16,6 +17,7 @@ from .teacher import (
     Request,
     RetryOptions,
     TeacherUnavailable,
+    media_type,
     parse_retry_after,
     refusal,
     with_retries,
@@ -76,7 +78,7 @@ class OpenAITeacher:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._post, request)
 
     def _post(self, request: Request) -> Reply:
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": request.prompt}]}
+        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": message_content(request)}]}
         if request.think:
             body["temperature"] = 0.0
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -107,6 +109,15 @@ class OpenAITeacher:
     async def close(self) -> None:
         """Let the threads go; those that still wait for a server end with its time-out."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def message_content(request: Request) -> str | list[dict[str, Any]]:
+    """A message's content: the prompt, after its pictures (as data URLs) where it has some."""
+    if not request.images:
+        return request.prompt
+    urls = [f"data:{media_type(image)};base64,{base64.b64encode(image).decode()}" for image in request.images]
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [*pictures, {"type": "text", "text": request.prompt}]
 
 
 def read_completion(content: Any) -> Reply:
