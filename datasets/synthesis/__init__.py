@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ..scene_store import SceneStore
+from .description import InputOptions
 from .engine import synthesize_with
 from .filters import FilterOptions
 from .gemini_teacher import GeminiTeacher
 from .openai_teacher import OpenAITeacher
 from .rule_teacher import RuleTeacher
 from .teacher import Teacher
+from .views import ViewsOf
 
 TEACHERS = ("rules", "gemini", "openai")
 
-__all__ = ["TEACHERS", "FilterOptions", "build_teacher", "synthesize", "synthesize_with"]
+__all__ = ["TEACHERS", "FilterOptions", "InputOptions", "build_teacher", "synthesize", "synthesize_with"]
 
 
 def build_teacher(
@@ -52,6 +54,8 @@ def synthesize(
     seed: int = 0,
     thinking_budget: int = -1,
     options: FilterOptions | None = None,
+    inputs: InputOptions | None = None,
+    views_of: ViewsOf | None = None,
 ) -> dict[str, Any]:
     """Write chain-of-thought records (`<out>`, JSON lines) about the questions of training scenes.
 
@@ -68,7 +72,9 @@ def synthesize(
         workers: requests at a time.
         seed: order of the questions, which decides those that `limit` leaves, and the jitter of retries.
         thinking_budget: Gemini's hidden thought in tokens, -1 for its own choice.
-        options: thresholds of the filters.
+        options: thresholds of the filters, and those to skip.
+        inputs: sources of questions, and what the teacher is told and shown.
+        views_of: pictures to show instead of uniform frames, by scene and question.
 
     Returns:
         The report.
@@ -90,4 +96,6 @@ def synthesize(
         seed=seed,
         options=options,
         store=store,
+        inputs=inputs,
+        views_of=views_of,
     )

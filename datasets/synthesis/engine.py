@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from ...utils.text import format_response, parse_response
 from ..scene_store import SceneInfo, SceneStore
-from .description import describe, load_captions
-from .filters import FilterOptions, check_consistency, check_gold, check_response, near_duplicates
+from .description import Describer, InputOptions, load_captions
+from .filters import FilterOptions, check_boxes, check_consistency, check_gold, check_response, near_duplicates
 from .journal import Journal, request_key
 from .prompts import answer_prompt, check_prompt
 from .sources import Question, load_questions
 from .teacher import Reply, Request, Teacher, TeacherUnavailable
+from .views import UniformViews, ViewsOf, within_limits
 
 FAILURES_IN_A_ROW = 20  # after so many questions without any answer the teacher is taken to be gone
 _log = logging.getLogger(__name__)
@@ -45,7 +46,9 @@ class Engine:
     Args:
         teacher: who is asked.
         journal: replies received so far; those to come are added.
-        descriptions: scene description by scene id.
+        index: labels and boxes of the scenes.
+        describe: the scene description for a question's prompt.
+        views_of: pictures for a question's prompt; None shows none.
         options: thresholds of the filters.
         workers: requests at a time.
     """
@@ -55,14 +58,17 @@ class Engine:
         teacher: Teacher,
         journal: Journal,
         *,
-        descriptions: dict[str, str],
+        index: Mapping[str, SceneInfo],
+        describe: Callable[[Question], str],
         options: FilterOptions,
         workers: int,
+        views_of: ViewsOf | None = None,
     ):
         if workers < 1:
             raise ValueError(f"The engine needs at least one worker, not {workers}.")
         self.teacher, self.journal = teacher, journal
-        self.descriptions, self.options, self.workers = descriptions, options, workers
+        self.index, self.describe, self.views_of = index, describe, views_of
+        self.options, self.workers = options, workers
         self.new_requests = 0
         self._failures_in_a_row = 0
 
@@ -76,10 +82,17 @@ class Engine:
             self.new_requests += 1
         return reply
 
+    async def _request(self, question: Question) -> Request:
+        """What the teacher is asked first, with pictures where it is to see some."""
+        images: tuple[bytes, ...] = ()
+        if self.views_of is not None:
+            views = await asyncio.to_thread(self.views_of, question.scene_id, question.text)
+            images = within_limits(views, question.scene_id)
+        return Request(question, answer_prompt(question, self.describe(question), len(images)), images=images)
+
     async def judge(self, question: Question) -> Outcome:
         """Ask about one question, and filter. Filters that cost nothing come before the one that asks again."""
-        prompt = answer_prompt(question, self.descriptions[question.scene_id])
-        reply = await self._ask(Request(question, prompt))
+        reply = await self._ask(await self._request(question))
         reason = reply.reason or check_response(reply.text, question, self.options)
         outcome = Outcome(
             question,
@@ -92,19 +105,20 @@ class Engine:
         if reason:
             return outcome
         response = parse_response(reply.text)
-        again = await self._ask(Request(question, check_prompt(question, response.think), response.think))
-        reason = f"check_{again.reason}" if again.reason else ""
-        reason = reason or check_consistency(response.answer, parse_response(again.text).answer, self.options)
+        if self.options.applies("inconsistent"):
+            again = await self._ask(Request(question, check_prompt(question, response.think), response.think))
+            outcome = replace(
+                outcome,
+                asked=2,
+                input_tokens=reply.input_tokens + again.input_tokens,
+                output_tokens=reply.output_tokens + again.output_tokens,
+            )
+            reason = f"check_{again.reason}" if again.reason else ""
+            reason = reason or check_consistency(response.answer, parse_response(again.text).answer, self.options)
+        info = self.index[question.scene_id]
         reason = reason or check_gold(response.answer, question, self.options)
-        return replace(
-            outcome,
-            reason=reason,
-            think=response.think,
-            answer=response.answer,
-            asked=2,
-            input_tokens=reply.input_tokens + again.input_tokens,
-            output_tokens=reply.output_tokens + again.output_tokens,
-        )
+        reason = reason or check_boxes(reply.text, info.to_model(info.boxes_K7), self.options)
+        return replace(outcome, reason=reason, think=response.think, answer=response.answer)
 
     async def _judge_or_fail(self, question: Question) -> Outcome:
         try:
@@ -183,6 +197,11 @@ def to_reject(outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def as_plain(options: FilterOptions | InputOptions) -> dict[str, Any]:
+    """Options as they stand in the report, tuples as lists."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
+
+
 def make_report(
     outcomes: list[Outcome], left_out: Counter[str], engine: Engine, settings: dict[str, Any]
 ) -> dict[str, Any]:
@@ -191,7 +210,7 @@ def make_report(
     rejected = Counter(outcome.reason for outcome in outcomes if outcome.reason)
     failed = rejected.pop("failed", 0)
     return {
-        "settings": {**settings, "identity": engine.teacher.identity, "filters": asdict(engine.options)},
+        "settings": {**settings, "identity": engine.teacher.identity, "filters": as_plain(engine.options)},
         "questions": len(outcomes),
         "left_out": dict(sorted(left_out.items())),
         "kept": len(kept),
@@ -233,21 +252,33 @@ def synthesize_with(
     seed: int = 0,
     options: FilterOptions | None = None,
     store: SceneStore | None = None,
+    inputs: InputOptions | None = None,
+    views_of: ViewsOf | None = None,
 ) -> dict[str, Any]:
     """`synthesize` with a teacher at hand; see there. `store` saves reading the scenes' index again."""
-    out, options = Path(out), options or FilterOptions()
+    out, options, inputs = Path(out), options or FilterOptions(), inputs or InputOptions()
     journal_path = beside(out, ".journal.jsonl")
     if out.exists() and not journal_path.exists():
         raise ValueError(f"{out} was not written by this engine (it has no journal beside it); choose another --out.")
     store = store or SceneStore(Path(root) / "prepared")
-    questions, left_out = load_questions(root, store, split=split, seed=seed, limit=limit)
-    captions = load_captions(root)
-    scenes: dict[str, SceneInfo] = {question.scene_id: store.index[question.scene_id] for question in questions}
-    descriptions = {scene_id: describe(info, captions) for scene_id, info in scenes.items()}
+    if inputs.views and views_of is None:
+        views_of = UniformViews(store, inputs.views, inputs.view_size)
+    questions, left_out = load_questions(root, store, split=split, seed=seed, limit=limit, sources=inputs.sources)
+    if isinstance(views_of, UniformViews):
+        views_of.require(question.scene_id for question in questions)
+    describe = Describer(store.index, load_captions(root, split), inputs.description)
     with Journal(journal_path) as journal, tqdm(total=len(questions), desc="synthesize", unit="question") as progress:
-        engine = Engine(teacher, journal, descriptions=descriptions, options=options, workers=workers)
+        engine = Engine(
+            teacher,
+            journal,
+            index=store.index,
+            describe=describe,
+            options=options,
+            workers=workers,
+            views_of=views_of,
+        )
         outcomes = mark_near_duplicates(asyncio.run(engine.run(questions, progress)), options)
-        settings = {"root": str(root), "split": split, "seed": seed, "limit": limit}
+        settings = {"root": str(root), "split": split, "seed": seed, "limit": limit, "inputs": as_plain(inputs)}
         report = make_report(outcomes, left_out, engine, settings)
         records = (to_record(outcome, teacher.identity) for outcome in outcomes if not outcome.reason)
         rejects = (to_reject(outcome) for outcome in outcomes if outcome.reason)

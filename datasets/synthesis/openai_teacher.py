@@ -78,7 +78,10 @@ class OpenAITeacher:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._post, request)
 
     def _post(self, request: Request) -> Reply:
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": message_content(request)}]}
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": message_content(request)}],
+        }
         if request.think:
             body["temperature"] = 0.0
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
