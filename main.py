@@ -253,8 +253,18 @@ def save_view_sheets(args: argparse.Namespace) -> list[str]:
     return sections
 
 
+def show_samples(args: argparse.Namespace) -> None:
+    """The page of random records of a `synthesize` run."""
+    from .datasets.synthesis import sheet_folder
+    from .visualization.samples_page import write_samples
+
+    page = sheet_folder(args.out) / "samples.html"
+    write_samples(args.out, page, data_root=args.root, count=args.samples, seed=args.seed)
+    say(f"wrote {page}")
+
+
 def run_synthesize(args: argparse.Namespace) -> int:
-    from .datasets.synthesis import FilterOptions, synthesize
+    from .datasets.synthesis import FilterOptions, InputOptions, synthesize
 
     report = synthesize(
         args.root,
@@ -266,8 +276,15 @@ def run_synthesize(args: argparse.Namespace) -> int:
         workers=args.workers,
         seed=args.seed,
         thinking_budget=args.thinking_budget,
-        options=FilterOptions(min_think_words=args.min_think_words, min_answer_words=args.min_answer_words),
+        options=FilterOptions(
+            min_think_words=args.min_think_words,
+            min_answer_words=args.min_answer_words,
+            skipped=tuple(args.skip_filter),
+        ),
+        inputs=InputOptions(tuple(args.sources), args.description, args.views, args.view_size),
     )
+    if args.samples:
+        show_samples(args)
     show_table(
         {name: report[name] for name in ("questions", "kept", "rejected", "failed", "requests", "new_requests")}
     )

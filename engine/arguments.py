@@ -170,6 +170,8 @@ def _add_data_commands(add: AddCommand) -> None:
         help="shorter answers are rejected; the paper says 20 and breaks it (default: 0, off)",
     )
 
+    _add_synthesis_inputs(synthesize)
+
     doctor = add(
         "doctor",
         "what is installed, and what is missing or wrong in a data root",
@@ -177,6 +179,47 @@ def _add_data_commands(add: AddCommand) -> None:
     )
     doctor.add_argument("--root", metavar="DIR", help="data root to examine; without one, how to get started")
     doctor.add_argument("--json", action="store_true", help="print one JSON object (docs/data_formats.md)")
+
+
+def _add_synthesis_inputs(synthesize: argparse.ArgumentParser) -> None:
+    """What is asked, what the teacher is told and shown, which filters are left out, and the page of samples."""
+    synthesize.add_argument(
+        "--sources",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="scanqa scanrefer nr3d sceneverse scene_description (default: the first four, where they are there)",
+    )
+    synthesize.add_argument(
+        "--description",
+        choices=("full", "objects", "none"),
+        default="full",
+        help="what the teacher is told of the scene: caption and boxes, boxes alone, nothing (default: %(default)s)",
+    )
+    synthesize.add_argument(
+        "--views", type=at_least(0), default=0, metavar="N", help="frames to show the teacher, 16 at most (default: 0)"
+    )
+    synthesize.add_argument(
+        "--view-size",
+        type=at_least(64),
+        default=768,
+        metavar="PIXELS",
+        help="longest side of the frames (default: %(default)s)",
+    )
+    synthesize.add_argument(
+        "--skip-filter",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave a filter out; may be repeated (docs/scene30k.md)",
+    )
+    synthesize.add_argument(
+        "--samples",
+        type=at_least(0),
+        default=12,
+        metavar="N",
+        help="records on the page of samples; 0 for no page (default: %(default)s)",
+    )
 
 
 def _add_loop_commands(add: AddCommand) -> None:

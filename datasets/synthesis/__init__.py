@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..scene_store import SceneStore
+from .datasheet import sheet_folder
 from .description import InputOptions
 from .engine import synthesize_with
 from .filters import FilterOptions
@@ -20,7 +21,15 @@ from .views import ViewsOf
 
 TEACHERS = ("rules", "gemini", "openai")
 
-__all__ = ["TEACHERS", "FilterOptions", "InputOptions", "build_teacher", "synthesize", "synthesize_with"]
+__all__ = [
+    "TEACHERS",
+    "FilterOptions",
+    "InputOptions",
+    "build_teacher",
+    "sheet_folder",
+    "synthesize",
+    "synthesize_with",
+]
 
 
 def build_teacher(

@@ -74,7 +74,12 @@ def _texts(texts: object, name: str, path: Path, scene_id: str) -> list[str]:
 
 def load_captions(root: str | Path, split: str = "") -> dict[str, str]:
     """The captions of `caption_lists`, those of a scene joined; empty where there is no file."""
-    return {scene_id: " ".join(texts) for scene_id, texts in caption_lists(root, split).items()}
+    return join_captions(caption_lists(root, split))
+
+
+def join_captions(captions: Mapping[str, list[str]]) -> dict[str, str]:
+    """The captions of each scene as one text."""
+    return {scene_id: " ".join(texts) for scene_id, texts in captions.items()}
 
 
 def inventory(info: SceneInfo) -> str:

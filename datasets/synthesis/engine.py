@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from ...utils.text import format_response, parse_response
 from ..scene_store import SceneInfo, SceneStore
-from .description import Describer, InputOptions, load_captions
+from .datasheet import write_datasheet
+from .description import Describer, InputOptions, caption_lists, join_captions
 from .filters import FilterOptions, check_boxes, check_consistency, check_gold, check_response, near_duplicates
 from .journal import Journal, request_key
 from .prompts import answer_prompt, check_prompt
@@ -266,7 +267,8 @@ def synthesize_with(
     questions, left_out = load_questions(root, store, split=split, seed=seed, limit=limit, sources=inputs.sources)
     if isinstance(views_of, UniformViews):
         views_of.require(question.scene_id for question in questions)
-    describe = Describer(store.index, load_captions(root, split), inputs.description)
+    captions = caption_lists(root, split)
+    describe = Describer(store.index, join_captions(captions), inputs.description)
     with Journal(journal_path) as journal, tqdm(total=len(questions), desc="synthesize", unit="question") as progress:
         engine = Engine(
             teacher,
@@ -285,6 +287,7 @@ def synthesize_with(
         write_atomically(beside(out, ".rejects.jsonl"), _lines(rejects))
         write_atomically(out, _lines(records))
         write_atomically(beside(out, ".report.json"), orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+    write_datasheet(out, store.index, captions)
     if report["failed"]:
         _log.warning("%d questions had no answer; run the same command again to ask them.", report["failed"])
     return report
