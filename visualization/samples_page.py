@@ -22,7 +22,7 @@ from .report import write_page
 
 ViewsOf = Callable[[str, str], Sequence[bytes]]
 _STYLE = """<style>.think p{margin:.35rem 0}.answer{font-size:1.05rem}.box{color:#6b7280;font-size:.78rem;
-white-space:nowrap}.example p{margin:.5rem 0}.rejected td{text-align:left!important;vertical-align:top}
+white-space:nowrap}.example p{margin:.5rem 0}.rejected td,.rejected th{text-align:left!important;vertical-align:top}
 .rejected td:nth-child(3){max-width:34rem;overflow-wrap:anywhere}</style>"""
 _BOX = re.compile(r"&lt;box&gt;\s*([^&]*?)\s*&lt;/box&gt;")
 # where a step begins: shown on a line of its own
@@ -103,9 +103,9 @@ def _example(row: dict[str, Any], prepared: Path, views_of: ViewsOf | None) -> s
     )
     return (
         f"<div class='example'><div><img class='scene' alt='scene with boxes' src='{data_url(image_HW3)}'>"
-        f"<div class='views'>{pictures}</div></div><div>{tags} {html.escape(row['scene_id'])}"
+        f"</div><div>{tags} {html.escape(row['scene_id'])}"
         f"<p><b>{html.escape(row['question'])}</b></p><div class='think'>{steps}</div>"
-        f"<p class='answer'>{marked(response.answer)}</p>{gold}</div></div>"
+        f"<p class='answer'>{marked(response.answer)}</p>{gold}<div class='views'>{pictures}</div></div></div>"
     )
 
 
