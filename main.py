@@ -283,12 +283,12 @@ def run_synthesize(args: argparse.Namespace) -> int:
         ),
         inputs=InputOptions(tuple(args.sources), args.description, args.views, args.view_size),
     )
-    if args.samples:
-        show_samples(args)
     show_table(
         {name: report[name] for name in ("questions", "kept", "rejected", "failed", "requests", "new_requests")}
     )
     say(f"wrote {args.out}")
+    if args.samples:
+        show_samples(args)
     return 0 if report["failed"] == 0 else 1
 
 

@@ -22,7 +22,7 @@ from .description import CAPTION_FILE, inventory
 from .filters import FILTERS, count_words, step_starts
 from .histograms import bars, histogram
 
-SHEET = ".sheet"  # the folder beside `<out>` that all of it goes to
+SHEET = ".sheet"  # ending of the folder beside the records that all of it goes to
 _PACKAGES = ("google-genai", "rapidfuzz", "orjson", "pillow")
 _THRESHOLDS = {
     "think_short": "min_think_words",
@@ -219,12 +219,12 @@ def sheet_text(name: str, counts: Counts, report: Mapping[str, Any], pictures: I
 
 
 def sheet_folder(out: str | Path) -> Path:
-    """The folder of a file of records that datasheet, captions and samples go to: `<out>.sheet`."""
-    return Path(out).with_name(Path(out).name + SHEET)
+    """The folder of a file of records that datasheet, captions and samples go to: `x.sheet` for `x.jsonl`."""
+    return Path(out).with_name(Path(out).stem + SHEET)
 
 
 def write_datasheet(out: str | Path, index: Mapping[str, SceneInfo], captions: Mapping[str, list[str]]) -> Path:
-    """Write `<out>.sheet/`: README.md, its pictures and scene_caption.json, from the files that a run wrote.
+    """Write the folder of `sheet_folder`: README.md, its pictures and scene_caption.json, from the files that a run wrote.
 
     Args:
         out: the file of records; `<out>.rejects.jsonl` and `<out>.report.json` lie beside it.
