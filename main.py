@@ -188,16 +188,8 @@ def save_answer_pictures(answered: "Answered", folder: Path) -> None:
 
 
 def run_view(args: argparse.Namespace) -> int:
-    chosen = [args.ask, args.model, args.encoder, args.source, args.candidates, args.language_model, args.multiview]
-    if args.views is None and any(chosen):
-        raise ValueError(
-            "--ask, --model, --encoder, --source, --candidates, --language-model and --multiview go with "
-            "--views SCENE."
-        )
-    if args.views is not None and args.model is None and (args.language_model or args.multiview):
-        raise ValueError("--language-model and --multiview go with --model DIR.")
-    if args.views is not None and args.predictions is not None and not args.html:
-        raise ValueError("With predictions and --views the sheets stand in their report; name it with --html FILE.")
+    if args.views is None and (args.ask or args.model or args.encoder or args.source or args.candidates):
+        raise ValueError("--ask, --model, --encoder, --source and --candidates go with --views SCENE.")
     if args.views is None and args.predictions is None:
         raise ValueError("Name a run folder or predictions.jsonl to look at, or a scan with --views.")
     if args.predictions is None and args.save:
@@ -264,7 +256,7 @@ def show_samples(args: argparse.Namespace) -> None:
 
 
 def run_synthesize(args: argparse.Namespace) -> int:
-    from .datasets.synthesis import FilterOptions, InputOptions, synthesize
+    from .datasets.synthesis import FilterOptions, InputOptions, Operation, synthesize
 
     report = synthesize(
         args.root,
@@ -281,15 +273,27 @@ def run_synthesize(args: argparse.Namespace) -> int:
             min_answer_words=args.min_answer_words,
             skipped=tuple(args.skip_filter),
         ),
+        operation=Operation(
+            requests_per_minute=args.rpm,
+            tokens_per_minute=args.tpm,
+            max_cost=args.max_cost,
+            max_tokens=args.max_tokens,
+            input_price=args.input_price,
+            output_price=args.output_price,
+            timeout=args.timeout,
+            dry_run=args.dry_run,
+        ),
         inputs=InputOptions(tuple(args.sources), args.description, args.views, args.view_size),
     )
-    show_table(
-        {name: report[name] for name in ("questions", "kept", "rejected", "failed", "requests", "new_requests")}
-    )
+    if args.dry_run:
+        show_table(report)
+        return 0
+    names = ("questions", "kept", "rejected", "failed", "unasked", "requests", "new_requests", "cost")
+    show_table({name: report[name] for name in names if report[name] is not None})
     say(f"wrote {args.out}")
     if args.samples:
         show_samples(args)
-    return 0 if report["failed"] == 0 else 1
+    return 0 if report["failed"] == report["unasked"] == 0 else 1
 
 
 def run_tiny(args: argparse.Namespace) -> int:

@@ -16,13 +16,10 @@ _MINUS = re.compile(r"-[\d.]")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers a wrong command line with one sentence instead of the whole usage, and takes whole words.
+    """A parser that answers a wrong command line with one sentence instead of the whole usage.
 
     It takes `--click -1,0.5,0.4` as it is meant; argparse alone reads the numbers as an option for their minus sign.
     """
-
-    def __init__(self, *positional: Any, **options: Any):
-        super().__init__(*positional, **{"allow_abbrev": False, **options})
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         joined: list[str] = []
@@ -47,6 +44,17 @@ def at_least(bound: int) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def amount(text: str) -> float:
+    """A number that is not negative, as an argument's type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of dollars")
+    return value
 
 
 def numbers(*counts: int) -> Callable[[str], list[float]]:
@@ -143,7 +151,7 @@ def _add_data_commands(add: AddCommand) -> None:
         "--limit", type=at_least(0), default=0, metavar="N", help="questions to ask at most; 0 for all (default)"
     )
     synthesize.add_argument(
-        "--workers", type=at_least(1), default=4, metavar="N", help="requests at a time (default: %(default)s)"
+        "--workers", type=at_least(1), default=64, metavar="N", help="requests at a time (default: %(default)s)"
     )
     synthesize.add_argument(
         "--seed", type=at_least(0), default=0, help="order of the questions (default: %(default)s)"
@@ -169,6 +177,7 @@ def _add_data_commands(add: AddCommand) -> None:
         metavar="N",
         help="shorter answers are rejected; the paper says 20 and breaks it (default: 0, off)",
     )
+    _add_operation(synthesize)
 
     _add_synthesis_inputs(synthesize)
 
@@ -179,6 +188,43 @@ def _add_data_commands(add: AddCommand) -> None:
     )
     doctor.add_argument("--root", metavar="DIR", help="data root to examine; without one, how to get started")
     doctor.add_argument("--json", action="store_true", help="print one JSON object (docs/data_formats.md)")
+
+
+def _add_operation(synthesize: argparse.ArgumentParser) -> None:
+    group = synthesize.add_argument_group("pace and budget", "0 means no limit (docs/synthesis_operation.md)")
+    group.add_argument("--dry-run", action="store_true", help="estimate requests, tokens and cost, and ask nothing")
+    group.add_argument(
+        "--rpm", type=at_least(0), default=0, metavar="N", help="requests a minute that the account allows"
+    )
+    group.add_argument(
+        "--tpm", type=at_least(0), default=0, metavar="N", help="tokens a minute that the account allows"
+    )
+    group.add_argument(
+        "--max-cost",
+        type=amount,
+        default=0.0,
+        metavar="DOLLARS",
+        help="stop before the output has cost more, earlier runs included",
+    )
+    group.add_argument(
+        "--max-tokens", type=at_least(0), default=0, metavar="N", help="the same in tokens of prompts and replies"
+    )
+    group.add_argument(
+        "--input-price",
+        type=amount,
+        metavar="DOLLARS",
+        help="for a million tokens of prompt (default: a table of list prices)",
+    )
+    group.add_argument(
+        "--output-price", type=amount, metavar="DOLLARS", help="for a million tokens of reply, hidden thought included"
+    )
+    group.add_argument(
+        "--timeout",
+        type=at_least(1),
+        default=300,
+        metavar="SECONDS",
+        help="that a whole reply may take (default: %(default)s)",
+    )
 
 
 def _add_synthesis_inputs(synthesize: argparse.ArgumentParser) -> None:

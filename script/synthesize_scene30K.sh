@@ -13,7 +13,8 @@
 #   OUT=DATA/annotations/Scene-30K.synthesized.jsonl
 #
 # Questions are those of ScanQA, ScanRefer, Nr3D and SceneVerse on training scenes (docs/scene30k.md). An interrupted run goes on where it stopped and
-# pays for nothing twice. To train on the result, make it DATA/annotations/Scene-30K.jsonl.
+# pays for nothing twice. Arguments such as --dry-run, --rpm 1000, --max-cost 200 pass through
+# (docs/synthesis_operation.md). To train on the result, make it DATA/annotations/Scene-30K.jsonl.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 DATA="${DATA:-data/rooms}"

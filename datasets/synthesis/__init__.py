@@ -9,15 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from ..scene_store import SceneStore
+from . import gemini_teacher, openai_teacher, rule_teacher
+from .asking import build_asker
+from .budget import build_budget
 from .datasheet import sheet_folder
 from .description import InputOptions
-from .engine import synthesize_with
+from .engine import journal_of, synthesize_with
 from .filters import FilterOptions
 from .gemini_teacher import GeminiTeacher
+from .limits import Estimator, Limits
 from .openai_teacher import OpenAITeacher
+from .operation import WORKERS, Operation, estimate_run
+from .prices import FREE, Price, find_price
 from .rule_teacher import RuleTeacher
+from .sources import load_questions
 from .teacher import Teacher
-from .views import ViewsOf
 
 TEACHERS = ("rules", "gemini", "openai")
 
@@ -25,6 +31,7 @@ __all__ = [
     "TEACHERS",
     "FilterOptions",
     "InputOptions",
+    "Operation",
     "build_teacher",
     "sheet_folder",
     "synthesize",
@@ -32,23 +39,47 @@ __all__ = [
 ]
 
 
+def check_teacher(name: str, model: str) -> None:
+    """ValueError for an unknown teacher, or a model that it does not have."""
+    if name not in TEACHERS:
+        raise ValueError(f"Unknown teacher {name!r}; there are {', '.join(TEACHERS)}.")
+    if name == "rules" and model:
+        raise ValueError("The rule teacher has no models; leave --model out, or name another --teacher.")
+
+
 def build_teacher(
-    name: str, *, store: SceneStore, model: str = "", workers: int = 4, thinking_budget: int = -1, seed: int = 0
+    name: str,
+    *,
+    store: SceneStore,
+    model: str = "",
+    thinking_budget: int = -1,
+    timeout: float = 300.0,
+    limits: Limits | None = None,
+    seed: int = 0,
 ) -> Teacher:
     """A teacher by name: rules (offline), gemini, or openai (any compatible server).
 
     Raises:
-        ValueError: unknown name, or no key; ModuleNotFoundError where google-genai is missing.
+        ValueError: unknown name, no key, or a package is missing.
     """
-    if name == "rules":
-        if model:
-            raise ValueError("The rule teacher has no models; leave --model out, or name another --teacher.")
-        return RuleTeacher(store.index)
+    check_teacher(name, model)
     if name == "gemini":
-        return GeminiTeacher(model, thinking_budget=thinking_budget, seed=seed)
+        return GeminiTeacher(model, thinking_budget=thinking_budget, timeout=timeout, limits=limits, seed=seed)
     if name == "openai":
-        return OpenAITeacher(model, workers=workers, seed=seed)
-    raise ValueError(f"Unknown teacher {name!r}; there are {', '.join(TEACHERS)}.")
+        return OpenAITeacher(model, timeout=timeout, limits=limits, seed=seed)
+    return RuleTeacher(store.index)
+
+
+def identity_and_price(name: str, model: str, thinking_budget: int, operation: Operation) -> tuple[str, Price | None]:
+    """What a teacher's replies are kept under and what they cost, without building it: a dry run needs no key."""
+    given = find_price("", operation.input_price, operation.output_price)
+    if name == "rules":
+        return rule_teacher.IDENTITY, given or FREE
+    module = gemini_teacher if name == "gemini" else openai_teacher
+    price = given or find_price(model or module.DEFAULT_MODEL)
+    if name == "gemini":
+        return gemini_teacher.identity_of(model, thinking_budget), price
+    return openai_teacher.identity_of(model), price
 
 
 def synthesize(
@@ -59,17 +90,17 @@ def synthesize(
     model: str = "",
     split: str = "train",
     limit: int = 0,
-    workers: int = 4,
+    workers: int = WORKERS,
     seed: int = 0,
     thinking_budget: int = -1,
     options: FilterOptions | None = None,
+    operation: Operation | None = None,
     inputs: InputOptions | None = None,
-    views_of: ViewsOf | None = None,
 ) -> dict[str, Any]:
     """Write chain-of-thought records (`<out>`, JSON lines) about the questions of training scenes.
 
-    Beside it go `<out>.journal.jsonl` (every reply, synced as it comes: a run that ends early goes on where it
-    stopped and asks nothing twice), `<out>.rejects.jsonl` and `<out>.report.json` (counts by reason, tokens).
+    Beside it go `<out>.journal.jsonl` (every reply, written as it comes: a run that ends early goes on where it
+    stopped and asks nothing twice), `<out>.rejects.jsonl` and `<out>.report.json` (counts by reason, tokens, cost).
 
     Args:
         root: data root with annotations/, prepared/ and the split files.
@@ -82,18 +113,42 @@ def synthesize(
         seed: order of the questions, which decides those that `limit` leaves, and the jitter of retries.
         thinking_budget: Gemini's hidden thought in tokens, -1 for its own choice.
         options: thresholds of the filters, and those to skip.
+        operation: pace, budget, prices; with `dry_run` nothing is asked and the estimate is returned.
         inputs: sources of questions, and what the teacher is told and shown.
-        views_of: pictures to show instead of uniform frames, by scene and question.
 
     Returns:
-        The report.
+        The report, or the estimate of a dry run.
 
     Raises:
-        ValueError: held-out scenes, missing files or key, unknown teacher or model, a foreign file at `out`.
+        ValueError: held-out scenes, missing files or key, unknown teacher or model, a foreign file at `out`, a cap in
+            dollars on a model without a price.
     """
+    operation, options, inputs = operation or Operation(), options or FilterOptions(), inputs or InputOptions()
+    check_teacher(teacher, model)
+    identity, price = identity_and_price(teacher, model, thinking_budget, operation)
     store = SceneStore(Path(root) / "prepared")
+    if operation.dry_run:
+        questions, _ = load_questions(root, store, split=split, seed=seed, limit=limit, sources=inputs.sources)
+        return estimate_run(
+            questions,
+            build_asker(root, store, questions, split=split, inputs=inputs),
+            journal_of(Path(out)),
+            identity=identity,
+            price=price,
+            options=options,
+            operation=operation,
+        )
+    budget = build_budget(price, model, max_cost=operation.max_cost, max_tokens=operation.max_tokens)
+    estimator = Estimator()
+    limits = Limits(operation.requests_per_minute, operation.tokens_per_minute, estimator=estimator)
     built = build_teacher(
-        teacher, store=store, model=model, workers=workers, thinking_budget=thinking_budget, seed=seed
+        teacher,
+        store=store,
+        model=model,
+        thinking_budget=thinking_budget,
+        timeout=operation.timeout,
+        limits=limits,
+        seed=seed,
     )
     return synthesize_with(
         built,
@@ -106,5 +161,6 @@ def synthesize(
         options=options,
         store=store,
         inputs=inputs,
-        views_of=views_of,
+        budget=budget,
+        estimator=estimator,
     )

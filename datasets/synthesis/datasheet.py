@@ -224,7 +224,7 @@ def sheet_folder(out: str | Path) -> Path:
 
 
 def write_datasheet(out: str | Path, index: Mapping[str, SceneInfo], captions: Mapping[str, list[str]]) -> Path:
-    """Write the folder of `sheet_folder`: README.md, its pictures and scene_caption.json, from the files that a run wrote.
+    """Write README.md, its pictures and scene_caption.json to `sheet_folder(out)`, from the files that a run wrote.
 
     Args:
         out: the file of records; `<out>.rejects.jsonl` and `<out>.report.json` lie beside it.

@@ -14,6 +14,7 @@ from ..rooms.words import counted, joined
 from ..scene_store import SceneInfo
 from ..tasks.rows import read_json
 from .sources import Question, source_files
+from .views import ViewsOf
 
 CAPTION_FILE = "scene_caption.json"
 FULL, OBJECTS, NONE = "full", "objects", "none"
@@ -26,13 +27,14 @@ class InputOptions:
 
     `sources` are names out of sources.SOURCES, empty for those of the paper that are there. `description` is full
     (caption and boxes), objects (the boxes alone) or none. `views` are uniform frames to show, 0 for none, their
-    longest side `view_size` pixels.
+    longest side `view_size` pixels; `views_of` gives other pictures instead, by scene and question.
     """
 
     sources: tuple[str, ...] = ()
     description: str = FULL
     views: int = 0
     view_size: int = 768
+    views_of: ViewsOf | None = None
 
 
 def caption_lists(root: str | Path, split: str = "") -> dict[str, list[str]]:

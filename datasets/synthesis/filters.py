@@ -151,9 +151,12 @@ def check_boxes(text: str, boxes_K7: np.ndarray, options: FilterOptions) -> str:
     """
     if not options.applies("box_unknown"):
         return ""
+    pointers = find_pointers(text)
+    if not pointers:
+        return ""
     # as descriptions write them: headings and digits beyond the second are not there to copy
     known_K7 = [parse_box(format_box(box_7).removeprefix("<box>").removesuffix("</box>")) for box_7 in boxes_K7]
-    for pointer in find_pointers(text):
+    for pointer in pointers:
         if isinstance(pointer, int):
             return "box_unknown"
         if pointer in known_K7:

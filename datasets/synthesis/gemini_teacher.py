@@ -3,20 +3,21 @@
 import asyncio
 import json
 import os
-import random
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .limits import Limits
+from .network_teacher import NetworkTeacher, http_library
 from .teacher import (
     RETRIED_STATUS,
     Reply,
     Request,
     RetryOptions,
     TeacherUnavailable,
+    check_key,
     media_type,
     parse_retry_after,
     refusal,
-    with_retries,
 )
 
 if TYPE_CHECKING:
@@ -29,21 +30,37 @@ KEY_VARIABLES = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
 def _transport_errors() -> tuple[type[Exception], ...]:
     """Errors of a lost connection in whichever HTTP library google-genai chose (it differs by release)."""
     found: list[type[Exception]] = [ConnectionError, TimeoutError, asyncio.TimeoutError]
-    for library, name in (("httpx", "TransportError"), ("httpx2", "TransportError"), ("aiohttp", "ClientError")):
+    for library, name in (("httpx", "RequestError"), ("httpx2", "RequestError"), ("aiohttp", "ClientError")):
         if library in sys.modules:
             found.append(getattr(sys.modules[library], name))
     return tuple(found)
 
 
-class GeminiTeacher:
+def identity_of(model: str, thinking_budget: int) -> str:
+    """What replies are kept under: the model, and how much it thinks."""
+    return f"gemini/{model or DEFAULT_MODEL}/thinking={thinking_budget}"
+
+
+def retry_delay(details: Any) -> float | None:
+    """Seconds of the RetryInfo that Gemini puts into the body of an error ("37s"); None where there is none."""
+    try:
+        rows = details["error"]["details"]
+        text = next(row["retryDelay"] for row in rows if "retryDelay" in row)
+        return max(0.0, float(text.removesuffix("s")))
+    except (KeyError, TypeError, AttributeError, ValueError, StopIteration):
+        return None
+
+
+class GeminiTeacher(NetworkTeacher):
     """Asks Gemini.
 
     Args:
         model: a model's name; "" for DEFAULT_MODEL.
         thinking_budget: tokens of hidden thought; -1 leaves it to the model, 0 switches it off where it can be.
         base_url: another endpoint; by default the library's own, which the variable GOOGLE_GEMINI_BASE_URL changes.
-        timeout: seconds a request may take.
+        timeout: seconds that a whole reply may take.
         retries, seed: of the backoff after a failed request.
+        limits: requests and tokens a minute; by default none.
 
     Raises:
         ValueError: no key in the environment.
@@ -58,10 +75,14 @@ class GeminiTeacher:
         base_url: str | None = None,
         timeout: float = 300.0,
         retries: RetryOptions | None = None,
+        limits: Limits | None = None,
         seed: int = 0,
     ):
-        self._key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), "")
-        if not self._key:
+        super().__init__(
+            identity_of(model, thinking_budget), timeout=timeout, retries=retries, limits=limits, seed=seed
+        )
+        variable = next((name for name in KEY_VARIABLES if os.environ.get(name, "").strip()), "")
+        if not variable:
             raise ValueError(
                 f"The Gemini teacher needs an API key; set {KEY_VARIABLES[0]}, or use --teacher rules, which needs "
                 "no network."
@@ -69,12 +90,16 @@ class GeminiTeacher:
         try:
             from google import genai
             from google.genai import errors, types
+            from pydantic import ValidationError
         except ImportError:
             raise ValueError('The Gemini teacher needs the package: pip install "google-genai>=1.40".') from None
+        self._key = check_key(os.environ[variable], variable)
         self.model = model or DEFAULT_MODEL
-        self.identity = f"gemini/{self.model}/thinking={thinking_budget}"
-        self._retries, self._rng = retries or RetryOptions(), random.Random(seed)
-        options = types.HttpOptions(base_url=base_url, timeout=round(timeout * 1000))
+        # the library's own pool keeps 20 connections alive, and would open a new one for most requests
+        pool = http_library().Limits(max_connections=None, max_keepalive_connections=None)
+        options = types.HttpOptions(
+            base_url=base_url, timeout=round(timeout * 1000), async_client_args={"limits": pool}
+        )
         self._client = genai.Client(api_key=self._key, vertexai=False, http_options=options)
         thinking = types.ThinkingConfig(thinking_budget=thinking_budget)
         self._configs = {
@@ -83,14 +108,15 @@ class GeminiTeacher:
         }
         self._part = types.Part.from_bytes
         self._api_error: type[Exception] = errors.APIError
-        self._unread: tuple[type[Exception], ...] = (errors.UnknownApiResponseError, json.JSONDecodeError)
+        self._unread: tuple[type[Exception], ...] = (
+            errors.UnknownApiResponseError,
+            json.JSONDecodeError,
+            ValidationError,
+        )
         self._lost = _transport_errors()
 
-    async def ask(self, request: Request) -> Reply:
-        """A reply; retried where the server is busy or the connection is lost."""
-        return await with_retries(lambda: self._ask_once(request), self._retries, self._rng)
-
-    async def _ask_once(self, request: Request) -> Reply:
+    async def ask_once(self, request: Request) -> Reply:
+        """One attempt."""
         pictures = [self._part(data=image, mime_type=media_type(image)) for image in request.images]
         try:
             response = await self._client.aio.models.generate_content(
@@ -108,9 +134,9 @@ class GeminiTeacher:
         message = str(error.message or "")
         if error.code in RETRIED_STATUS:
             headers = getattr(error.response, "headers", None) or {}
-            return TeacherUnavailable(
-                f"Gemini is busy (status {error.code})", parse_retry_after(headers.get("retry-after"))
-            )
+            wait = parse_retry_after(headers.get("retry-after"))
+            wait = retry_delay(error.details) if wait is None else wait
+            return TeacherUnavailable(f"Gemini is busy (status {error.code})", wait)
         if error.code == 400 and "api key" in message.lower():
             return refusal("Gemini", 401, self.model, message, self._key)
         return refusal("Gemini", error.code, self.model, message, self._key)
@@ -121,7 +147,10 @@ class GeminiTeacher:
 
 
 def read_response(response: "types.GenerateContentResponse") -> Reply:
-    """Text, tokens and, where there is no whole text, the reason: blocked_…, truncated or empty."""
+    """Text, tokens and, where there is no whole text, the reason: blocked_…, truncated or empty.
+
+    TeacherUnavailable for what holds neither a candidate, nor a reason, nor a count: no model wrote that.
+    """
     usage = response.usage_metadata
     tokens = {
         "input_tokens": (usage.prompt_token_count or 0) if usage else 0,
@@ -130,6 +159,9 @@ def read_response(response: "types.GenerateContentResponse") -> Reply:
     feedback = response.prompt_feedback
     if feedback is not None and feedback.block_reason is not None:
         return Reply("", f"blocked_prompt_{feedback.block_reason.value.lower()}", **tokens)
+    written = any(candidate.content or candidate.finish_reason for candidate in response.candidates or [])
+    if not written and usage is None:
+        raise TeacherUnavailable("Gemini's reply holds nothing")
     if not response.candidates:
         return Reply("", "empty", **tokens)
     candidate = response.candidates[0]

@@ -1,34 +1,38 @@
 """A teacher behind any endpoint that speaks OpenAI's chat completions: OpenAI itself, vLLM, llama.cpp and others."""
 
-import asyncio
 import base64
-import http.client
-import json
 import os
-import random
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
+import orjson
+
+from .limits import Limits
+from .network_teacher import NetworkTeacher, http_library
 from .teacher import (
     RETRIED_STATUS,
     Reply,
     Request,
     RetryOptions,
     TeacherUnavailable,
+    check_key,
     media_type,
     parse_retry_after,
     refusal,
-    with_retries,
 )
 
 DEFAULT_MODEL = "gpt-4.1"
 DEFAULT_URL = "https://api.openai.com/v1"
+KEY_VARIABLE, URL_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 
 
-class OpenAITeacher:
-    """Asks an OpenAI-compatible server, with the standard library's HTTP client in threads.
+def identity_of(model: str) -> str:
+    """What replies are kept under."""
+    return f"openai/{model or DEFAULT_MODEL}"
+
+
+class OpenAITeacher(NetworkTeacher):
+    """Asks an OpenAI-compatible server, with the HTTP client that google-genai and huggingface-hub use as well.
 
     The server is OPENAI_BASE_URL ("http://localhost:8000/v1"), by default OpenAI's own; the key is OPENAI_API_KEY,
     which servers of one's own do not need.
@@ -36,9 +40,9 @@ class OpenAITeacher:
     Args:
         model: a model's name; "" for DEFAULT_MODEL at OpenAI, and needed elsewhere.
         base_url: the server instead of OPENAI_BASE_URL.
-        workers: requests at a time.
-        timeout: seconds without a byte from the server.
+        timeout: seconds that a whole reply may take.
         retries, seed: of the backoff after a failed request.
+        limits: requests and tokens a minute; by default none.
 
     Raises:
         ValueError: no key for OpenAI's own server, no model for another one, or an address that is not one.
@@ -49,69 +53,73 @@ class OpenAITeacher:
         model: str = "",
         *,
         base_url: str = "",
-        workers: int = 4,
         timeout: float = 300.0,
         retries: RetryOptions | None = None,
+        limits: Limits | None = None,
         seed: int = 0,
     ):
-        url = (base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/")
-        self._key = os.environ.get("OPENAI_API_KEY", "")
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"OPENAI_BASE_URL must begin with http:// or https://, unlike {url!r}.")
+        super().__init__(identity_of(model), timeout=timeout, retries=retries, limits=limits, seed=seed)
+        url = (base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL).rstrip("/")
+        self._key = check_key(os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE)
+        self._server = server_name(url)
         if url == DEFAULT_URL and not self._key:
             raise ValueError(
                 "The OpenAI teacher needs an API key; set OPENAI_API_KEY, or OPENAI_BASE_URL to a server of your own."
             )
         if url != DEFAULT_URL and not model:
-            raise ValueError(f"Name the model that {url} serves with --model.")
+            raise ValueError(f"Name the model that {self._server} serves with --model.")
         self.model = model or DEFAULT_MODEL
-        self.identity = f"openai/{self.model}"
-        self._url, self._timeout = f"{url}/chat/completions", timeout
-        self._retries, self._rng = retries or RetryOptions(), random.Random(seed)
-        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="teacher")
-
-    async def ask(self, request: Request) -> Reply:
-        """A reply; retried where the server is busy or the connection is lost."""
-        return await with_retries(lambda: self._ask_once(request), self._retries, self._rng)
-
-    async def _ask_once(self, request: Request) -> Reply:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._post, request)
-
-    def _post(self, request: Request) -> Reply:
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": message_content(request)}],
-        }
-        if request.think:
-            body["temperature"] = 0.0
+        self._url = f"{url}/chat/completions"
+        library = http_library()
+        self._lost: type[Exception] = library.RequestError
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        post = urllib.request.Request(self._url, json.dumps(body).encode(), headers, method="POST")
+        pool = library.Limits(max_connections=None, max_keepalive_connections=None)
+        self._client = library.AsyncClient(headers=headers, timeout=timeout, limits=pool)
+
+    async def ask_once(self, request: Request) -> Reply:
+        """One attempt."""
+        message = {"role": "user", "content": message_content(request)}
+        body: dict[str, Any] = {"model": self.model, "messages": [message]}
+        if request.think:
+            body["temperature"] = 0.0
         try:
-            with urllib.request.urlopen(post, timeout=self._timeout) as response:
-                content = json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            raise self._translate(error) from None
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            raise TeacherUnavailable(f"The connection to {self._url} failed ({error})") from None
-        except ValueError:
-            raise TeacherUnavailable(f"The reply of {self._url} was cut off or is not JSON") from None
+            response = await self._client.post(self._url, content=orjson.dumps(body))
+        except self._lost as error:
+            raise TeacherUnavailable(f"The connection to {self._server} failed ({type(error).__name__})") from None
+        if response.status_code in RETRIED_STATUS:
+            wait = parse_retry_after(response.headers.get("Retry-After"))
+            raise TeacherUnavailable(f"{self._server} is busy (status {response.status_code})", wait)
+        if response.status_code != 200:
+            raise refusal(self._server, response.status_code, self.model, response.text[:4096], self._key)
+        try:
+            content = orjson.loads(response.content)
+        except orjson.JSONDecodeError:
+            raise TeacherUnavailable(f"The reply of {self._server} was cut off or is not JSON") from None
         return read_completion(content)
 
-    def _translate(self, error: urllib.error.HTTPError) -> Exception:
-        if error.code in RETRIED_STATUS:
-            wait = parse_retry_after(error.headers.get("Retry-After"))
-            return TeacherUnavailable(f"{self._url} is busy (status {error.code})", wait)
-        try:
-            message = error.read(4096).decode("utf-8", "replace")
-        except (http.client.HTTPException, OSError):
-            message = ""  # the status alone has to do
-        return refusal(self._url, error.code, self.model, message, self._key)
-
     async def close(self) -> None:
-        """Let the threads go; those that still wait for a server end with its time-out."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Close the connections."""
+        await self._client.aclose()
+
+
+def server_name(url: str) -> str:
+    """An address without the user, password and query that it may carry, to be shown.
+
+    Raises:
+        ValueError: not an address.
+    """
+    try:
+        parts = urlsplit(url)
+        port = "" if parts.port is None else f":{parts.port}"
+    except ValueError:
+        raise ValueError(f"{URL_VARIABLE} is not an address; write one like http://localhost:8000/v1.") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(
+            f"{URL_VARIABLE} must begin with http:// or https:// and a server, as http://localhost:8000/v1."
+        )
+    return f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
 
 
 def message_content(request: Request) -> str | list[dict[str, Any]]:

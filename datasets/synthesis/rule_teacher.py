@@ -15,6 +15,7 @@ from .scene_reading import CannotTell, SceneReading
 from .teacher import Reply, Request
 
 VERSION = 1  # raise it when the rules change, so that older replies are not reused
+IDENTITY = f"rules-{VERSION}"
 CONCLUSION = "Last, what has been found leads to the conclusion: "
 
 
@@ -37,7 +38,7 @@ class RuleTeacher:
     """
 
     def __init__(self, index: Mapping[str, SceneInfo]):
-        self.identity = f"rules-{VERSION}"
+        self.identity = IDENTITY
         self._index = index
         self._scene_id = ""
         self._reading: SceneReading | None = None

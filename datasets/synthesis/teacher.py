@@ -1,18 +1,14 @@
-"""What every teacher has in common: the interface, and retries for those behind a network."""
+"""What every teacher has in common: the interface, and the words and waits of those behind a network."""
 
-import asyncio
 import email.utils
-import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from .sources import Question
 
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,11 +70,16 @@ class TeacherUnavailable(Exception):
 
 @dataclass(frozen=True)
 class RetryOptions:
-    """Exponential backoff with jitter. Seconds."""
+    """Exponential backoff with jitter. Seconds. `longest_server_delay` bounds what a server may ask for."""
 
     attempts: int = 6
     first_delay: float = 1.0
     longest_delay: float = 60.0
+    longest_server_delay: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise ValueError("A teacher needs at least one attempt; set attempts to 1 or more.")
 
 
 def parse_retry_after(value: str | None, now: float | None = None) -> float | None:
@@ -97,24 +98,23 @@ def parse_retry_after(value: str | None, now: float | None = None) -> float | No
 
 
 def backoff(attempt: int, retry_after: float | None, options: RetryOptions, rng: random.Random) -> float:
-    """Seconds to wait after failed attempt number `attempt` (from 0): at least what the server asked for."""
+    """Seconds to wait after failed attempt number `attempt` (from 0).
+
+    At least what the server asked for, and up to a tenth more, so that those it sent away do not come back at once.
+    """
     ceiling = min(options.longest_delay, options.first_delay * 2**attempt)
     jittered = ceiling * rng.uniform(0.5, 1.0)
-    return jittered if retry_after is None else max(jittered, min(retry_after, options.longest_delay))
+    if retry_after is None:
+        return jittered
+    return max(jittered, min(retry_after, options.longest_server_delay) * rng.uniform(1.0, 1.1))
 
 
-async def with_retries(call: Callable[[], Awaitable[Reply]], options: RetryOptions, rng: random.Random) -> Reply:
-    """Call until it succeeds; TeacherUnavailable of the last attempt where none does."""
-    for attempt in range(options.attempts):
-        try:
-            return await call()
-        except TeacherUnavailable as error:
-            if attempt + 1 == options.attempts:
-                raise
-            delay = backoff(attempt, error.retry_after, options, rng)
-            _log.info("%s; trying again in %.1f s.", error, delay)
-            await asyncio.sleep(delay)
-    raise ValueError("A teacher needs at least one attempt; set attempts to 1 or more.")
+def check_key(key: str, variable: str) -> str:
+    """A key without blanks around it; ValueError for one that no header can carry, without repeating it."""
+    key = key.strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(f"{variable} holds characters that no API key has; copy the key again.")
+    return key
 
 
 def refusal(server: str, status: int, model: str, message: str, key: str) -> ValueError:

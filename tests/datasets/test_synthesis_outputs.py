@@ -249,8 +249,8 @@ def test_views_reach_the_teacher_in_order_and_before_the_prompt(kind, root, tmp_
             teacher = GeminiTeacher("m", base_url=url)
         else:
             teacher = OpenAITeacher("m", base_url=f"{url}/v1")
-        inputs = InputOptions(sources=("scanqa",))
-        report = synthesize_with(teacher, root, tmp_path / "o.jsonl", inputs=inputs, views_of=lambda *_: pictures)
+        inputs = InputOptions(sources=("scanqa",), views_of=lambda *_: pictures)
+        report = synthesize_with(teacher, root, tmp_path / "o.jsonl", inputs=inputs)
         server.shutdown()
     assert report["rejected"] == {"format": 1}
     (body,) = server.bodies
