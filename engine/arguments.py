@@ -296,12 +296,12 @@ def _add_loop_commands(add: AddCommand) -> None:
     dual = add("dual", "train a small text and picture encoder on generated rooms, in place of CLIP or SigLIP")
     dual.add_argument("--out", required=True, metavar="DIR", help="folder to write; the encoder's name in recipes")
     dual.add_argument(
-        "--rooms", type=at_least(1), default=48, metavar="N", help="training rooms (default: %(default)s)"
+        "--rooms", type=at_least(1), default=64, metavar="N", help="training rooms (default: %(default)s)"
     )
     dual.add_argument(
         "--held-out", type=at_least(0), default=8, metavar="N", help="rooms to test on (default: %(default)s)"
     )
-    dual.add_argument("--steps", type=at_least(0), default=300, metavar="N", help="default: %(default)s")
+    dual.add_argument("--steps", type=at_least(0), default=2000, metavar="N", help="default: %(default)s")
     dual.add_argument(
         "--seed", type=at_least(0), default=0, help="of rooms, weights and batches (default: %(default)s)"
     )

@@ -4,11 +4,13 @@ from collections.abc import Iterable
 
 from ..datasets.multiview import open_multiview
 from ..datasets.scene import Sample
+from ..models.connector import build_connector
 from ..models.language_model import add_lora, load_language_model
 from ..models.observation import SceneSettings
 from ..models.scene_encoder.build import build_scene_encoder
-from ..models.scene_vlm import POLICY, SceneVLM, build_connector
+from ..models.scene_vlm import POLICY, SceneVLM
 from ..models.view_selector import ViewSelector
+from ..models.view_tokens import build_view_features, token_sizes
 from .config import DataConfig, ModelConfig, ViewsConfig
 
 
@@ -23,7 +25,9 @@ def build_view_selector(config: ViewsConfig) -> ViewSelector | None:
             "w_text": config.w_text,
             "w_image": config.w_image,
             "w_clip": config.w_clip,
+            "num_references": config.num_references,
             "redundancy": config.redundancy,
+            "standardize": config.standardize,
         }
     )
 
@@ -38,12 +42,15 @@ def build_model(config: ModelConfig, data: DataConfig) -> SceneVLM:
         attention=language_config.attention,
         gradient_checkpointing=language_config.gradient_checkpointing,
     )
+    settings, view_selector = scene_settings(config, data), build_view_selector(config.views)
+    view_features = build_view_features(settings, view_selector)
     connector = build_connector(
         language,
         scene_encoder,
         num_proposals=language_config.num_proposals,
         num_layout_tokens=language_config.num_layout_tokens,
         object_token=language_config.object_token,
+        **token_sizes(view_features),
     )
     if language_config.train == "lora":
         add_lora(
@@ -60,8 +67,9 @@ def build_model(config: ModelConfig, data: DataConfig) -> SceneVLM:
         language_config.model,
         scene_encoder,
         connector,
-        build_view_selector(config.views),
-        scene_settings(config, data),
+        view_selector,
+        settings,
+        view_features,
     )
 
 
@@ -77,6 +85,10 @@ def scene_settings(config: ModelConfig, data: DataConfig) -> SceneSettings:
         view_source=config.views.source,
         num_candidates=config.views.num_candidates,
         view_size=config.views.image_size,
+        view_image_tokens=config.views.image_encoder_tokens,
+        view_image_encoder=config.views.token_encoder,
+        view_depth_tokens=config.views.depth_tokens,
+        view_depth_encoder=config.depth.encoder,
     )
 
 
@@ -92,7 +104,8 @@ def check_settings(model: SceneVLM, config: ModelConfig, data: DataConfig) -> No
     pairs["object_token"] = (config.language.object_token, model.connector.object_token)
     if model.view_selector is not None:
         pairs["num_views"] = (config.views.num_views, model.view_selector.num_views)
-        pairs["redundancy"] = (config.views.redundancy, model.view_selector.redundancy)
+        for name in ("num_references", "redundancy", "standardize"):
+            pairs[name] = (getattr(config.views, name), getattr(model.view_selector, name))
         pairs["view encoder"] = (config.views.encoder, model.view_selector.encoder_name)
         if config.views.weights == "fixed":
             for name in ("w_text", "w_image"):

@@ -32,6 +32,13 @@ def _one_of(config: Any, **choices: tuple[str, ...]) -> None:
             raise ValueError(f"{name} is {getattr(config, name)!r}; choose {', '.join(known[:-1])} or {known[-1]}.")
 
 
+def _square(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value < 0 or math.isqrt(value) ** 2 != value:
+            raise ValueError(f"{name} is {value}; it must be a square number, such as 4, 9 or 16, or 0 for none.")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One run: where it writes, how long it goes, how it is repeated."""
@@ -135,6 +142,12 @@ class ViewsConfig:
     w_text: float = 0.3
     w_image: float = 0.5
     w_clip: float = 0.5
+    # tokens of each chosen view beside the vision tower's, a square number; 0: none
+    image_encoder_tokens: int = 0  # patches of a frozen image encoder
+    token_encoder: str = ""  # that encoder; "" takes `encoder`
+    depth_tokens: int = 0  # the depth map; model.depth says whose
+    num_references: int = 3  # views of highest text score that the image score compares with
+    standardize: bool = False  # weigh the three scores as standard deviations over the pool, not as cosines
     redundancy: float = 2.5  # 0: plain top-k; how much a view loses that shows only what the chosen ones show
     weights: str = "fixed"  # learned: w_text and w_image start as above and learn from the language model's loss
     # of learned weights:
@@ -145,11 +158,22 @@ class ViewsConfig:
     def __post_init__(self):
         kinds_of(self.source)
         _one_of(self, weights=("fixed", "learned"))
-        _at_least(self, num_candidates=1, num_views=1, image_size=1, redundancy=0, pull=0, lr_factor=0)
+        _at_least(self, num_candidates=1, num_views=1, num_references=1, image_size=1)
+        _at_least(self, redundancy=0, pull=0, lr_factor=0)
+        _square(self, "image_encoder_tokens", "depth_tokens")
+        if self.source == "none" and (self.image_encoder_tokens or self.depth_tokens):
+            raise ValueError("source is 'none', but views are to have tokens; set both numbers of tokens to 0.")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0.")
         if self.weights == "learned" and self.source == "none":
             raise ValueError("weights is 'learned', but source is 'none'; without views there is nothing to learn.")
+
+
+@dataclass(frozen=True)
+class DepthConfig:
+    """Depth of the views (models/depth_encoder.py), read where model.views.depth_tokens is above 0."""
+
+    encoder: str = ""  # Depth-Anything-V2 for frames without a sensor's depth; "" renders the scan's for these
 
 
 @dataclass(frozen=True)
@@ -163,7 +187,7 @@ class LanguageConfig:
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_last_blocks: int = 0  # adapt only the last n blocks; 0 adapts all
-    num_proposals: int = 64
+    num_proposals: int = 64  # 0: no object has a token or a name; views are chosen by the detections all the same
     num_layout_tokens: int = 32
     object_token: bool = True  # an object that a caption is asked for has a token of its own, beside its name or box
     gradient_checkpointing: bool = False
@@ -179,6 +203,7 @@ class ModelConfig:
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     train_scene_encoder: bool = False
 

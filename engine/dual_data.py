@@ -1,11 +1,10 @@
-"""What the small dual encoder learns from: rendered views of generated rooms, and phrases that say what they show.
+"""What the small dual encoder learns from: rendered views of generated rooms, and texts about their objects.
 
-A picture shows many objects, so a phrase is right or wrong for a picture on its own: right where an object that the
-phrase names covers at least 0.2 % of the picture (100 of 224 x 224 pixels, counted by the renderer's point index),
-wrong where none covers 0.05 %, and not asked in between.
+The renderer's point index says which object every pixel shows, so that each cell of a picture has a name and a colour
+to learn. An object counts as shown by a picture from 0.2 % of it on (100 of 224 x 224 pixels), as not shown below
+0.05 %.
 
-Shapes: V views, S pixels a side, K objects of a room, P phrases, n pictures, A attributes (a noun with a colour, a
-material, a size or nothing).
+Shapes: V views, S pixels a side, K objects of a room, L cells of a picture.
 """
 
 from collections.abc import Sequence
@@ -28,8 +27,10 @@ VIEW_SIZE = 224
 _POINTS = 40_000
 _VIEWS = 24  # of a room
 _SAID_STREAM = 5  # name of a random stream
-_NAMED = ("color", "material", "where", "stands on", "color count", "count")  # questions that name their target
 _DESCRIPTIONS = 60  # of a room
+_WHOLE, _CROPPED = 0.4, 0.3  # shares of pictures that are all of a view, and those around one object
+_CROP_PIXELS = 300  # an object must show so many, of 224 x 224, for a picture around it
+_MARGIN = 0.15  # of a crop's side, around the object
 _TEMPLATES = (
     "{}",
     "the {}",
@@ -49,10 +50,11 @@ Attribute = tuple[str, str]  # noun and adjective ("" for none)
 
 @dataclass(frozen=True)
 class Phrase:
-    """A text, and what an object must be for the text to be about it."""
+    """A text, and the object that it is about."""
 
     text: str
-    attribute: Attribute
+    label: str
+    color: str
 
 
 @dataclass(eq=False)
@@ -86,38 +88,42 @@ def known_nouns(rooms: Sequence[Room]) -> frozenset[str]:
     return frozenset({thing.label for room in rooms for thing in room.objects} | set(DETECTION_CLASSES[:OTHERS]))
 
 
-def attributes_of(thing: RoomObject, known: frozenset[str]) -> list[Attribute]:
-    """Every attribute that fits an object, in a fixed order."""
-    adjectives = {"", thing.material, thing.size_word, thing.color, thing.color.split()[-1]}
-    return [(noun, adjective) for noun in sorted(nouns_of(thing, known)) for adjective in sorted(adjectives)]
-
-
-def phrase_about(attribute: Attribute, generator: np.random.Generator) -> Phrase:
-    """One wording of an attribute."""
-    noun, adjective = attribute
+def phrase_about(thing: RoomObject, known: frozenset[str], generator: np.random.Generator) -> Phrase:
+    """One wording of an object, with or without something said of its looks."""
+    nouns = sorted(nouns_of(thing, known))
+    noun = nouns[int(generator.integers(len(nouns)))]
+    looks = ("", "", thing.color, thing.color, thing.color.split()[-1], thing.material, thing.size_word)
+    adjective = looks[int(generator.integers(len(looks)))]
     template = _TEMPLATES[int(generator.integers(len(_TEMPLATES)))]
     text = template.replace("{s}", f"{adjective} {plural(noun)}".strip())
-    return Phrase(text.replace("{}", f"{adjective} {noun}".strip()), attribute)
+    return Phrase(text.replace("{}", f"{adjective} {noun}".strip()), thing.label, thing.color)
 
 
 def said_of(room: Room, generator: np.random.Generator) -> list[Phrase]:
-    """Questions and descriptions of the rooms' annotations that name the object which they are about."""
+    """Questions and descriptions of the rooms' annotations, with the object that each is about."""
     facts = RoomFacts(room)
     known = hidden_descriptions(facts)
-    found = [
-        (question.question, question.targets[0])
-        for question in room_questions(facts, generator, known)
-        if question.question_type in _NAMED
-    ]
-    described = [(text, target) for target in sorted(known) for one in known[target] for text in one.wordings]
+    asked = room_questions(facts, generator, known)
+    found = [(question.question, question.targets) for question in asked if question.targets]
+    described = [(text, (target,)) for target in sorted(known) for one in known[target] for text in one.wordings]
     rows = generator.permutation(len(described))[:_DESCRIPTIONS]
     phrases = []
-    for text, target in found + [described[row] for row in sorted(rows)]:
-        thing = room.by_id(target)
-        if thing.label in text or plural(thing.label) in text:
-            colored = f"{thing.color} {thing.label}" in text or f"{thing.color} {plural(thing.label)}" in text
-            phrases.append(Phrase(text, (thing.label, thing.color if colored else "")))
+    for text, targets in found + [described[row] for row in sorted(rows)]:
+        thing = meant(text, [room.by_id(target) for target in targets], room.objects)
+        phrases.append(Phrase(text, thing.label, thing.color))
     return phrases
+
+
+def meant(text: str, targets: Sequence[RoomObject], others: Sequence[RoomObject]) -> RoomObject:
+    """The object that a picture for a text should show: the target that it names.
+
+    Where it names none ("What is on the desk?"), what it does name stands by the target; else the first target.
+    """
+    for things in (targets, others):
+        named = [thing for thing in things if thing.label in text or plural(thing.label) in text]
+        if named:
+            return max(named, key=lambda thing: (f"{thing.color} {thing.label}" in text, len(thing.label)))
+    return targets[0]
 
 
 def picture_room(split: str, index: int, seed: int) -> RoomPictures:
@@ -144,17 +150,38 @@ def shares(owner_HW: np.ndarray, num_objects: int) -> np.ndarray:
     return np.bincount(owner_HW.ravel().astype(np.int64) + 1, minlength=num_objects + 1)[1:] / owner_HW.size
 
 
+def cell_owners(owner_SS: np.ndarray, cells: int) -> np.ndarray:
+    """Object in the middle of each of `cells` x `cells` cells of a picture, [cells * cells], -1 for none."""
+    rows, columns = (((np.arange(cells) + 0.5) * side / cells).astype(np.int64) for side in owner_SS.shape)
+    return owner_SS[rows[:, None], columns].ravel()
+
+
+def cell_weights(owner_L: np.ndarray) -> np.ndarray:
+    """Weight [L] of cells, in which an object of n cells counts as root n ones, as does all that is no object."""
+    count = np.bincount(owner_L.astype(np.int64) + 1)
+    return (1 / np.sqrt(np.maximum(count, 1)))[owner_L + 1].astype(np.float32)
+
+
 def random_window(owner_SS: np.ndarray, generator: np.random.Generator) -> tuple[slice, slice]:
-    """A square window of a view: at times all of it, else a part, half of these around an object that it shows."""
-    size = len(owner_SS)
-    if generator.random() < 0.3:
+    """A window of a view: all of it, the surroundings of one object that it shows, or a square anywhere."""
+    size, kind = len(owner_SS), generator.random()
+    present, count = np.unique(owner_SS[owner_SS >= 0], return_counts=True)
+    large = present[count >= _CROP_PIXELS * (size / VIEW_SIZE) ** 2]
+    if kind < _WHOLE:
         return slice(0, size), slice(0, size)
+    if kind < _WHOLE + _CROPPED and len(large):
+        return crop_window(owner_SS == large[generator.integers(len(large))])
     side = int(size * generator.uniform(0.3, 1.0))
-    corner_2 = generator.integers(0, size - side + 1, 2)
-    present = np.unique(owner_SS[owner_SS >= 0])
-    if len(present) and generator.random() < 0.5:
-        rows, columns = np.nonzero(owner_SS == present[generator.integers(len(present))])
-        pixel = int(generator.integers(len(rows)))
-        shift_2 = generator.integers(side // 4, side - side // 4, 2)
-        corner_2 = np.clip([rows[pixel], columns[pixel]] - shift_2, 0, size - side)
-    return slice(int(corner_2[0]), int(corner_2[0]) + side), slice(int(corner_2[1]), int(corner_2[1]) + side)
+    top, left = (int(corner) for corner in generator.integers(0, size - side + 1, 2))
+    return slice(top, top + side), slice(left, left + side)
+
+
+def crop_window(mask_HW: np.ndarray) -> tuple[slice, slice]:
+    """The square (cut at the picture's border) around the set pixels of a mask, with some margin."""
+    rows, columns = np.nonzero(mask_HW)
+    low_2, high_2 = np.array([rows.min(), columns.min()]), np.array([rows.max(), columns.max()]) + 1
+    half = (high_2 - low_2).max() * (0.5 + _MARGIN)
+    middle_2 = (low_2 + high_2) / 2
+    first_2 = np.maximum(np.floor(middle_2 - half).astype(int), 0)
+    last_2 = np.minimum(np.ceil(middle_2 + half).astype(int), mask_HW.shape)
+    return slice(int(first_2[0]), int(last_2[0])), slice(int(first_2[1]), int(last_2[1]))

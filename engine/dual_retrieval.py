@@ -9,22 +9,21 @@ import numpy as np
 from scipy.stats import rankdata
 
 from ..models.image_encoder import Encoder
-from .dual_data import HINTED, SHOWN, Attribute, RoomPictures, fits, known_nouns, nouns_of, shares
+from .dual_data import HINTED, SHOWN, RoomPictures, crop_window, fits, known_nouns, nouns_of, shares
 
 _CROP_PIXELS = 400  # an object's best view must show so many, of 224 x 224
-_MARGIN = 0.15  # of a crop's side, around the object
 
 
-def retrieval(encoder: Encoder, rooms: Sequence[RoomPictures], attributes: Sequence[Attribute]) -> dict[str, float]:
+def retrieval(encoder: Encoder, rooms: Sequence[RoomPictures], nouns: Sequence[str]) -> dict[str, float]:
     """Held-out accuracy, as shares.
 
     `view_first`: among the views of its room, the best one for `Where is the red chair?` shows a red chair; beside it
     what a random view does. `view_auc`: a view that shows it ranks above one that does not. `crop_first`, `crop_five`:
-    the right name of an object's crop stands first, or among five, of all nouns of the training rooms.
+    the right name of an object's crop stands first, or among five, of all `nouns`.
     """
     known = known_nouns([entry.room for entry in rooms])
     firsts, chances, areas, crops = [], [], [], []
-    nouns = sorted({noun for noun, _ in attributes})
+    nouns = list(nouns)
     nouns_ND = encoder.embed_texts(nouns).numpy()
     for entry in rooms:
         views_VD = encoder.embed_images(list(entry.images_VSS3)).numpy()
@@ -91,14 +90,3 @@ def _crops(
     score_nN = encoder.embed_images(pictures).numpy() @ nouns_ND.T
     ranks = (-score_nN).argsort(1).argsort(1)
     return [int(rank_N[rows].min()) for rank_N, rows in zip(ranks, right, strict=True) if rows]
-
-
-def crop_window(mask_HW: np.ndarray) -> tuple[slice, slice]:
-    """The square (cut at the picture's border) around the set pixels of a mask, with some margin."""
-    rows, columns = np.nonzero(mask_HW)
-    low_2, high_2 = np.array([rows.min(), columns.min()]), np.array([rows.max(), columns.max()]) + 1
-    half = (high_2 - low_2).max() * (0.5 + _MARGIN)
-    middle_2 = (low_2 + high_2) / 2
-    first_2 = np.maximum(np.floor(middle_2 - half).astype(int), 0)
-    last_2 = np.minimum(np.ceil(middle_2 + half).astype(int), mask_HW.shape)
-    return slice(int(first_2[0]), int(last_2[0])), slice(int(first_2[1]), int(last_2[1]))

@@ -152,7 +152,7 @@ def score_rollouts(rewards: RewardSet, rollouts: Sequence[Rollout]) -> RewardRes
             "question": sample.question,
             "references": sample.references or [sample.answer],
             "target_boxes": observation.scene.to_model(sample.target_boxes_K7),
-            "proposals": observation.encoded.proposals,
+            "proposals": observation.encoded.named,
         }
         for name, value in entry.items():
             columns[name] += [value] * len(rollout.texts)

@@ -1,14 +1,19 @@
 """From the scene encoder to the language model: each proposal, each patch of layout, and the object that the user
 points at become one token.
 
-Shapes: B scenes (or queries), K proposals, T encoder tokens, M layout tokens, E encoder width, D language-model width.
+Shapes: B scenes (or queries), K proposals, T encoder tokens, M layout tokens, E encoder width, D language-model width,
+V views, n tokens of a view, P numbers of a depth cell.
 """
 
 import torch
 from torch import nn
 
 from ..third_party.pointnet2 import furthest_point_sample
+from .language_model import LanguageModel
+from .scene_encoder import SceneEncoder
 from .scene_encoder.object_query import QueriedObjects
+
+_PLACE_SCALE = 0.1  # of view tokens' places at the start: below that of what they show
 
 
 def fourier_features(values: torch.Tensor, num_bands: int) -> torch.Tensor:
@@ -49,6 +54,10 @@ class Connector(nn.Module):
         num_proposals: K, the number of places.
         num_layout_tokens: M; 0 for none.
         object_token: whether an object that is pointed at has a token of its own.
+        num_view_image_tokens: n, of each view from an image encoder; 0 for none.
+        view_image_width: width of that encoder's features.
+        num_view_depth_tokens: n, of each view from its depth; 0 for none.
+        view_depth_width: numbers that one of them is made of.
         output_scale: standard deviation that tokens start with; the language model's embeddings'.
     """
 
@@ -63,12 +72,18 @@ class Connector(nn.Module):
         num_proposals: int,
         num_layout_tokens: int,
         object_token: bool = True,
+        num_view_image_tokens: int = 0,
+        view_image_width: int = 0,
+        num_view_depth_tokens: int = 0,
+        view_depth_width: int = 0,
         output_scale: float = 0.02,
     ):
         super().__init__()
         self.object_token = object_token
         self.num_proposals = num_proposals
         self.num_layout_tokens = num_layout_tokens
+        self.num_view_image_tokens = num_view_image_tokens
+        self.num_view_depth_tokens = num_view_depth_tokens
         box_features = 7 + 6 * 2 * self.NUM_BANDS
         self.feature_norm = nn.LayerNorm(encoder_width)
         self.object_mlp = nn.Sequential(
@@ -85,6 +100,19 @@ class Connector(nn.Module):
             self.pooled_norm = nn.LayerNorm(encoder_width)
             self.pooled_linear = nn.Linear(encoder_width, language_width)
             self.asked_mark = nn.Embedding(1, language_width)
+        if num_view_image_tokens:
+            self.view_image_norm = nn.LayerNorm(view_image_width)
+            self.view_image_linear = nn.Linear(view_image_width, language_width)
+            self.view_image_place = nn.Embedding(num_view_image_tokens, language_width)
+            nn.init.normal_(self.view_image_place.weight, std=_PLACE_SCALE)
+        if num_view_depth_tokens:
+            self.view_depth_mlp = nn.Sequential(
+                nn.Linear(view_depth_width, language_width),
+                nn.GELU(),
+                nn.Linear(language_width, language_width),
+            )
+            self.view_depth_place = nn.Embedding(num_view_depth_tokens, language_width)
+            nn.init.normal_(self.view_depth_place.weight, std=_PLACE_SCALE)
 
     def objects(
         self, features_BKE: torch.Tensor, boxes_BK7: torch.Tensor, class_probs_BKC: torch.Tensor
@@ -101,6 +129,15 @@ class Connector(nn.Module):
         inside_BD = self.pooled_linear(self.pooled_norm(queried.pooled_BE))
         return self.output_norm(covering_BD + inside_BD + self.asked_mark.weight)
 
+    def view_images(self, features_VnE: torch.Tensor) -> torch.Tensor:
+        """Tokens [V, n, D] of views from the image encoder's features."""
+        tokens_VnD = self.view_image_linear(self.view_image_norm(features_VnE))
+        return self.output_norm(tokens_VnD + self.view_image_place.weight)
+
+    def view_depths(self, cells_VnP: torch.Tensor) -> torch.Tensor:
+        """Tokens [V, n, D] of views from cells of their depth maps."""
+        return self.output_norm(self.view_depth_mlp(cells_VnP) + self.view_depth_place.weight)
+
     def _described(self, features: torch.Tensor, boxes: torch.Tensor, class_probs: torch.Tensor) -> torch.Tensor:
         """Objects [..., D] by their feature, box and class probabilities."""
         box_features = [boxes, fourier_features(boxes[..., :6], self.NUM_BANDS)]
@@ -115,3 +152,26 @@ class Connector(nn.Module):
             [self.layout_norm(pooled_BME), centres_BM3, fourier_features(centres_BM3, self.NUM_BANDS)], dim=-1
         )
         return self.output_norm(self.layout_linear(described))
+
+
+def build_connector(
+    language: LanguageModel,
+    scene_encoder: SceneEncoder,
+    *,
+    num_proposals: int,
+    num_layout_tokens: int,
+    object_token: bool,
+    **view_tokens: int,
+) -> Connector:
+    """A connector between two given parts, its tokens as large as the language model's own embeddings."""
+    embeddings = language.embedding.weight
+    return Connector(
+        encoder_width=scene_encoder.config["width"],
+        language_width=language.width,
+        num_classes=scene_encoder.num_classes,
+        num_proposals=num_proposals,
+        num_layout_tokens=num_layout_tokens,
+        object_token=object_token,
+        **view_tokens,
+        output_scale=float(embeddings[: min(len(embeddings), 4096)].detach().float().std()),
+    )

@@ -1,11 +1,14 @@
 """A small text and picture encoder, trained on generated rooms, in place of CLIP and SigLIP-2 that cannot be had.
 
-`python main.py dual` trains one (engine/dual.py). Words are hashed with their character trigrams, so that there is no
-vocabulary and any text in any script is read; pictures pass a few convolutions whose cells are pooled by their maximum
-and mean, so that one small object can show in the embedding of a whole view. At most 5 MB on disk.
+`python main.py dual` trains one (engine/dual.py). Its space has one coordinate for each pair of a name and a colour
+that the training rooms use. A text becomes the chance that it is about an object of that name, times that of the
+colour; a picture becomes the share of it that shows such an object, added up over its cells, so that name and colour
+stay together. The root of the shares is taken, since a question is about what is there and not about how large it is.
+Words are hashed with their character trigrams: there is no vocabulary and any text in any script is read. At most 5 MB
+on disk.
 
-Shapes: n texts or pictures, L words and the start token, G hashed pieces a word, S pixels a side, C channels,
-R picked cells, D width of the shared space.
+Shapes: n texts or pictures, L words and the start token, or cells, G hashed pieces a word, S pixels a side,
+C channels, M names, B colours, D = M B width of the shared space.
 """
 
 import inspect
@@ -28,6 +31,8 @@ from torch.nn import functional as F
 CELL = 8  # pixels a side of what the picture tower describes by one cell
 CONFIG_NAME, WEIGHTS_NAME = "dual_encoder.json", "dual_encoder.safetensors"
 _PIECES = 12  # hashed pieces of a word: itself and its trigrams
+_LEAST_SHARE = 1e-6  # keeps the gradient of the root finite
+_POWER = 0.5  # of a share
 _LETTERS = 24  # of a word; the rest is dropped
 _WORD = re.compile(r"\w+")
 _PAD, _START, _RESERVED = 0, 1, 2
@@ -57,9 +62,9 @@ def text_pieces(texts: Sequence[str], num_buckets: int, max_words: int) -> Tenso
 
 
 class TextTower(nn.Module):
-    """Hashed words, a small transformer, the mean of its outputs: [n, D]."""
+    """Hashed words, a small transformer, the mean of its outputs: logits of what a text is about, [n, M + B]."""
 
-    def __init__(self, num_buckets: int, width: int, layers: int, heads: int, max_words: int, out_dim: int):
+    def __init__(self, num_buckets: int, width: int, layers: int, heads: int, max_words: int, num_logits: int):
         super().__init__()
         self.num_buckets, self.max_words = num_buckets, max_words
         self.buckets = nn.Embedding(num_buckets, width, padding_idx=_PAD)
@@ -68,7 +73,7 @@ class TextTower(nn.Module):
             width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.out = _centred(width, out_dim)
+        self.out = nn.Linear(width, num_logits)
         nn.init.normal_(self.buckets.weight, std=0.3)
         with torch.no_grad():
             self.buckets.weight[_PAD] = 0
@@ -91,14 +96,6 @@ class _Residual(nn.Module):
         return F.gelu(cells_nCSS + self.body(cells_nCSS))
 
 
-def _centred(width: int, out_dim: int) -> nn.Sequential:
-    """To the shared space, every coordinate with mean 0 and variance 1 over the training batches.
-
-    Without it all embeddings start out nearly parallel, and training takes several times as long.
-    """
-    return nn.Sequential(nn.Linear(width, out_dim, bias=False), nn.BatchNorm1d(out_dim, affine=False))
-
-
 def _convolution(channels_in: int, channels_out: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False),
@@ -107,9 +104,12 @@ def _convolution(channels_in: int, channels_out: int, stride: int = 1, kernel: i
 
 
 class ImageTower(nn.Module):
-    """Convolutions down to an eighth of the picture's side, then the maximum and the mean over cells: [n, D]."""
+    """Convolutions down to an eighth of the picture's side: logits of what each cell shows, [n, L, M + 1 + B].
 
-    def __init__(self, width: int, out_dim: int):
+    Of the M + 1 the last is for a cell that shows no object.
+    """
+
+    def __init__(self, width: int, num_logits: int):
         super().__init__()
         coarse, wide = width // 2, 4 * width
         self.body = nn.Sequential(
@@ -122,15 +122,10 @@ class ImageTower(nn.Module):
             nn.BatchNorm2d(wide),
             nn.GELU(),
         )
-        self.out = _centred(2 * wide, out_dim)
-        self.cell_out = _centred(wide, out_dim)  # what single cells show: trained along, since it teaches fast
-
-    def pooled(self, cells_nCSS: Tensor) -> Tensor:
-        """Embeddings [n, D] of pictures from their cells."""
-        return self.out(torch.cat([cells_nCSS.amax((2, 3)), cells_nCSS.mean((2, 3))], dim=1))
+        self.out = nn.Linear(wide, num_logits)
 
     def forward(self, pictures_n3SS: Tensor) -> Tensor:
-        return self.pooled(self.body(pictures_n3SS))
+        return self.out(self.body(pictures_n3SS).flatten(2).transpose(1, 2))
 
 
 def prepare_pictures(images: Sequence[np.ndarray], size: int) -> Tensor:
@@ -151,7 +146,8 @@ class DualEncoder(nn.Module):
     """Text and pictures in one space. Frozen as loaded; `text` and `image` are trained by engine/dual.py.
 
     Args:
-        dim: D.
+        num_names: M, names of objects that are told apart.
+        num_colors: B, colours that are told apart.
         image_size: pixels a side that pictures are squeezed to.
         image_width: channels of the coarse cells.
         num_buckets: rows of the table that words and trigrams are hashed into.
@@ -165,7 +161,8 @@ class DualEncoder(nn.Module):
     def __init__(
         self,
         *,
-        dim: int = 128,
+        num_names: int = 64,
+        num_colors: int = 16,
         image_size: int = 112,
         image_width: int = 96,
         num_buckets: int = 4096,
@@ -175,14 +172,16 @@ class DualEncoder(nn.Module):
         max_words: int = 48,
     ):
         super().__init__()
-        if min(dim, image_size, image_width, text_width, text_layers, text_heads, max_words) < 1:
+        sizes = (num_names, num_colors, image_size, image_width, text_width, text_layers, text_heads, max_words)
+        if min(sizes) < 1:
             raise ValueError("The sizes of a dual encoder must be positive.")
         if image_size % CELL or image_width % 2:
             raise ValueError(f"image_size must be a multiple of {CELL} and image_width of 2.")
         if num_buckets <= _RESERVED:
             raise ValueError(f"num_buckets is {num_buckets}; it must be above {_RESERVED}.")
         self.config: dict[str, Any] = {
-            "dim": dim,
+            "num_names": num_names,
+            "num_colors": num_colors,
             "image_size": image_size,
             "image_width": image_width,
             "num_buckets": num_buckets,
@@ -191,30 +190,38 @@ class DualEncoder(nn.Module):
             "text_heads": text_heads,
             "max_words": max_words,
         }
-        self.text = TextTower(num_buckets, text_width, text_layers, text_heads, max_words, dim)
-        self.image = ImageTower(image_width, dim)
+        self.num_names, self.dim = num_names, num_names * num_colors
+        self.text = TextTower(num_buckets, text_width, text_layers, text_heads, max_words, num_names + num_colors)
+        self.image = ImageTower(image_width, num_names + 1 + num_colors)
+
+    def text_logits(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Logits of the names [n, M] and colours [n, B] that texts are about, with gradients."""
+        pieces_nLG = text_pieces(texts, self.text.num_buckets, self.text.max_words)
+        logits = self.text(pieces_nLG.to(self.text.positions.device))
+        return logits[:, : self.num_names], logits[:, self.num_names :]
+
+    def cell_logits(self, pictures_n3SS: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the names [n, L, M + 1] and colours [n, L, B] of prepared pictures, with gradients."""
+        logits = self.image(pictures_n3SS)
+        return logits[..., : self.num_names + 1], logits[..., self.num_names + 1 :]
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """L2-normalised embeddings [n, D] with gradients."""
-        pieces_nLG = text_pieces(texts, self.text.num_buckets, self.text.max_words)
-        return F.normalize(self.text(pieces_nLG.to(self.text.positions.device)), dim=1)
+        """L2-normalised embeddings [n, D]."""
+        names_nM, colors_nB = self.text_logits(texts)
+        return F.normalize((names_nM.softmax(1)[:, :, None] * colors_nB.softmax(1)[:, None]).flatten(1), dim=1)
 
     def pictures(self, pictures_n3SS: Tensor) -> Tensor:
-        """L2-normalised embeddings [n, D] of prepared pictures, with gradients."""
-        return F.normalize(self.image(pictures_n3SS), dim=1)
-
-    def pictures_and_cells(self, pictures_n3SS: Tensor, cells_nR: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and those [n, R, D] of R cells of each picture, counted row by row."""
-        cells_nCSS = self.image.body(pictures_n3SS)
-        picked_nRC = cells_nCSS.flatten(2).transpose(1, 2)[torch.arange(len(cells_nR))[:, None], cells_nR]
-        picked_nRD = self.image.cell_out(picked_nRC.flatten(0, 1)).unflatten(0, cells_nR.shape)
-        return F.normalize(self.image.pooled(cells_nCSS), dim=1), F.normalize(picked_nRD, dim=2)
+        """L2-normalised embeddings [n, D] of prepared pictures; 0 only where no cell shows anything."""
+        names_nLM, colors_nLB = self.cell_logits(pictures_n3SS)
+        names_nLM = names_nLM.softmax(2)[..., : self.num_names]  # that of no object is left out
+        share_nMB = names_nLM.transpose(1, 2) @ colors_nLB.softmax(2) / names_nLM.shape[1]
+        return F.normalize(share_nMB.flatten(1).clamp_min(_LEAST_SHARE) ** _POWER, dim=1)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """L2-normalised embeddings [n, D], float32; words beyond `max_words` are not read, no words are a text too."""
         rows = [self.texts(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
-        return torch.cat(rows).float() if rows else torch.zeros(0, self.config["dim"])
+        return torch.cat(rows).float() if rows else torch.zeros(0, self.dim)
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[np.ndarray], batch_size: int = 16) -> Tensor:
@@ -224,7 +231,7 @@ class DualEncoder(nn.Module):
         for start in range(0, len(images), batch_size):
             pictures_n3SS = prepare_pictures(images[start : start + batch_size], self.config["image_size"])
             rows.append(self.pictures(pictures_n3SS.to(weight.device, weight.dtype)).float())
-        return torch.cat(rows) if rows else torch.zeros(0, self.config["dim"])
+        return torch.cat(rows) if rows else torch.zeros(0, self.dim)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write dual_encoder.json and dual_encoder.safetensors, each atomically."""

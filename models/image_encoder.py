@@ -108,13 +108,18 @@ class TextImageEncoder(nn.Module):
     def embed_images(self, images: Sequence[np.ndarray], batch_size: int = 16) -> Tensor:
         """L2-normalised embeddings [n, D], float32, of pictures [H, W, 3] uint8."""
         rows = []
-        device = _device_of(self.model)
         for start in range(0, len(images), batch_size):
-            inputs = self.image_processor(images=list(images[start : start + batch_size]), return_tensors="pt")
-            moved = {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}
-            moved["pixel_values"] = moved["pixel_values"].to(next(self.model.parameters()).dtype)
-            rows.append(_pooled(self.model.get_image_features(**moved)))  # type: ignore[operator]
+            inputs = self.prepare(images[start : start + batch_size])
+            rows.append(_pooled(self.model.get_image_features(**inputs)))  # type: ignore[operator]
         return F.normalize(torch.cat(rows), dim=1) if rows else torch.zeros(0, self._width())
+
+    def prepare(self, images: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """Pictures [H, W, 3] uint8 as the vision tower takes them, on its device."""
+        inputs = self.image_processor(images=list(images), return_tensors="pt")
+        device = _device_of(self.model)
+        moved = {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}
+        moved["pixel_values"] = moved["pixel_values"].to(next(self.model.parameters()).dtype)
+        return moved
 
     def _width(self) -> int:
         config = self.model.config

@@ -5,7 +5,8 @@ SFT, rollouts, log-probabilities and evaluation all go through here, so they can
 Shapes: B rows, L tokens of the longest row, D width of the language model, I images, K proposals, M layout tokens.
 M-RoPE rule: text and scene tokens advance all three axes by one; an image spans a (1, h, w) grid of merged patches
 that starts at the next free position, and the text after it continues behind the grid's largest coordinate, exactly as
-Qwen2.5-VL's own get_rope_index.
+Qwen2.5-VL's own get_rope_index. Tokens that an image encoder or the depth add to a view stand behind its image and
+advance all three axes by one, as text does: they are few, and their place in the view is in the token.
 """
 
 from collections.abc import Sequence
@@ -17,14 +18,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ..utils.text import format_name
 
 IGNORE = -100
-TEXT, IMAGE, SCENE = 0, 1, 2
+TEXT, IMAGE, SCENE, VIEW_IMAGE, VIEW_DEPTH = 0, 1, 2, 3, 4
 # An existing token that Qwen2.5-VL never uses, so no row is added to the frozen vocabulary.
 SCENE_PLACEHOLDER = "<|vision_pad|>"
 
 
 @dataclass
 class Row:
-    """One sample as tokens. `kinds` says of each token whether text, an image patch or a scene token stands there."""
+    """One sample as tokens. `kinds` says what stands at each: text, a patch, a scene token, a view's token."""
 
     token_ids: list[int]
     kinds: list[int]
@@ -94,6 +95,8 @@ class RowWriter:
         num_proposals: int,
         num_layout_tokens: int,
         grids: Sequence[tuple[int, int, int]] = (),
+        num_view_image_tokens: int = 0,
+        num_view_depth_tokens: int = 0,
         target: str | None = None,
         asked_box_7: Sequence[float] | None = None,
         after_object: str = "",
@@ -103,6 +106,7 @@ class RowWriter:
         Scene tokens stand in the order proposals 0..K-1, then layout tokens, then that of the object asked for.
 
         Args:
+            num_view_image_tokens, num_view_depth_tokens: behind the image of each view, in this order.
             asked_box_7: box of the object asked for, model frame. Its token stands behind `question`, whose rest is
                 `after_object`. None without such a token.
         """
@@ -121,6 +125,8 @@ class RowWriter:
                 put([self.vision_start])
                 put([self.image_pad] * (height * width // self.merge_size**2), IMAGE)
                 put([self.vision_end])
+                put([self.scene_pad] * num_view_image_tokens, VIEW_IMAGE)
+                put([self.scene_pad] * num_view_depth_tokens, VIEW_DEPTH)
             put(self._fixed("\n"))
         if num_proposals:
             put(self._fixed("Objects: "))
@@ -209,16 +215,19 @@ def assemble(
     embed_tokens: torch.nn.Module,
     scene_tokens: Sequence[torch.Tensor],
     image_tokens: torch.Tensor | None,
+    view_image_tokens: torch.Tensor | None = None,
+    view_depth_tokens: torch.Tensor | None = None,
     pad_id: int,
     left: bool = False,
     merge_size: int = 2,
 ) -> ModelInputs:
-    """Embed rows and put scene and image features at their placeholders.
+    """Embed rows and put scene, image and view features at their placeholders.
 
     Args:
         embed_tokens: token embedding of the language model.
         scene_tokens: for each row its scene tokens [K + M, D], in the order of the row's placeholders.
         image_tokens: vision-tower tokens of all rows' images one after the other [n, D]; None without images.
+        view_image_tokens, view_depth_tokens: the image encoder's and the depth's tokens of the same images, likewise.
         left: pad on the left, for generation.
     """
     device = next(embed_tokens.parameters()).device
@@ -226,7 +235,12 @@ def assemble(
         name: value.to(device) for name, value in pad_rows(rows, pad_id, left=left, merge_size=merge_size).items()
     }
     embeds = embed_tokens(batch["token_ids"])
-    for kind, features in ((SCENE, torch.cat(list(scene_tokens)) if scene_tokens else None), (IMAGE, image_tokens)):
+    for kind, features in (
+        (SCENE, torch.cat(list(scene_tokens)) if scene_tokens else None),
+        (IMAGE, image_tokens),
+        (VIEW_IMAGE, view_image_tokens),
+        (VIEW_DEPTH, view_depth_tokens),
+    ):
         here_BL = batch["kinds"] == kind
         count = int(here_BL.sum())
         given = 0 if features is None else len(features)

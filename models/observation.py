@@ -28,10 +28,15 @@ class SceneSettings:
     use_height: bool = True
     use_normal: bool = False
     multiview_dim: int = 0  # channels of multi-view features a point; 0 for none
-    num_proposals: int = 64
+    num_proposals: int = 64  # 0: none has a token or a name; views are chosen by 64 all the same
     view_source: str = "mixed"  # kinds of candidate views (view_kinds.py)
     num_candidates: int = 16
     view_size: int = 336
+    # tokens of each chosen view beside the vision tower's (view_tokens.py), and the frozen encoders by name
+    view_image_tokens: int = 0
+    view_image_encoder: str = ""  # "" for the view selector's
+    view_depth_tokens: int = 0
+    view_depth_encoder: str = ""  # "" where frames without a sensor's depth take rendered depth
 
 
 @dataclass
@@ -45,11 +50,17 @@ class EncodedScene:
     valid_K: torch.Tensor
     token_xyz_T3: torch.Tensor
     tokens_TE: torch.Tensor
+    are_named: bool = True  # whether the language model is told of the proposals
 
     @property
     def proposals(self) -> np.ndarray:
         """Boxes of the valid proposals [n, 7], float32, model frame."""
         return self.boxes_K7[self.valid_K].detach().cpu().numpy()
+
+    @property
+    def named(self) -> np.ndarray:
+        """Boxes [n, 7] of the proposals that the language model knows by name; none where it has no tokens of any."""
+        return self.proposals if self.are_named else np.zeros((0, 7), dtype=np.float32)
 
 
 @dataclass
@@ -64,6 +75,7 @@ class Observation:
     pool: ViewPool | None = None
     pixels: dict[int, tuple[torch.Tensor, tuple[int, int, int]]] = field(default_factory=dict)
     image_tokens: dict[int, torch.Tensor] = field(default_factory=dict)  # of a frozen vision tower
+    view_features: dict[str, torch.Tensor] = field(default_factory=dict)  # of the whole pool (view_tokens.py)
     choices: dict[str, list[int]] = field(default_factory=dict)
 
 

@@ -19,6 +19,7 @@ Shapes: V views, k chosen, T tokens of one view, D token width.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from scipy.optimize import brentq
@@ -73,3 +74,18 @@ def gate_views(tokens_TD: Sequence[Tensor], gates_k: Tensor) -> list[Tensor]:
         fade_TD = (gate - 1) * (view_TD.detach().to(exact) - blank_D)
         gated.append(view_TD + fade_TD.to(view_TD.dtype))
     return gated
+
+
+def gated_rows(tokens: Sequence[Tensor], gates: Sequence[Tensor] | None) -> Tensor | None:
+    """The tokens of all rows' views one after the other, each view under its gate; None without views.
+
+    Args:
+        gates: [k] of each row's k views; None leaves the tokens as they are.
+    """
+    if not tokens:
+        return None
+    if gates is None:
+        return torch.cat(list(tokens))
+    rest = iter(tokens)
+    gated = [gate_views(list(islice(rest, len(gates_k))), gates_k) for gates_k in gates]
+    return torch.cat([tokens_TD for row in gated for tokens_TD in row])

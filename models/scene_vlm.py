@@ -1,25 +1,19 @@
 """The assembled model: scene encoder, view selection, connector and Qwen2.5-VL behind one input assembler.
 
-A scene is observed once (points sampled, candidate views made), encoded to proposals and layout tokens, and asked many
-questions. While the encoder is frozen its output is computed once for each scene.
+What is made of a scene before a question is asked is in scene_observer.py, a saved model's files in model_files.py.
 
-Shapes: B rows, L tokens, K proposals, T encoder tokens, E encoder width, D language-model width, N points, V views.
+Shapes: B rows, L tokens, K proposals, M layout tokens, T tokens of a view, D language-model width.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from ..datasets.multiview import MultiviewFeatures
 from ..datasets.prompts import (
     DEFAULT_MODE,
     OBJECT_PLACEHOLDER,
@@ -29,9 +23,8 @@ from ..datasets.prompts import (
     prompt_record,
 )
 from ..datasets.scene import Sample, Scene
-from ..utils.files import read_text
 from ..utils.text import parse_response, replace_boxes, resolve_boxes
-from .connector import Connector
+from .connector import Connector, build_connector
 from .decoding import decode
 from .inputs import ModelInputs, Row, RowWriter, assemble
 from .language_model import (
@@ -40,38 +33,18 @@ from .language_model import (
     load_lora,
     save_language_model,
 )
+from .model_files import FORMAT, lasting, load_connector, read_description
 from .observation import Answer, EncodedScene, Observation, SceneSettings, asked_objects, point_at
-from .relaxed_top_k import gate_views
-from .scene_encoder import SceneEncoder, select_proposals
-from .scene_encoder.encoder import check_fit
-from .scene_encoder.inputs import point_features
-from .view_cache import ViewCache
-from .view_pool import ViewPool, build_view_pool
-from .view_selector import Selection, ViewSelector
+from .relaxed_top_k import gated_rows
+from .scene_encoder import SceneEncoder
+from .scene_observer import SceneObserver
+from .view_selector import ViewSelector
+from .view_tokens import ViewFeatures, build_view_features, token_sizes
 
 POLICY = "policy"
-_FORMAT = 1
-_ENCODED_TOGETHER = 8  # scenes in one pass of the scene encoder
 
 
-def view_question(sample: Sample) -> str:
-    """What views are chosen for: the question as it was asked, behind its situation where it has one."""
-    return f"{sample.situation} {sample.question}".strip()
-
-
-_DESCRIBED = {
-    "language_model",
-    "language_width",
-    "language_layers",
-    "dtype",
-    "adapter",
-    "connector",
-    "settings",
-    "views",
-}
-
-
-class SceneVLM(nn.Module):
+class SceneVLM(SceneObserver):
     """A reasoning vision-language model for indoor scenes.
 
     Args:
@@ -81,6 +54,7 @@ class SceneVLM(nn.Module):
         connector: encoder output to language-model tokens.
         view_selector: chooses views by question; None where the model takes no views.
         settings: what is taken of a scene.
+        view_features: frozen encoders of the views' further tokens; None where there are none.
     """
 
     def __init__(
@@ -91,6 +65,7 @@ class SceneVLM(nn.Module):
         connector: Connector,
         view_selector: ViewSelector | None,
         settings: SceneSettings,
+        view_features: ViewFeatures | None = None,
     ):
         super().__init__()
         if (view_selector is None) != (settings.view_source == "none"):
@@ -101,18 +76,10 @@ class SceneVLM(nn.Module):
         self.connector = connector
         self.view_selector = view_selector
         self.settings = settings
-        self.multiview: MultiviewFeatures | None = None  # given after loading: the file is the data's, not the model's
+        self.view_features = view_features
         self.writer = RowWriter(language.tokenizer, merge_size=language.merge_size)
-        self.train_scene_encoder = False
         self.train_vision_tower = False
-        self.view_cache: ViewCache | None = (
-            None  # where views and their embeddings are kept on disk, set by the engine
-        )
         self.full_language_model = False  # whether save_pretrained writes the language model's own weights too
-
-    @property
-    def device(self) -> torch.device:
-        return self.language.head_weight_VD.device
 
     # -- what is trained -------------------------------------------------------------------------------------------
 
@@ -144,66 +111,19 @@ class SceneVLM(nn.Module):
         """Parameters that learn, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    # -- scenes ----------------------------------------------------------------------------------------------------
-
-    def observe(self, scene: Scene, seed: int = 0) -> Observation:
-        """Sample a scene's points; the same seed gives the same sample."""
-        settings = self.settings
-        sampled = point_features(
-            scene,
-            settings.num_points,
-            np.random.default_rng(seed),
-            use_color=settings.use_color,
-            use_height=settings.use_height,
-            use_normal=settings.use_normal,
-            multiview_dim=settings.multiview_dim,
-            multiview=self.multiview,
-        )
-        return Observation(
-            scene, torch.from_numpy(sampled.points_N3), torch.from_numpy(sampled.features_NF), seed=seed
-        )
-
-    def observe_again(self, observation: Observation, seed: int) -> Observation:
-        """The same scene with freshly sampled points, not encoded yet; views and what was made of them are shared."""
-        fresh = self.observe(observation.scene, seed)
-        fresh.pool = self.view_pool(observation)
-        fresh.pixels, fresh.image_tokens = observation.pixels, observation.image_tokens
-        return fresh
-
-    def encode(self, observations: Sequence[Observation]) -> list[EncodedScene]:
-        """Encode the scenes that are not encoded yet, a few at a time."""
-        todo = list({id(entry): entry for entry in observations if entry.encoded is None}.values())
-        self.scene_encoder.train(self.train_scene_encoder and self.training)
-        for start in range(0, len(todo), _ENCODED_TOGETHER):
-            part = todo[start : start + _ENCODED_TOGETHER]
-            with torch.set_grad_enabled(self.train_scene_encoder and torch.is_grad_enabled()):
-                points_BN3 = torch.stack([observation.points_N3 for observation in part]).to(self.device)
-                features_BNF = torch.stack([observation.features_NF for observation in part]).to(self.device)
-                encoding = self.scene_encoder(points_BN3, features_BNF)
-                chosen = select_proposals(encoding, self.settings.num_proposals)
-                for row, observation in enumerate(part):
-                    # clones, since a view of one row would keep the whole batch in memory
-                    observation.encoded = EncodedScene(
-                        features_KE=chosen.features_BKD[row].clone(),
-                        boxes_K7=chosen.boxes_BK7[row].clone(),
-                        class_probs_KC=chosen.class_probs_BKC[row].clone(),
-                        objectness_K=chosen.objectness_BK[row].clone(),
-                        valid_K=chosen.valid_BK[row].clone(),
-                        token_xyz_T3=encoding.token_xyz_BM3[row].clone(),
-                        tokens_TE=encoding.tokens_BMD[row].clone(),
-                    )
-        return [observation.encoded for observation in observations if observation.encoded is not None]
-
     def scene_tokens(self, encoded: Sequence[EncodedScene]) -> list[torch.Tensor]:
-        """Language-model tokens of each scene [n + M, D]: its n valid proposals, then layout."""
+        """Language-model tokens of each scene [n + M, D]: its n valid proposals where it names any, then layout."""
         unique = list({id(scene): scene for scene in encoded}.values())
+        layout_BMD = self.connector.layout(
+            torch.stack([scene.token_xyz_T3 for scene in unique]), torch.stack([scene.tokens_TE for scene in unique])
+        )
+        if self.connector.num_proposals == 0:
+            layouts = {id(scene): layout_MD for scene, layout_MD in zip(unique, layout_BMD, strict=True)}
+            return [layouts[id(scene)] for scene in encoded]
         objects_BKD = self.connector.objects(
             torch.stack([scene.features_KE for scene in unique]),
             torch.stack([scene.boxes_K7 for scene in unique]),
             torch.stack([scene.class_probs_KC for scene in unique]),
-        )
-        layout_BMD = self.connector.layout(
-            torch.stack([scene.token_xyz_T3 for scene in unique]), torch.stack([scene.tokens_TE for scene in unique])
         )
         tokens = {
             id(scene): torch.cat([objects_BKD[row, scene.valid_K], layout_BMD[row]])
@@ -212,76 +132,6 @@ class SceneVLM(nn.Module):
         return [tokens[id(scene)] for scene in encoded]
 
     # -- views -----------------------------------------------------------------------------------------------------
-
-    def view_pool(self, observation: Observation) -> ViewPool:
-        """The scene's candidate views, made once.
-
-        Cameras look for what the encoder detected. While the encoder trains, its detections move; then the pool is
-        made from the points alone, so that it is the same at every step and after a resume.
-        """
-        if observation.pool is None:
-            boxes_K7 = np.zeros((0, 7), dtype=np.float32)
-            if not self.train_scene_encoder:
-                boxes_K7 = observation.scene.to_world(self.encode([observation])[0].proposals)
-            build = build_view_pool if self.view_cache is None else self.view_cache.pool
-            observation.pool = build(
-                observation.scene,
-                source=self.settings.view_source,  # type: ignore[arg-type]
-                num_candidates=self.settings.num_candidates,
-                image_size=(self.settings.view_size, self.settings.view_size),
-                seed=observation.seed,
-                boxes_K7=boxes_K7,
-                device=self.device,
-            )
-            selector = self.view_selector
-            if self.view_cache is not None and selector is not None and selector.encoder.has_images:
-                name = selector.encoder_name
-                self.view_cache.embed(observation.scene.scene_id, observation.pool, selector.encoder, name)
-        return observation.pool
-
-    def choose_views(self, sample: Sample, observation: Observation) -> list[int]:
-        """Indices of the views selected for a sample in the scene's pool, best first.
-
-        A question is put with its situation. A caption is asked of one object, so its views are those that show it.
-        """
-        if self.view_selector is None:
-            return []
-        if self.view_selector.learns:
-            with torch.no_grad():
-                return self._select(sample, observation).indices
-        box_7, question = sample.query_box_7, view_question(sample)
-        key = question if box_7 is None else f"{question} {np.round(box_7, 3).tolist()}"
-        if key not in observation.choices:
-            observation.choices[key] = self._select(sample, observation).indices
-        return observation.choices[key]
-
-    def view_gates(
-        self, samples: Sequence[Sample], observations: Sequence[Observation], temperature: float
-    ) -> list[torch.Tensor] | None:
-        """Gates of each sample's chosen views, 1 in value, through which learned view weights get their gradient.
-
-        None where the weights do not learn. `temperature` is that of the relaxed choice (Selection.gates).
-        """
-        if self.view_selector is None or not self.view_selector.learns:
-            return None
-        pairs = zip(samples, observations, strict=True)
-        return [self._select(sample, observation).gates(temperature) for sample, observation in pairs]
-
-    def _select(self, sample: Sample, observation: Observation) -> Selection:
-        """The view selector's answer to a sample, with the weights as they are now."""
-        assert self.view_selector is not None
-        (encoded,) = self.encode([observation])
-        pool, box_7 = self.view_pool(observation), sample.query_box_7
-        if self.train_scene_encoder:
-            pool = replace(pool, visible_VK=pool.visibility(observation.scene.to_world(encoded.proposals)))
-        focus_V = None if box_7 is None else pool.visibility(box_7)[:, 0]
-        class_probs_KC = encoded.class_probs_KC[encoded.valid_K].detach()
-        return self.view_selector.select(view_question(sample), pool, class_probs_KC, focus_V)
-
-    def expect(self, samples: Sequence[Sample]) -> None:
-        """Tell the view selector which questions come next, so that it embeds them in one batch."""
-        if self.view_selector is not None:
-            self.view_selector.remember([view_question(sample) for sample in samples])
 
     def view_pixels(self, observation: Observation, index: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """Patches and grid of one view, as Qwen's image processor makes them."""
@@ -294,6 +144,8 @@ class SceneVLM(nn.Module):
 
     def embed_views(self, shown: Sequence[tuple[Observation, int]]) -> list[torch.Tensor]:
         """Vision-tower tokens [T, D] of each view; a frozen tower sees each view once."""
+        if not shown:
+            return []
         if self.train_vision_tower:
             return self._look(shown)
         new = list({(id(seen), view): (seen, view) for seen, view in shown if view not in seen.image_tokens}.values())
@@ -312,6 +164,19 @@ class SceneVLM(nn.Module):
         )
         return list(tokens.split([grid[1] * grid[2] // self.language.merge_size**2 for _, grid in pixels]))
 
+    def describe_views(
+        self, shown: Sequence[tuple[Observation, int]]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Tokens [n, D] of each view from the image encoder and from its depth; none where the model takes none."""
+        images: list[torch.Tensor] = []
+        depths: list[torch.Tensor] = []
+        if self.view_features is not None and shown:
+            if self.connector.num_view_image_tokens:
+                images = list(self.connector.view_images(self.view_features.images(shown, self.device)))
+            if self.connector.num_view_depth_tokens:
+                depths = list(self.connector.view_depths(self.view_features.depths(shown, self.device)))
+        return images, depths
+
     # -- inputs ----------------------------------------------------------------------------------------------------
 
     def write_row(
@@ -322,7 +187,7 @@ class SceneVLM(nn.Module):
         OBJECT_PLACEHOLDER in a question about a box becomes the box's name or numbers, then its object token.
         """
         (encoded,) = self.encode([observation])
-        proposals_K7 = encoded.proposals
+        proposals_K7 = encoded.named
         views = self.choose_views(sample, observation)
         question, after_object, asked_7 = build_question(sample, mode), "", None
         if sample.query_box_7 is not None:
@@ -338,6 +203,8 @@ class SceneVLM(nn.Module):
             num_proposals=len(proposals_K7),
             num_layout_tokens=self.connector.num_layout_tokens,
             grids=[self.view_pixels(observation, view)[1] for view in views],
+            num_view_image_tokens=self.connector.num_view_image_tokens,
+            num_view_depth_tokens=self.connector.num_view_depth_tokens,
             target=target,
             asked_box_7=asked_7,
             after_object=after_object,
@@ -347,7 +214,7 @@ class SceneVLM(nn.Module):
     def with_names(self, text: str, observation: Observation) -> str:
         """Replace each `<box>` (model frame) by the name of the proposal that covers it, where one does."""
         (encoded,) = self.encode([observation])
-        return replace_boxes(text, lambda box: point_at(box, encoded.proposals))
+        return replace_boxes(text, lambda box: point_at(box, encoded.named))
 
     def embed_rows(
         self,
@@ -369,16 +236,16 @@ class SceneVLM(nn.Module):
         shown = [
             (observation, view) for observation, chosen in zip(observations, views, strict=True) for view in chosen
         ]
-        image_tokens = self.embed_views(shown) if shown else []
-        if gates is not None:
-            rest = iter(image_tokens)
-            gated = [gate_views(list(islice(rest, len(gates_k))), gates_k) for gates_k in gates]
-            image_tokens = [tokens_TD for row in gated for tokens_TD in row]
+        image_tokens, view_image_tokens, view_depth_tokens = (
+            gated_rows(tokens, gates) for tokens in (self.embed_views(shown), *self.describe_views(shown))
+        )
         return assemble(
             rows,
             embed_tokens=self.language.embedding,
             scene_tokens=scene_tokens,
-            image_tokens=torch.cat(image_tokens) if image_tokens else None,
+            image_tokens=image_tokens,
+            view_image_tokens=view_image_tokens,
+            view_depth_tokens=view_depth_tokens,
             pad_id=self.language.pad_id,
             left=left,
             merge_size=self.language.merge_size,
@@ -421,7 +288,7 @@ class SceneVLM(nn.Module):
         """A completion taken apart, its boxes resolved and moved to the world frame."""
         (encoded,) = self.encode([observation])
         response = parse_response(text)
-        boxes = resolve_boxes(response.answer, encoded.proposals.tolist())
+        boxes = resolve_boxes(response.answer, encoded.named.tolist())
         world = observation.scene.to_world(np.asarray(boxes, dtype=np.float32)).tolist() if boxes else []
         return Answer(text, response.think, response.answer, response.well_formed, world)
 
@@ -432,8 +299,8 @@ class SceneVLM(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         description = {
-            "format": _FORMAT,
-            "language_model": "language_model" if self.full_language_model else _lasting(self.language_source),
+            "format": FORMAT,
+            "language_model": "language_model" if self.full_language_model else lasting(self.language_source),
             "language_width": self.language.width,
             "language_layers": self.language.num_layers,
             "dtype": str(self.language.head_weight_VD.dtype).removeprefix("torch."),
@@ -479,7 +346,7 @@ class SceneVLM(nn.Module):
             ValueError: no such model, or its parts do not fit together.
         """
         folder = Path(folder)
-        description = _read_description(folder)
+        description = read_description(folder)
         check_prompts(folder, description)
         source = language_model or description["language_model"]
         if source == "language_model":
@@ -501,81 +368,21 @@ class SceneVLM(nn.Module):
             load_lora(language, POLICY, folder / "adapter" / POLICY, trainable=trainable_adapter)
         settings = SceneSettings(**description["settings"])
         scene_encoder = SceneEncoder.from_pretrained(folder / "scene_encoder")
-        # a description without the key is from before there were object tokens: that model has none
-        connector = build_connector(language, scene_encoder, **{"object_token": False, **description["connector"]})
-        _load_connector(connector, folder / "connector.safetensors")
         views = description["views"]
+        view_selector = ViewSelector.from_settings(views) if views else None
+        view_features = build_view_features(settings, view_selector)
+        # a description without the key is from before there were object tokens: that model has none
+        parts = {"object_token": False, **description["connector"], **token_sizes(view_features)}
+        connector = build_connector(language, scene_encoder, **parts)
+        load_connector(connector, folder / "connector.safetensors")
         model = cls(
             language,
             source,
             scene_encoder,
             connector,
-            ViewSelector.from_settings(views) if views else None,
+            view_selector,
             settings,
+            view_features,
         )
         model.full_language_model = description["language_model"] == "language_model"
         return model.to(device).eval()
-
-
-def _lasting(source: str) -> str:
-    """A local folder by its absolute path, which holds wherever the next command starts; hub names as they are."""
-    return str(Path(source).resolve()) if Path(source).is_dir() else source
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / "scene_vlm.json"
-    text = read_text(
-        path, f"{folder} is not a 3D-R1 model: it has no scene_vlm.json; name a folder that `sft` or `grpo` wrote."
-    )
-    try:
-        description = json.loads(text)
-    except json.JSONDecodeError:
-        description = None
-    if not isinstance(description, dict):
-        raise ValueError(f"{path} is broken; copy the model again from its source.")
-    if description.get("format") != _FORMAT:
-        raise ValueError(
-            f"{folder} has format {description.get('format')}, this version reads {_FORMAT}; train it again, or use "
-            "the version that wrote it."
-        )
-    missing = _DESCRIBED - description.keys()
-    unknown = set(description.get("settings", {})) - {entry.name for entry in fields(SceneSettings)}
-    connector = set(description.get("connector", {}))
-    missing |= {f"connector.{name}" for name in {"num_proposals", "num_layout_tokens"} - connector}
-    unknown |= connector - {"num_proposals", "num_layout_tokens", "object_token"}
-    if missing or unknown:
-        wrong = f"lacks {min(missing)!r}" if missing else f"has the unknown setting {min(unknown)!r}"
-        raise ValueError(f"{path} {wrong}; copy the model again from its source.")
-    return description
-
-
-def _load_connector(connector: Connector, path: Path) -> None:
-    try:
-        state = load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"There are no connector weights at {path}; copy the whole model folder again.") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error}); copy it again.") from None
-    check_fit(connector, state, path)
-    connector.load_state_dict(state)
-
-
-def build_connector(
-    language: LanguageModel,
-    scene_encoder: SceneEncoder,
-    *,
-    num_proposals: int,
-    num_layout_tokens: int,
-    object_token: bool,
-) -> Connector:
-    """A connector between two given parts, its tokens as large as the language model's own embeddings."""
-    embeddings = language.embedding.weight
-    return Connector(
-        encoder_width=scene_encoder.config["width"],
-        language_width=language.width,
-        num_classes=scene_encoder.num_classes,
-        num_proposals=num_proposals,
-        num_layout_tokens=num_layout_tokens,
-        object_token=object_token,
-        output_scale=float(embeddings[: min(len(embeddings), 4096)].detach().float().std()),
-    )

@@ -27,6 +27,7 @@ from .view_redundancy import choose_spread, question_weights
 
 _CACHED_TEXTS = 8192
 _LEAST_SPREAD = 1e-3  # of utilities; bounds the gradient where a question prefers no view
+_LEAST_SCORE_SPREAD = 1e-5  # of cosines; below it they differ by rounding
 _WEIGHT_PRIOR = 0.3  # the paper's target of w_t
 
 
@@ -71,6 +72,12 @@ def s_clip(text_D: Tensor, images_VD: Tensor) -> Tensor:
 def utility(scores: Mapping[str, Tensor], w_text: Tensor, w_image: Tensor) -> Tensor:
     """U [V] of the three scores; the weight of S_CLIP is 1 - w_image."""
     return w_text * scores["text_to_3d"] + w_image * scores["image_to_3d"] + (1 - w_image) * scores["clip"]
+
+
+def standardized(score_V: Tensor) -> Tensor:
+    """A score [V] as standard deviations from its mean over the pool; 0 where all views score alike."""
+    spread = score_V.std(unbiased=False)
+    return (score_V - score_V.mean()) / spread.clamp_min(_LEAST_SCORE_SPREAD)
 
 
 def top_views(utility_V: Tensor, count: int) -> list[int]:
@@ -122,6 +129,8 @@ class ViewSelector(nn.Module):
             encoder, where w_c is 1, then finds targets less often than chance.
         redundancy: how much a view's utility falls that shows only what the chosen ones show, in standard deviations
             of the pool's utilities (view_redundancy.py); 0 is the paper's plain top-k.
+        standardize: weigh the scores as standard deviations from their mean over the pool. The paper weighs the
+            cosines as they are, and how much each then decides depends on how far its cosines spread.
         class_names: names of the detector's classes, in its order.
         learn_weights: see `train_weights`.
     """
@@ -137,6 +146,7 @@ class ViewSelector(nn.Module):
         w_clip: float = 0.5,
         num_references: int = 3,
         redundancy: float = 0.0,
+        standardize: bool = False,
         class_names: Sequence[str] = DETECTION_CLASSES,
         learn_weights: bool = False,
     ):
@@ -160,6 +170,7 @@ class ViewSelector(nn.Module):
         self.num_views = num_views
         self.num_references = num_references
         self.redundancy = float(redundancy)
+        self.standardize = bool(standardize)
         self.encoder_name = encoder_name
         self.class_names = tuple(class_names)
         self.w_text = nn.Parameter(torch.tensor(float(w_text)))
@@ -186,6 +197,7 @@ class ViewSelector(nn.Module):
             "w_clip": round(1 - w_image, 6),
             "num_references": self.num_references,
             "redundancy": self.redundancy,
+            "standardize": self.standardize,
         }
 
     def train_weights(self, learn: bool) -> None:
@@ -223,6 +235,8 @@ class ViewSelector(nn.Module):
     def scores(self, question: str, pool: ViewPool, class_probs_KC: Tensor | np.ndarray) -> dict[str, Tensor]:
         """The three scores and their utility [V] of every view of a pool, float32, on the device of the weights.
 
+        The scores are cosines (overlaps without a picture side), even where the utility weighs them standardised.
+
         Args:
             class_probs_KC: class probabilities of the boxes that the pool was built with, in the same order; a last
                 column beyond the class names (no object) is left out.
@@ -240,7 +254,8 @@ class ViewSelector(nn.Module):
             coverage_VS = torch.from_numpy(pool.coverage_VS).to(probs_KC.device)
             found["image_to_3d"] = s_image_to_3d(coverage_VS, references)
             found["clip"] = torch.zeros(len(pool), device=probs_KC.device)
-        found["utility"] = utility(found, self.w_text, self.w_image)
+        weighed = {name: standardized(score_V) for name, score_V in found.items()} if self.standardize else found
+        found["utility"] = utility(weighed, self.w_text, self.w_image)
         return found
 
     def select(

@@ -172,9 +172,9 @@ def test_a_run_from_before_these_inputs_goes_on(featured_root, tmp_path):
         detect.train(
             dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, use_normal=True)), resume=True
         )
-    old["optim"].pop("lr")  # of another group, whose defaults may mean something new
+    old["optim"].pop("lr")  # a key that is missing takes its default, which is another one
     saved.write_text(yaml.safe_dump(old))
-    with pytest.raises(ValueError, match="optim.lr: None -> 0.002"):
+    with pytest.raises(ValueError, match="optim.lr: 0.0007 -> 0.002"):
         detect.train(config, resume=True)
 
 

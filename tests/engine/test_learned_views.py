@@ -185,7 +185,7 @@ def test_checkpoints_from_before_resume_with_plain_top_k(rooms_root, tmp_path):
     config = sft_config(rooms_root, tmp_path, "model.views.redundancy=0.0", "run.steps=0")
     saved = sft.train(config) / "config.yaml"
     old = yaml.safe_load(saved.read_text())
-    for name in ("redundancy", "weights", "temperature", "pull", "lr_factor"):
+    for name in ("redundancy", "num_references", "standardize", "weights", "temperature", "pull", "lr_factor"):
         del old["model"]["views"][name]
     saved.write_text(yaml.safe_dump(old))
     assert open_run(config, resume=True) == saved.parent
@@ -199,6 +199,7 @@ def test_what_cannot_be_learned_is_refused(rooms_root, tmp_path):
         ("model.views.weights=trained", "choose fixed or learned"),
         ("model.views.temperature=0", "must be above 0"),
         ("model.views.redundancy=-1", "must be at least 0"),
+        ("model.views.num_references=0", "must be at least 1"),
         ("model.views={weights: learned, source: none}", "nothing to learn"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -90,11 +90,11 @@ def test_the_scene_encoder_overfits_two_rooms(rooms_root, tmp_path):
         with (root / "scannetv2_train.txt").open("a") as stream:
             stream.write(scene_id + "\n")
     overrides = [f"run.dir={tmp_path / 'run'}", f"data.root={root}", "data.eval_split=train", "augment=false"]
-    overrides += ["run.steps=1500", "run.batch_size=2", "run.save_every=10000", "data.num_points=8192"]
+    overrides += ["run.steps=2500", "run.batch_size=2", "run.save_every=10000", "data.num_points=8192"]
     overrides += ["encoder.num_tokens=256", "encoder.num_queries=128", "encoder.width=96"]
     detect.train(load_config("detect", ROOT / "script" / "recipes" / "tiny.detect.yaml", overrides))
     scores = json.loads((tmp_path / "run" / "detection.json").read_text())["0.5"]
-    scenes = SceneSamples(load_config("detect", tmp_path / "run/checkpoints/step-001500/config.yaml"), "train")
+    scenes = SceneSamples(load_config("detect", tmp_path / "run/checkpoints/step-002500/config.yaml"), "train")
     present = {int(class_id) for row in range(2) for class_id in scenes[row].class_ids_K}
     precisions = list(scores["AP"].values())
     assert len(present) >= 10

@@ -1,6 +1,7 @@
 """The small dual encoder: what it reads, that it loads by folder, and what it refuses."""
 
 import json
+import math
 import zlib
 
 import numpy as np
@@ -48,7 +49,9 @@ def test_texts_begin_with_a_start_token_and_are_cut():
 @given(st.lists(st.text(max_size=60), min_size=1, max_size=4))
 def test_any_text_has_one_embedding_whatever_stands_beside_it(texts):
     torch.manual_seed(0)
-    small = DualEncoder(dim=8, text_width=8, text_heads=2, num_buckets=64, image_width=8, image_size=16).eval()
+    small = DualEncoder(
+        num_names=4, num_colors=2, text_width=8, text_heads=2, num_buckets=64, image_width=8, image_size=16
+    ).eval()
     together = small.embed_texts(texts)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(len(texts)))
     torch.testing.assert_close(together, small.embed_texts(texts, batch_size=1), atol=1e-5, rtol=1e-4)
@@ -56,10 +59,10 @@ def test_any_text_has_one_embedding_whatever_stands_beside_it(texts):
 
 def test_long_texts_other_languages_and_nothing_at_all(encoder):
     rows = encoder.embed_texts(["chair " * 10_000, "椅子在哪里?", "Wo ist der Stuhl?", "", "?!", "x" * 100_000])
-    assert torch.isfinite(rows).all() and rows.shape == (6, 128)
+    assert torch.isfinite(rows).all() and rows.shape == (6, 1024)
     torch.testing.assert_close(rows[3], rows[4])
     assert (rows[1] - rows[2]).norm() > 1e-3
-    assert encoder.embed_texts([]).shape == (0, 128) == encoder.embed_images([]).shape
+    assert encoder.embed_texts([]).shape == (0, 1024) == encoder.embed_images([]).shape
 
 
 def test_pictures_of_any_size_and_batching(encoder):
@@ -79,10 +82,26 @@ def test_cells_are_counted_row_by_row(encoder):
     before = prepare_pictures([picture(0, 112, 112)], 112)
     after = before.clone()
     after[..., :4, -4:] = 1.0
-    rows = torch.tensor([[13, 14 * 13]])
-    (_, old), (_, new) = (encoder.pictures_and_cells(one, rows) for one in (before, after))
-    moved = (old - new).norm(dim=2)[0]
-    assert moved[0] > 1e-3 and moved[1] == pytest.approx(0, abs=1e-6)
+    (old, old_colors), (new, new_colors) = (encoder.cell_logits(one) for one in (before, after))
+    assert old.shape == (1, 196, 65) and old_colors.shape == (1, 196, 16)
+    for moved in ((old - new).norm(dim=2)[0], (old_colors - new_colors).norm(dim=2)[0]):
+        assert moved[13] > 1e-4 and moved[14 * 13] == pytest.approx(0, abs=1e-6)
+
+
+def test_embeddings_by_hand():
+    """Two cells of red chairs and one of a blue table in four; a text about red things, mostly chairs."""
+    sure = 50.0
+    small = DualEncoder(num_names=2, num_colors=2, text_width=8, text_heads=2, num_buckets=64, image_width=8)
+    chair, table, nothing = ([sure, 0, 0], [0, sure, 0], [0, 0, sure])
+    cells = [chair + [sure, 0], chair + [sure, 0], table + [0, sure], nothing + [0, 0]]
+    small.image.forward = lambda pictures: torch.tensor([cells])
+    small.text.forward = lambda pieces: torch.tensor([[math.log(3), 0.0, sure, 0.0]])
+    expected = torch.tensor([0.5, 0, 0, 0.25]).sqrt()
+    torch.testing.assert_close(
+        small.pictures(torch.zeros(1, 3, 8, 8))[0], expected / expected.norm(), atol=2e-3, rtol=0
+    )
+    texts = torch.tensor([0.75, 0, 0.25, 0])
+    torch.testing.assert_close(small.texts(["red things"])[0], texts / texts.norm(), atol=1e-5, rtol=0)
 
 
 def test_saved_and_loaded_by_folder(encoder, folder):
@@ -105,7 +124,7 @@ def test_broken_folders_are_one_sentence(folder):
     weights.write_bytes(whole)
     text = config.read_text()
     for changed, match in (
-        (text.replace('"dim": 128', '"dim": 64'), "does not fit"),
+        (text.replace('"num_names": 64', '"num_names": 32'), "does not fit"),
         ("{", "is broken"),
         (json.dumps({"depth": 3}), "keys that no dual encoder has"),
         ("[]", "keys that no dual encoder has"),
@@ -120,7 +139,7 @@ def test_broken_folders_are_one_sentence(folder):
 
 
 @pytest.mark.parametrize(
-    "options", [{"dim": 0}, {"image_size": 100}, {"image_width": 7}, {"num_buckets": 2}, {"max_words": 0}]
+    "options", [{"num_names": 0}, {"image_size": 100}, {"image_width": 7}, {"num_buckets": 2}, {"max_words": 0}]
 )
 def test_sizes_that_cannot_be_are_refused(options):
     with pytest.raises(ValueError, match="must be"):

@@ -6,7 +6,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from threedr1.models.inputs import IGNORE, IMAGE, SCENE, TEXT, RowWriter, assemble, mrope_positions, pad_rows
+from threedr1.models.inputs import (
+    IGNORE,
+    IMAGE,
+    SCENE,
+    TEXT,
+    VIEW_DEPTH,
+    VIEW_IMAGE,
+    RowWriter,
+    assemble,
+    mrope_positions,
+    pad_rows,
+)
 from threedr1.models.language_model import load_language_model
 
 
@@ -67,6 +78,59 @@ def test_mrope_positions_by_hand():
         [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
     ]
     assert mrope_positions(kinds, [(1, 4, 6)]).tolist() == expected
+
+
+def test_view_tokens_stand_behind_their_view_and_advance_as_text():
+    """Two views of 1 x 2 and 2 x 1 merged patches, each with two tokens of its picture and one of its depth."""
+    extra = [VIEW_IMAGE, VIEW_IMAGE, VIEW_DEPTH]
+    kinds = [TEXT, IMAGE, IMAGE, TEXT, *extra, TEXT, IMAGE, IMAGE, TEXT, *extra, TEXT]
+    expected = [
+        [0, 1, 1, 3, 4, 5, 6, 7, 8, 8, 10, 11, 12, 13, 14],
+        [0, 1, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14],
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 10, 11, 12, 13, 14],
+    ]
+    assert mrope_positions(kinds, [(1, 2, 4), (1, 4, 2)]).tolist() == expected
+
+
+def test_view_tokens_in_a_row(writer, language):
+    grids = [(1, 2, 4), (1, 4, 2)]
+    row = write(writer, grids=grids, num_view_image_tokens=2, num_view_depth_tokens=1)
+    view = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>" + 3 * "<|vision_pad|>"
+    assert f"Views: {view}{view}\nObjects: " in language.tokenizer.decode(row.token_ids)
+    first = row.kinds.index(IMAGE) - 1
+    block = [TEXT, IMAGE, IMAGE, TEXT, VIEW_IMAGE, VIEW_IMAGE, VIEW_DEPTH]
+    assert row.kinds[first : first + 15] == [*block, *block, TEXT]
+    assert row.num_scene_tokens == 5 and all(label == IGNORE for label in row.labels[: first + 14])
+    plain = write(writer, grids=grids)
+    kept = [index for index, kind in enumerate(row.kinds) if kind not in (VIEW_IMAGE, VIEW_DEPTH)]
+    assert [row.token_ids[index] for index in kept] == plain.token_ids
+    assert write(writer, grids=grids, num_view_image_tokens=0, num_view_depth_tokens=0) == plain
+    assert write(writer, grids=[], num_view_image_tokens=2, num_view_depth_tokens=1) == write(writer, grids=[])
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_view_tokens_land_at_their_placeholders(language, writer, left):
+    rows = [
+        write(writer, grids=[(1, 2, 4), (1, 4, 2)], num_view_image_tokens=2, num_view_depth_tokens=1),
+        write(writer, grids=[(1, 4, 4)], num_view_image_tokens=2, num_view_depth_tokens=1, num_proposals=1),
+    ]
+    width, pad_id = language.width, language.tokenizer.pad_token_id
+    images, depths = torch.randn(6, width), torch.randn(3, width)
+    options = {
+        "embed_tokens": language.embedding,
+        "scene_tokens": [torch.randn(5, width), torch.randn(3, width)],
+        "image_tokens": torch.randn(8, width),
+        "pad_id": pad_id,
+        "left": left,
+    }
+    inputs = assemble(rows, view_image_tokens=images, view_depth_tokens=depths, **options)
+    kinds_BL = pad_rows(rows, pad_id, left=left)["kinds"]
+    for index, (few, more) in enumerate(((slice(0, 2), slice(0, 4)), (slice(2, 3), slice(4, 6)))):
+        embeds_LD = inputs.inputs_embeds_BLD[index]
+        torch.testing.assert_close(embeds_LD[kinds_BL[index] == VIEW_IMAGE], images[more])
+        torch.testing.assert_close(embeds_LD[kinds_BL[index] == VIEW_DEPTH], depths[few])
+    with pytest.raises(ValueError, match="6 placeholders of kind 3, but 0 features"):
+        assemble(rows, view_depth_tokens=depths, **options)
 
 
 def test_mrope_positions_name_a_grid_that_does_not_fit():

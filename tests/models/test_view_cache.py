@@ -21,7 +21,9 @@ OPTIONS = {"source": "rendered", "num_candidates": 3, "image_size": (24, 32), "s
 
 def small_encoder(seed: int) -> DualEncoder:
     torch.manual_seed(seed)
-    return DualEncoder(dim=8, text_width=8, text_heads=2, num_buckets=64, image_width=8, image_size=16).eval()
+    return DualEncoder(
+        num_names=4, num_colors=2, text_width=8, text_heads=2, num_buckets=64, image_width=8, image_size=16
+    ).eval()
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from threedr1.models.view_selector import (
     s_clip,
     s_image_to_3d,
     s_text_to_3d,
+    standardized,
     top_views,
     utility,
 )
@@ -521,6 +522,23 @@ class TestViewSelector:
         )
         with pytest.raises(ValueError, match="redundancy is -1"):
             text_selector(minilm, redundancy=-1)
+
+    def test_standardized_scores_weigh_alike_however_far_they_spread(self, clip, scene, pool):
+        torch.testing.assert_close(
+            standardized(torch.tensor([1.0, 3.0, 5.0])), torch.tensor([-1.0, 0.0, 1.0]) * 1.5**0.5
+        )
+        # a sum over many views may leave the last bit
+        torch.testing.assert_close(standardized(torch.full((16,), 0.3)), torch.zeros(16), atol=0.02, rtol=0)
+        assert not standardized(torch.tensor([0.7])).any()
+        plain, alike = (ViewSelector(clip, encoder_name="tiny", num_views=3, standardize=on) for on in (False, True))
+        question = "where is the chair"
+        scores, weighed = (selector.scores(question, pool, one_hot(scene)) for selector in (plain, alike))
+        by_hand = torch.zeros(len(pool))
+        for name, weight in (("text_to_3d", 0.3), ("image_to_3d", 0.5), ("clip", 0.5)):
+            torch.testing.assert_close(scores[name], weighed[name])
+            by_hand += weight * (scores[name] - scores[name].mean()) / scores[name].std(unbiased=False)
+        torch.testing.assert_close(weighed["utility"].detach(), by_hand, atol=1e-3, rtol=1e-3)
+        assert alike.settings()["standardize"] and not plain.settings()["standardize"]
 
     def test_moved_weights_are_saved_to_the_last_bit_and_kept_in_range(self, clip):
         selector = ViewSelector(clip, encoder_name="tiny", learn_weights=True)
