@@ -188,16 +188,8 @@ def save_answer_pictures(answered: "Answered", folder: Path) -> None:
 
 
 def run_view(args: argparse.Namespace) -> int:
-    chosen = [args.ask, args.model, args.encoder, args.source, args.candidates, args.language_model, args.multiview]
-    if args.views is None and any(chosen):
-        raise ValueError(
-            "--ask, --model, --encoder, --source, --candidates, --language-model and --multiview go with "
-            "--views SCENE."
-        )
-    if args.views is not None and args.model is None and (args.language_model or args.multiview):
-        raise ValueError("--language-model and --multiview go with --model DIR.")
-    if args.views is not None and args.predictions is not None and not args.html:
-        raise ValueError("With predictions and --views the sheets stand in their report; name it with --html FILE.")
+    if args.views is None and (args.ask or args.model or args.encoder or args.source or args.candidates):
+        raise ValueError("--ask, --model, --encoder, --source and --candidates go with --views SCENE.")
     if args.views is None and args.predictions is None:
         raise ValueError("Name a run folder or predictions.jsonl to look at, or a scan with --views.")
     if args.predictions is None and args.save:
@@ -253,10 +245,20 @@ def save_view_sheets(args: argparse.Namespace) -> list[str]:
     return sections
 
 
+def show_samples(args: argparse.Namespace) -> None:
+    """The page of random records of a `synthesize` run."""
+    from .datasets.synthesis import sheet_folder
+    from .visualization.samples_page import write_samples
+
+    page = sheet_folder(args.out) / "samples.html"
+    write_samples(args.out, page, data_root=args.root, count=args.samples, seed=args.seed)
+    say(f"wrote {page}")
+
+
 def run_synthesize(args: argparse.Namespace) -> int:
     from dataclasses import fields
 
-    from .datasets.synthesis import FilterOptions, Operation, synthesize
+    from .datasets.synthesis import FilterOptions, InputOptions, Operation, synthesize
 
     report = synthesize(
         args.root,
@@ -268,8 +270,13 @@ def run_synthesize(args: argparse.Namespace) -> int:
         workers=args.workers,
         seed=args.seed,
         thinking_budget=args.thinking_budget,
-        options=FilterOptions(min_think_words=args.min_think_words, min_answer_words=args.min_answer_words),
+        options=FilterOptions(
+            min_think_words=args.min_think_words,
+            min_answer_words=args.min_answer_words,
+            skipped=tuple(args.skip_filter),
+        ),
         operation=Operation(**{field.name: getattr(args, field.name) for field in fields(Operation)}),
+        inputs=InputOptions(tuple(args.sources), args.description, args.views, args.view_size),
     )
     if args.dry_run:
         show_table(report)
@@ -277,6 +284,8 @@ def run_synthesize(args: argparse.Namespace) -> int:
     names = ("questions", "kept", "rejected", "failed", "unasked", "requests", "new_requests", "cost")
     show_table({name: report[name] for name in names if report[name] is not None})
     say(f"wrote {args.out}")
+    if args.samples:
+        show_samples(args)
     return 0 if report["failed"] == report["unasked"] == 0 else 1
 
 

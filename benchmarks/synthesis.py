@@ -21,6 +21,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+
+from ..datasets.scene_store import SceneInfo
+from ..datasets.synthesis.asking import Asker
 from ..datasets.synthesis.engine import Engine, ask_all, write_lines
 from ..datasets.synthesis.filters import FilterOptions
 from ..datasets.synthesis.gemini_teacher import GeminiTeacher
@@ -64,9 +68,19 @@ class Questions(Sequence[Question]):
         )
 
 
-def describe_all() -> dict[str, str]:
+def index_all() -> dict[str, SceneInfo]:
+    """The labels and boxes of every scene: none."""
+    zero_3 = np.zeros(3)
+    none_K, none_K7 = np.zeros(0, np.int32), np.zeros((0, 7), np.float32)
+    names = [f"scene{number:04d}_00" for number in range(SCENES)]
+    return {
+        name: SceneInfo(name, none_K, [], none_K, none_K7, frozenset(), np.eye(4), zero_3, zero_3) for name in names
+    }
+
+
+def describe(_: Question) -> str:
     """The description of every scene."""
-    return {f"scene{number:04d}_00": DESCRIPTION for number in range(SCENES)}
+    return DESCRIPTION
 
 
 class InstantTeacher:
@@ -91,7 +105,8 @@ def run_engine(questions: Questions, folder: Path, url: str) -> float:
         engine = Engine(
             teacher,
             journal,
-            descriptions=describe_all(),
+            index=index_all(),
+            ask_about=Asker(describe),
             options=FilterOptions(),
             workers=WORKERS,
             estimator=limits.estimator,
@@ -182,7 +197,9 @@ def measure_memory(count: int) -> Row:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with Journal(folder / "journal.jsonl") as journal, OutcomeSpool(folder) as spool:
-            engine = Engine(InstantTeacher(), journal, descriptions=describe_all(), options=FilterOptions())
+            engine = Engine(
+                InstantTeacher(), journal, index=index_all(), ask_about=Asker(describe), options=FilterOptions()
+            )
             ask_all(engine, questions, spool)
             write_lines(folder / "out.jsonl", (to_record(row, "instant") for row in spool.all(questions)))
             write_lines(folder / "no.jsonl", (to_reject(row) for row in spool.all(questions) if row.reason))

@@ -16,13 +16,10 @@ _MINUS = re.compile(r"-[\d.]")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers a wrong command line with one sentence instead of the whole usage, and takes whole words.
+    """A parser that answers a wrong command line with one sentence instead of the whole usage.
 
     It takes `--click -1,0.5,0.4` as it is meant; argparse alone reads the numbers as an option for their minus sign.
     """
-
-    def __init__(self, *positional: Any, **options: Any):
-        super().__init__(*positional, **{"allow_abbrev": False, **options})
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         joined: list[str] = []
@@ -182,6 +179,8 @@ def _add_data_commands(add: AddCommand) -> None:
     )
     _add_operation(synthesize)
 
+    _add_synthesis_inputs(synthesize)
+
     doctor = add(
         "doctor",
         "what is installed, and what is missing or wrong in a data root",
@@ -212,6 +211,47 @@ def _add_operation(synthesize: argparse.ArgumentParser) -> None:
         default=300,
         metavar="SECONDS",
         help="that a whole reply may take (default: %(default)s)",
+    )
+
+
+def _add_synthesis_inputs(synthesize: argparse.ArgumentParser) -> None:
+    """What is asked, what the teacher is told and shown, which filters are left out, and the page of samples."""
+    synthesize.add_argument(
+        "--sources",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="scanqa scanrefer nr3d sceneverse scene_description (default: the first four, where they are there)",
+    )
+    synthesize.add_argument(
+        "--description",
+        choices=("full", "objects", "none"),
+        default="full",
+        help="what the teacher is told of the scene: caption and boxes, boxes alone, nothing (default: %(default)s)",
+    )
+    synthesize.add_argument(
+        "--views", type=at_least(0), default=0, metavar="N", help="frames to show the teacher, 16 at most (default: 0)"
+    )
+    synthesize.add_argument(
+        "--view-size",
+        type=at_least(64),
+        default=768,
+        metavar="PIXELS",
+        help="longest side of the frames (default: %(default)s)",
+    )
+    synthesize.add_argument(
+        "--skip-filter",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave a filter out; may be repeated (docs/scene30k.md)",
+    )
+    synthesize.add_argument(
+        "--samples",
+        type=at_least(0),
+        default=12,
+        metavar="N",
+        help="records on the page of samples; 0 for no page (default: %(default)s)",
     )
 
 

@@ -12,7 +12,7 @@
 #   DATA=data/rooms                      data root with prepared scenes
 #   OUT=DATA/annotations/Scene-30K.synthesized.jsonl
 #
-# Questions are those of ScanQA, ScanRefer and Nr3D on training scenes. An interrupted run goes on where it stopped and
+# Questions are those of ScanQA, ScanRefer, Nr3D and SceneVerse on training scenes (docs/scene30k.md). An interrupted run goes on where it stopped and
 # pays for nothing twice. Arguments such as --dry-run, --rpm 1000, --max-cost 200 pass through
 # (docs/synthesis_operation.md). To train on the result, make it DATA/annotations/Scene-30K.jsonl.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -10,8 +10,11 @@ from typing import Any
 
 from ..scene_store import SceneStore
 from . import gemini_teacher, openai_teacher, rule_teacher
+from .asking import build_asker
 from .budget import build_budget
-from .engine import describe_scenes, journal_of, synthesize_with
+from .datasheet import sheet_folder
+from .description import InputOptions
+from .engine import journal_of, synthesize_with
 from .filters import FilterOptions
 from .gemini_teacher import GeminiTeacher
 from .limits import Estimator, Limits
@@ -24,7 +27,16 @@ from .teacher import Teacher
 
 TEACHERS = ("rules", "gemini", "openai")
 
-__all__ = ["TEACHERS", "FilterOptions", "Operation", "build_teacher", "synthesize", "synthesize_with"]
+__all__ = [
+    "TEACHERS",
+    "FilterOptions",
+    "InputOptions",
+    "Operation",
+    "build_teacher",
+    "sheet_folder",
+    "synthesize",
+    "synthesize_with",
+]
 
 
 def check_teacher(name: str, model: str) -> None:
@@ -83,6 +95,7 @@ def synthesize(
     thinking_budget: int = -1,
     options: FilterOptions | None = None,
     operation: Operation | None = None,
+    inputs: InputOptions | None = None,
 ) -> dict[str, Any]:
     """Write chain-of-thought records (`<out>`, JSON lines) about the questions of training scenes.
 
@@ -99,8 +112,9 @@ def synthesize(
         workers: requests at a time.
         seed: order of the questions, which decides those that `limit` leaves, and the jitter of retries.
         thinking_budget: Gemini's hidden thought in tokens, -1 for its own choice.
-        options: thresholds of the filters.
+        options: thresholds of the filters, and those to skip.
         operation: pace, budget, prices; with `dry_run` nothing is asked and the estimate is returned.
+        inputs: sources of questions, and what the teacher is told and shown.
 
     Returns:
         The report, or the estimate of a dry run.
@@ -109,15 +123,15 @@ def synthesize(
         ValueError: held-out scenes, missing files or key, unknown teacher or model, a foreign file at `out`, a cap in
             dollars on a model without a price.
     """
-    operation, options = operation or Operation(), options or FilterOptions()
+    operation, options, inputs = operation or Operation(), options or FilterOptions(), inputs or InputOptions()
     check_teacher(teacher, model)
     identity, price = identity_and_price(teacher, model, thinking_budget, operation)
     store = SceneStore(Path(root) / "prepared")
     if operation.dry_run:
-        questions, _ = load_questions(root, store, split=split, seed=seed, limit=limit)
+        questions, _ = load_questions(root, store, split=split, seed=seed, limit=limit, sources=inputs.sources)
         return estimate_run(
             questions,
-            describe_scenes(root, store, questions),
+            build_asker(root, store, questions, split=split, inputs=inputs),
             journal_of(Path(out)),
             identity=identity,
             price=price,
@@ -146,6 +160,7 @@ def synthesize(
         seed=seed,
         options=options,
         store=store,
+        inputs=inputs,
         budget=budget,
         estimator=estimator,
     )

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,16 @@ import orjson
 
 from ...utils.text import parse_response
 from ..scene_store import SceneInfo, SceneStore
+from .asking import Asker, build_asker
 from .budget import Budget, BudgetSpent
-from .description import describe, load_captions
-from .filters import FilterOptions, check_consistency, check_gold, check_response
+from .datasheet import write_datasheet
+from .description import InputOptions, caption_lists
+from .filters import FilterOptions, check_boxes, check_consistency, check_gold, check_response
 from .journal import Journal, request_key
 from .limits import Estimator
 from .operation import WORKERS, Progress, make_report
 from .outcomes import FAILED, Outcome, OutcomeSpool, to_record, to_reject
-from .prompts import answer_prompt, check_prompt
+from .prompts import check_prompt
 from .sources import Question, load_questions
 from .teacher import Reply, Request, Teacher, TeacherUnavailable
 
@@ -33,7 +35,8 @@ class Engine:
     Args:
         teacher: who is asked.
         journal: replies received so far; those to come are added.
-        descriptions: scene description by scene id.
+        index: labels and boxes of the scenes.
+        ask_about: the first request about a question.
         options: thresholds of the filters.
         workers: requests at a time.
         budget: what all replies in the journal may cost; by default whatever they do.
@@ -45,7 +48,8 @@ class Engine:
         teacher: Teacher,
         journal: Journal,
         *,
-        descriptions: dict[str, str],
+        index: Mapping[str, SceneInfo],
+        ask_about: Asker,
         options: FilterOptions,
         workers: int = WORKERS,
         budget: Budget | None = None,
@@ -54,7 +58,8 @@ class Engine:
         if workers < 1:
             raise ValueError(f"The engine needs at least one worker, not {workers}.")
         self.teacher, self.journal = teacher, journal
-        self.descriptions, self.options, self.workers = descriptions, options, workers
+        self.index, self.ask_about = index, ask_about
+        self.options, self.workers = options, workers
         self.budget, self.estimator = budget or Budget(), estimator or Estimator()
         self.budget.add(journal.input_tokens, journal.output_tokens)
         self.new_requests = 0
@@ -81,8 +86,9 @@ class Engine:
 
     async def judge(self, question: Question) -> Outcome:
         """Ask about one question, and filter. Filters that cost nothing come before the one that asks again."""
-        prompt = answer_prompt(question, self.descriptions[question.scene_id])
-        reply = await self._ask(Request(question, prompt))
+        ask_about = self.ask_about
+        first = await asyncio.to_thread(ask_about, question) if ask_about.reads_files else ask_about(question)
+        reply = await self._ask(first)
         reason = reply.reason or check_response(reply.text, question, self.options)
         outcome = Outcome(
             question,
@@ -95,19 +101,20 @@ class Engine:
         if reason:
             return outcome
         response = parse_response(reply.text)
-        again = await self._ask(Request(question, check_prompt(question, response.think), response.think))
-        reason = f"check_{again.reason}" if again.reason else ""
-        reason = reason or check_consistency(response.answer, parse_response(again.text).answer, self.options)
+        if self.options.applies("inconsistent"):
+            again = await self._ask(Request(question, check_prompt(question, response.think), response.think))
+            outcome = replace(
+                outcome,
+                asked=2,
+                input_tokens=reply.input_tokens + again.input_tokens,
+                output_tokens=reply.output_tokens + again.output_tokens,
+            )
+            reason = f"check_{again.reason}" if again.reason else ""
+            reason = reason or check_consistency(response.answer, parse_response(again.text).answer, self.options)
+        info = self.index[question.scene_id]
         reason = reason or check_gold(response.answer, question, self.options)
-        return replace(
-            outcome,
-            reason=reason,
-            think=response.think,
-            answer=response.answer,
-            asked=2,
-            input_tokens=reply.input_tokens + again.input_tokens,
-            output_tokens=reply.output_tokens + again.output_tokens,
-        )
+        reason = reason or check_boxes(reply.text, info.to_model(info.boxes_K7), self.options)
+        return replace(outcome, reason=reason, think=response.think, answer=response.answer)
 
     async def _judge_or_fail(self, question: Question) -> Outcome:
         try:
@@ -182,11 +189,11 @@ def journal_of(out: Path) -> Path:
     return path
 
 
-def describe_scenes(root: str | Path, store: SceneStore, questions: Sequence[Question]) -> dict[str, str]:
-    """Description by scene id of every scene that is asked about."""
-    captions = load_captions(root)
-    scenes: dict[str, SceneInfo] = {question.scene_id: store.index[question.scene_id] for question in questions}
-    return {scene_id: describe(info, captions) for scene_id, info in scenes.items()}
+def as_plain(options: FilterOptions | InputOptions) -> dict[str, Any]:
+    """Options as they stand in the report: tuples as lists, no functions."""
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: value for name, value in plain.items() if name != "views_of"}
 
 
 def ask_all(engine: Engine, questions: Sequence[Question], spool: OutcomeSpool) -> None:
@@ -216,20 +223,22 @@ def synthesize_with(
     seed: int = 0,
     options: FilterOptions | None = None,
     store: SceneStore | None = None,
+    inputs: InputOptions | None = None,
     budget: Budget | None = None,
     estimator: Estimator | None = None,
 ) -> dict[str, Any]:
     """`synthesize` with a teacher at hand; see there. `store` saves reading the scenes' index again."""
-    out, options = Path(out), options or FilterOptions()
+    out, options, inputs = Path(out), options or FilterOptions(), inputs or InputOptions()
     journal_path = journal_of(out)
     store = store or SceneStore(Path(root) / "prepared")
-    questions, left_out = load_questions(root, store, split=split, seed=seed, limit=limit)
-    descriptions = describe_scenes(root, store, questions)
+    questions, left_out = load_questions(root, store, split=split, seed=seed, limit=limit, sources=inputs.sources)
+    ask_about = build_asker(root, store, questions, split=split, inputs=inputs)
     with Journal(journal_path) as journal, OutcomeSpool(out.parent) as spool:
         engine = Engine(
             teacher,
             journal,
-            descriptions=descriptions,
+            index=store.index,
+            ask_about=ask_about,
             options=options,
             workers=workers,
             budget=budget,
@@ -237,7 +246,7 @@ def synthesize_with(
         )
         ask_all(engine, questions, spool)
         settings = {"root": str(root), "split": split, "seed": seed, "limit": limit}
-        settings |= {"identity": teacher.identity, "filters": asdict(options)}
+        settings |= {"identity": teacher.identity, "filters": as_plain(options), "inputs": as_plain(inputs)}
         report = make_report(
             spool.tally, engine.budget, questions=len(questions), left_out=left_out, settings=settings
         )
@@ -247,6 +256,7 @@ def synthesize_with(
         write_lines(beside(out, ".rejects.jsonl"), rejects)
         write_lines(out, records)
         write_atomically(beside(out, ".report.json"), orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+    write_datasheet(out, store.index, caption_lists(root, split))
     _warn_of_gaps(report, engine.budget)
     return report
 

@@ -1,20 +1,34 @@
-"""The filters of Scene-30K, in the paper's order, and two of our own. Pure functions that return a reason or "".
+"""The filters of Scene-30K, in the paper's order, then ours. Pure functions that return a reason code or "".
 
-Order: format, think_short, answer_short, few_steps, target_unnamed, inconsistent; ours: gold_answer or gold_box, then
-near_duplicate over all that is left.
+Order: FILTERS. Ours are the last three: the answer agrees with the benchmark's own (gold_answer, gold_box or
+gold_description by task), every box mentioned is an object's, and near_duplicate over all that is left.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from ...utils.boxes import box3d_iou
 from ...utils.metrics.qa import clean_answer
-from ...utils.text import parse_response, resolve_boxes, strip_pointers
-from ..rooms.words import plural
+from ...utils.text import find_pointers, format_box, parse_box, parse_response, resolve_boxes, strip_pointers
 from .sources import Question
+from .wording import contains_words, names_target
+
+# What each filter is called in FilterOptions.skipped, in the order they are applied.
+FILTERS = (
+    "format",
+    "think_short",
+    "answer_short",
+    "few_steps",
+    "target_unnamed",
+    "inconsistent",
+    "gold",
+    "box_unknown",
+    "near_duplicate",
+)
 
 # A cue opens a sentence, a line or a list item. "Next to the bed …" is no step.
 _CUE = re.compile(
@@ -26,10 +40,13 @@ _CUE = re.compile(
 
 @dataclass(frozen=True)
 class FilterOptions:
-    """Thresholds of the filters; 0 switches a length filter off.
+    """Thresholds of the filters; a length of 0 lets everything pass, and so does a filter that is `skipped`.
 
     The paper also asks for 20 words of answer, which its own examples break ("The sofa in the scene is black."), so
-    that this one is off by default.
+    that this one is off by default. `format` cannot be skipped: what breaks the answer grammar is no record.
+
+    Raises:
+        ValueError: an unknown filter in `skipped`, or format.
     """
 
     min_think_words: int = 30
@@ -37,7 +54,18 @@ class FilterOptions:
     min_steps: int = 3
     min_consistency: float = 0.8
     min_box_iou: float = 0.5
+    min_named_share: float = 0.5
     duplicate_similarity: float = 0.9
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.skipped:
+            if name not in FILTERS[1:]:
+                raise ValueError(f"There is no filter {name!r} to skip; there are {', '.join(FILTERS[1:])}.")
+
+    def applies(self, name: str) -> bool:
+        """Whether a filter of FILTERS is in use."""
+        return name not in self.skipped
 
 
 def count_words(text: str) -> int:
@@ -67,39 +95,25 @@ def last_step(think: str) -> str:
     return think[starts[-1] :] if starts else think
 
 
-def contains_words(text: str, phrase: str) -> bool:
-    """Whether a phrase occurs in a text as whole words; case does not matter."""
-    return bool(phrase) and re.search(rf"(?<!\w){re.escape(phrase.lower())}(?!\w)", text.lower()) is not None
-
-
-def names_target(step: str, names: Iterable[str]) -> bool:
-    """Whether a step names the target by one of its names, a plural, or a name's last word ("chair" of two)."""
-    words = strip_pointers(step)
-    for name in names:
-        head = name.split()[-1] if name.split() else ""
-        if any(contains_words(words, form) for noun in (name, head) if noun for form in (noun, plural(noun))):
-            return True
-    return False
-
-
 def check_response(text: str, question: Question, options: FilterOptions) -> str:
     """The filters that need nothing but the reply: format, lengths, steps, target. The first reason, or ""."""
     response = parse_response(text)
     if not (response.well_formed and response.think and response.answer):
         return "format"
-    if count_words(response.think) < options.min_think_words:
-        return "think_short"
-    if count_words(response.answer) < options.min_answer_words:
-        return "answer_short"
-    if len(step_starts(response.think)) < options.min_steps:
-        return "few_steps"
-    if question.target_names and not names_target(last_step(response.think), question.target_names):
-        return "target_unnamed"
-    return ""
+    named = not question.target_names or names_target(last_step(response.think), question.target_names)
+    found = {
+        "think_short": count_words(response.think) < options.min_think_words,
+        "answer_short": count_words(response.answer) < options.min_answer_words,
+        "few_steps": len(step_starts(response.think)) < options.min_steps,
+        "target_unnamed": not named,
+    }
+    return next((reason for reason, failed in found.items() if failed and options.applies(reason)), "")
 
 
 def check_consistency(answer: str, again: str, options: FilterOptions) -> str:
     """Whether the answer given again, from the thought alone, is close enough to the first one."""
+    if not options.applies("inconsistent"):
+        return ""
     return "" if similarity(answer.strip(), again.strip()) >= options.min_consistency else "inconsistent"
 
 
@@ -107,17 +121,51 @@ def check_gold(answer: str, question: Question, options: FilterOptions) -> str:
     """Whether an answer agrees with the benchmark's own.
 
     Grounding: the first box covers the target's box (IoU). Questions: an accepted answer occurs in it as whole words,
-    after the cleaning that question-answering metrics apply (numbers as words, no articles).
+    after the cleaning that question-answering metrics apply (numbers as words, no articles). Descriptions: it names a
+    share of the objects that the benchmark's description names.
     """
+    if not options.applies("gold"):
+        return ""
     if question.task == "grounding":
         boxes = resolve_boxes(answer, [])
         if not boxes or not question.target_boxes:
             return "gold_box"
         iou = float(box3d_iou([boxes[0]], [list(question.target_boxes[0])])[0, 0])
         return "" if iou >= options.min_box_iou else "gold_box"
+    if question.task == "scene_description":
+        named = sum(names_target(answer, [name]) for name in question.target_names)
+        return "" if named >= options.min_named_share * len(question.target_names) else "gold_description"
     cleaned = clean_answer(strip_pointers(answer))
     agrees = any(contains_words(cleaned, clean_answer(gold)) for gold in question.gold_answers)
     return "" if agrees else "gold_answer"
+
+
+def check_boxes(text: str, boxes_K7: np.ndarray, options: FilterOptions) -> str:
+    """Whether every box that a reply mentions, in thought or answer, is that of one of the scene's objects (IoU).
+
+    Args:
+        boxes_K7: the scene's boxes in the model frame, metres.
+
+    A box copied as descriptions write it, with two decimals, always is, however thin the object. Names of detected
+    objects (`<obj3>`) are nothing that a teacher was told of.
+    """
+    if not options.applies("box_unknown"):
+        return ""
+    pointers = find_pointers(text)
+    if not pointers:
+        return ""
+    # as descriptions write them: headings and digits beyond the second are not there to copy
+    known_K7 = [parse_box(format_box(box_7).removeprefix("<box>").removesuffix("</box>")) for box_7 in boxes_K7]
+    for pointer in pointers:
+        if isinstance(pointer, int):
+            return "box_unknown"
+        if pointer in known_K7:
+            continue
+        if min(pointer[3:6]) <= 0 or not known_K7:
+            return "box_unknown"
+        if float(box3d_iou([pointer], boxes_K7.tolist()).max()) < options.min_box_iou:
+            return "box_unknown"
+    return ""
 
 
 def is_near_duplicate(first: tuple[Question, str], second: tuple[Question, str], options: FilterOptions) -> bool:
@@ -137,6 +185,8 @@ def is_near_duplicate(first: tuple[Question, str], second: tuple[Question, str],
 
 def near_duplicates(accepted: Sequence[tuple[Question, str]], options: FilterOptions) -> list[int]:
     """Indices of those that repeat an earlier one which is kept. Compared within a scene and target only."""
+    if not options.applies("near_duplicate"):
+        return []
     groups: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
     repeated = []
     for index, (question, _) in enumerate(accepted):

@@ -15,6 +15,7 @@ from .teacher import (
     RetryOptions,
     TeacherUnavailable,
     check_key,
+    media_type,
     parse_retry_after,
     refusal,
 )
@@ -107,6 +108,7 @@ class GeminiTeacher(NetworkTeacher):
             checking: types.GenerateContentConfig(thinking_config=thinking, temperature=0.0 if checking else None)
             for checking in (False, True)
         }
+        self._part = types.Part.from_bytes
         self._api_error: type[Exception] = errors.APIError
         self._unread: tuple[type[Exception], ...] = (
             errors.UnknownApiResponseError,
@@ -117,10 +119,11 @@ class GeminiTeacher(NetworkTeacher):
 
     async def ask_once(self, request: Request) -> Reply:
         """One attempt."""
+        pictures = [self._part(data=image, mime_type=media_type(image)) for image in request.images]
         try:
             with self._clients.lend() as client:
                 response = await client.aio.models.generate_content(
-                    model=self.model, contents=request.prompt, config=self._configs[bool(request.think)]
+                    model=self.model, contents=[*pictures, request.prompt], config=self._configs[bool(request.think)]
                 )
         except self._api_error as error:
             raise self._translate(error) from None

@@ -195,4 +195,6 @@ def request_key(identity: str, request: Request) -> str:
     The question's own name is part of it, as the rule teacher reads the question and not the prompt.
     """
     parts = [identity, request.question.scene_id, request.question.text, request.prompt]
+    # appended only where there are pictures, so that keys of text alone stay what they were
+    parts += [hashlib.sha256(image).hexdigest() for image in request.images]
     return hashlib.sha256(orjson.dumps(parts)).hexdigest()[:32]

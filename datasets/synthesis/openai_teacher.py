@@ -1,5 +1,6 @@
 """A teacher behind any endpoint that speaks OpenAI's chat completions: OpenAI itself, vLLM, llama.cpp and others."""
 
+import base64
 import os
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from .teacher import (
     RetryOptions,
     TeacherUnavailable,
     check_key,
+    media_type,
     parse_retry_after,
     refusal,
 )
@@ -81,7 +83,8 @@ class OpenAITeacher(NetworkTeacher):
 
     async def ask_once(self, request: Request) -> Reply:
         """One attempt."""
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": request.prompt}]}
+        message = {"role": "user", "content": message_content(request)}
+        body: dict[str, Any] = {"model": self.model, "messages": [message]}
         if request.think:
             body["temperature"] = 0.0
         try:
@@ -122,6 +125,15 @@ def server_name(url: str) -> str:
             f"{URL_VARIABLE} must begin with http:// or https:// and a server, as http://localhost:8000/v1."
         )
     return f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
+
+
+def message_content(request: Request) -> str | list[dict[str, Any]]:
+    """A message's content: the prompt, after its pictures (as data URLs) where it has some."""
+    if not request.images:
+        return request.prompt
+    urls = [f"data:{media_type(image)};base64,{base64.b64encode(image).decode()}" for image in request.images]
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [*pictures, {"type": "text", "text": request.prompt}]
 
 
 def read_completion(content: Any) -> Reply:

@@ -1,7 +1,7 @@
 """How a run of the engine is operated: pace, budget, progress bar, and an estimate without asking."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from .journal import Journal, request_key
 from .limits import Estimator, Usage
 from .outcomes import FAILED, Tally
 from .prices import Price
-from .prompts import answer_prompt, check_prompt
+from .prompts import check_prompt
 from .sources import Question
 from .teacher import Request
 
@@ -112,7 +112,7 @@ def price_fields(price: Price | None) -> dict[str, Any] | None:
 
 def estimate_run(
     questions: Sequence[Question],
-    descriptions: dict[str, str],
+    ask_about: Callable[[Question], Request],
     journal_path: Path,
     *,
     identity: str,
@@ -129,7 +129,7 @@ def estimate_run(
     requests, characters = {False: 0, True: 0}, {False: 0, True: 0}
     with Journal(journal_path, read_only=True) as journal:
         for question in questions:
-            first = Request(question, answer_prompt(question, descriptions[question.scene_id]))
+            first = ask_about(question)
             reply = journal.get(request_key(identity, first))
             think = ""
             if reply is None:
@@ -145,6 +145,8 @@ def estimate_run(
                 if again is not None:
                     estimator.learn(check, again)
                     continue
+            if not options.applies("inconsistent"):
+                continue
             requests[True] += 1
             characters[True] += len(check_prompt(question, think))
         received = len(journal)

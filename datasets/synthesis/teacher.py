@@ -13,11 +13,24 @@ RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to ask. Network teachers read `prompt` alone; `think` is "" unless an answer is to be checked."""
+    """One thing to ask. Network teachers read `prompt` and `images` (JPEG or PNG files) alone.
+
+    `think` is "" unless an answer is to be checked.
+    """
 
     question: Question
     prompt: str
     think: str = ""
+    images: tuple[bytes, ...] = ()
+
+
+def media_type(image: bytes) -> str:
+    """The media type of a picture's bytes; ValueError for what is neither PNG nor JPEG."""
+    if image.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    if image.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    raise ValueError("Views for a teacher must be PNG or JPEG files; convert them first.")
 
 
 @dataclass(frozen=True)

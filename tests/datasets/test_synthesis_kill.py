@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from threedr1.datasets.scene_store import SceneStore
-from threedr1.datasets.synthesis import synthesize_with
-from threedr1.datasets.synthesis.engine import describe_scenes
+from threedr1.datasets.synthesis import InputOptions, synthesize_with
+from threedr1.datasets.synthesis.asking import build_asker
 from threedr1.datasets.synthesis.journal import request_key
 from threedr1.datasets.synthesis.openai_teacher import identity_of
-from threedr1.datasets.synthesis.prompts import answer_prompt, check_prompt
+from threedr1.datasets.synthesis.prompts import check_prompt
 from threedr1.datasets.synthesis.sources import load_questions
 from threedr1.datasets.synthesis.teacher import Request
 
@@ -57,10 +57,10 @@ def prompts_by_key(root: Path) -> dict[str, str]:
     """Every prompt that a run may send, by its key in the journal."""
     store = SceneStore(root / "prepared")
     questions, _ = load_questions(root, store, split="train", seed=0, limit=0)
-    descriptions = describe_scenes(root, store, questions)
+    ask_about = build_asker(root, store, questions, split="train", inputs=InputOptions())
     prompts = {}
     for question in questions:
-        first = Request(question, answer_prompt(question, descriptions[question.scene_id]))
+        first = ask_about(question)
         check = Request(question, check_prompt(question, THINK), THINK)
         for request in (first, check):
             prompts[request_key(identity_of("some-model"), request)] = request.prompt
