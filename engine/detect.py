@@ -37,12 +37,14 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
     if run.micro_batch_size not in (0, run.batch_size):
         raise ValueError("detect takes a batch at once; leave run.micro_batch_size at 0 and lower run.batch_size.")
     last = open_run(config, resume)
-    if last is None and os.environ.get("RANK", "0") == "0":  # an older run's, without its checkpoints
-        shutil.rmtree(Path(run.dir) / "best", ignore_errors=True)
-        (Path(run.dir) / "detection.json").unlink(missing_ok=True)
+    if last is None and not resume and (Path(run.dir) / "best").exists():
+        raise ValueError(f"{run.dir} holds the encoder of an earlier run in best/; set another run.dir, or remove it.")
     runtime = init_runtime(run.device)
     scenes = SceneSamples(config, config.data.train_split)
     held_out = SceneSamples(config, config.data.eval_split) if config.data.eval_split else None
+    if last is None and runtime.is_main:  # of a run that was killed before its first checkpoint
+        shutil.rmtree(Path(run.dir) / "best", ignore_errors=True)
+        (Path(run.dir) / "detection.json").unlink(missing_ok=True)
     seed_everything(run.seed)
     encoder = SceneEncoder.from_pretrained(last / "model") if last else build_scene_encoder(config.encoder)
     encoder.to(runtime.device).train()
