@@ -235,7 +235,7 @@ def test_a_run_through_all_kinds_of_trouble_ends_as_an_undisturbed_one(kind, roo
 @pytest.mark.parametrize("kind", KINDS)
 def test_connections_are_kept(kind, root, tmp_path, monkeypatch):
     add_questions(root, 60)
-    with Server(oracle(kind), delay=0.02) as server:
+    with Server(oracle(kind), delay=0.2) as server:
         teacher = make_teacher(kind, server.url, monkeypatch)
         report = synthesize_with(teacher, root, tmp_path / "out.jsonl", workers=32)
     assert report["requests"] > 100 and 20 < server.most_in_flight <= 32

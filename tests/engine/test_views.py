@@ -24,9 +24,7 @@ def dual(tmp_path_factory) -> str:
     """A random encoder with a picture side, on disk."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("dual") / "small"
-    DualEncoder(dim=8, text_width=8, text_heads=2, num_buckets=64, image_width=8, image_size=16).save_pretrained(
-        folder
-    )
+    DualEncoder(text_width=8, text_heads=2, num_buckets=64, image_width=8, image_size=16).save_pretrained(folder)
     return str(folder)
 
 

