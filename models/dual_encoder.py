@@ -13,7 +13,6 @@ C channels, M names, B colours, D = M B width of the shared space.
 
 import inspect
 import json
-import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -24,9 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .weights import save_module
 
 CELL = 8  # pixels a side of what the picture tower describes by one cell
 CONFIG_NAME, WEIGHTS_NAME = "dual_encoder.json", "dual_encoder.safetensors"
@@ -235,14 +236,7 @@ class DualEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write dual_encoder.json and dual_encoder.safetensors, each atomically."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / (WEIGHTS_NAME + ".partial")
-        save_file({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, partial)
-        os.replace(partial, folder / WEIGHTS_NAME)
-        partial = folder / (CONFIG_NAME + ".partial")
-        partial.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / CONFIG_NAME)
+        save_module(self, self.config, folder, (CONFIG_NAME, WEIGHTS_NAME))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "DualEncoder":

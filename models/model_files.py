@@ -5,13 +5,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
 from ..utils.files import read_text
 from .connector import Connector
 from .observation import SceneSettings
-from .scene_encoder.encoder import check_fit
+from .weights import load_module
 
 FORMAT = 1
 
@@ -62,11 +59,4 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def load_connector(connector: Connector, path: Path) -> None:
     """Load a connector's weights; ValueError where they are missing, broken or of another size."""
-    try:
-        state = load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"There are no connector weights at {path}; copy the whole model folder again.") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error}); copy it again.") from None
-    check_fit(connector, state, path)
-    connector.load_state_dict(state)
+    load_module(connector, path, f"There are no connector weights at {path}; copy the whole model folder again.")

@@ -370,3 +370,14 @@ def scene_of_boxes(
         axis_align_44=np.asarray(axis_align_44, np.float64),
         origin_3=np.zeros(3, np.float32),
     )
+
+
+def copy_of_root(prepared: Path, target: Path) -> Path:
+    """Annotations, prepared scenes and lists of a data root copied into `target`, for a test to break."""
+    for name in ("annotations", "prepared"):
+        (target / name).mkdir(parents=True)
+        for path in (path for path in (prepared / name).iterdir() if path.is_file()):
+            (target / name / path.name).write_bytes(path.read_bytes())
+    for path in prepared.glob("scannetv2*"):
+        (target / path.name).write_bytes(path.read_bytes())
+    return target

@@ -14,19 +14,17 @@ Shapes: B scenes, N points, F extra channels, M tokens, P seed candidates, Q que
 import inspect
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...third_party.pointnet2 import furthest_point_sample
 from ...utils.labels import NUM_CLASSES
+from ..weights import load_module, save_module
 from .backbone import BACKBONES, PointTransformerCloud, point_transformer_options
 from .inputs import NOT_FINITE
 from .layers import Attention, BallFeatures, DecoderLayer, EncoderLayer, FourierPosition, SetAbstraction, mlp
@@ -262,14 +260,7 @@ class SceneEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each atomically."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / (WEIGHTS_NAME + ".partial")
-        save_file({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, partial)
-        os.replace(partial, folder / WEIGHTS_NAME)
-        partial = folder / (CONFIG_NAME + ".partial")
-        partial.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / CONFIG_NAME)
+        save_module(self, self.config, folder, (CONFIG_NAME, WEIGHTS_NAME))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "SceneEncoder":
@@ -299,14 +290,7 @@ class SceneEncoder(nn.Module):
     def load_weights(self, folder: str | Path) -> None:
         """Load a folder's model.safetensors into this encoder; ValueError names the first tensor that does not fit."""
         path = Path(folder) / WEIGHTS_NAME
-        try:
-            state = load_file(path)
-        except FileNotFoundError:
-            raise ValueError(f"There are no scene encoder weights at {path}; copy the whole folder again.") from None
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or no safetensors file ({error}); copy it again.") from None
-        check_fit(self, state, path)
-        self.load_state_dict(state)
+        load_module(self, path, f"There are no scene encoder weights at {path}; copy the whole folder again.")
 
 
 def _distances(from_BQ3: Tensor, to_BM3: Tensor) -> Tensor:
@@ -328,19 +312,3 @@ def _distances_to_boxes(boxes_BQ7: Tensor, to_BM3: Tensor) -> Tensor:
         apart_BQM = (to_BM3[:, None, :, axis] - boxes_BQ7[:, :, None, axis]).abs_()
         squared_BQM = squared_BQM + apart_BQM.sub_(boxes_BQ7[:, :, None, 3 + axis] / 2).clamp_(min=0).square_()
     return squared_BQM.sqrt_()
-
-
-def check_fit(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """ValueError, in one sentence, where weights are not those of this model's size."""
-    own = model.state_dict()
-    for name in own:
-        if name not in state:
-            raise ValueError(f"{source} lacks {name}, which the configured model has; use that model's own size.")
-        if own[name].shape != state[name].shape:
-            raise ValueError(
-                f"{source} is a checkpoint of another model size: {name} is {list(state[name].shape)} there and "
-                f"{list(own[name].shape)} in the configured model; configure the model as the checkpoint was."
-            )
-    surplus = sorted(set(state) - set(own))
-    if surplus:
-        raise ValueError(f"{source} holds {surplus[0]}, which the configured model lacks; use that model's own size.")

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...utils.boxes import paired_iou
 
 NOTHING = -1
-_TOUCH = 1e-6  # IoU that rounding can give boxes which only touch
+_TOUCH = 1e-9  # IoU that rounding can give boxes which only touch, in double precision
 CLICK_REACH = 0.3  # metres around a click that count as its object where nothing is detected
 
 

@@ -21,13 +21,7 @@ def prepared(tmp_path_factory) -> Path:
 @pytest.fixture
 def root(prepared, tmp_path) -> Path:
     """A data root of one's own, to break."""
-    for name in ("annotations", "prepared"):
-        (tmp_path / name).mkdir()
-        for path in (path for path in (prepared / name).iterdir() if path.is_file()):
-            (tmp_path / name / path.name).write_bytes(path.read_bytes())
-    for path in prepared.glob("scannetv2*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
+    return factory.copy_of_root(prepared, tmp_path)
 
 
 @pytest.fixture

@@ -142,13 +142,7 @@ def prepared(tmp_path_factory):
 @pytest.fixture
 def root(prepared, tmp_path):
     """A data root of one's own, to break."""
-    for name in ("annotations", "prepared"):
-        (tmp_path / "root" / name).mkdir(parents=True)
-        for path in (prepared / name).iterdir():
-            (tmp_path / "root" / name / path.name).write_bytes(path.read_bytes())
-    for path in prepared.glob("scannetv2*"):
-        (tmp_path / "root" / path.name).write_bytes(path.read_bytes())
-    return tmp_path / "root"
+    return factory.copy_of_root(prepared, tmp_path / "root")
 
 
 def train_and_val(root: Path) -> tuple[list[str], list[str]]:

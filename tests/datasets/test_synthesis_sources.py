@@ -36,14 +36,9 @@ def prepared(tmp_path_factory):
 @pytest.fixture
 def root(prepared, tmp_path):
     """A data root of one's own, to break. Its pictures stay where they were."""
-    for name in ("annotations", "prepared"):
-        (tmp_path / "root" / name).mkdir(parents=True)
-        for path in (prepared / name).iterdir():
-            (tmp_path / "root" / name / path.name).write_bytes(path.read_bytes())
-    for path in prepared.glob("scannetv2*"):
-        (tmp_path / "root" / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "root" / "scans").symlink_to(prepared / "scans")
-    return tmp_path / "root"
+    copy = factory.copy_of_root(prepared, tmp_path / "root")
+    (copy / "scans").symlink_to(prepared / "scans")
+    return copy
 
 
 def put(root: Path, name: str, rows: object) -> Path:

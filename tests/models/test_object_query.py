@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from threedr1.datasets.scene import Scene
@@ -129,6 +129,8 @@ def test_what_is_not_finite_is_refused(bad):
 
 
 @settings(deadline=None)
+@example(613)  # boxes that only touch
+@example(815)  # an overlap of 2e-7
 @given(st.integers(0, 10_000))
 def test_selection_and_pooling_equal_brute_force(seed):
     rng = np.random.default_rng(seed)
@@ -155,7 +157,7 @@ def test_selection_and_pooling_equal_brute_force(seed):
     for row in range(batch):
         overlaps = box3d_iou(asked[row, None], proposals_BK7[row])[0] * valid_BK[row]
         assert float(iou_B[row]) == pytest.approx(float(overlaps.max()), abs=1e-9)
-        assert (index_B[row] == NOTHING) == (overlaps.max() < 1e-6)
+        assert (index_B[row] == NOTHING) == (overlaps.max() <= 1e-9)
         around = points_in_boxes(xyz[row, :1], proposals_BK7[row])[0] & valid_BK[row]
         if around.any():
             volumes = proposals_BK7[row, :, 3:6].prod(-1)
