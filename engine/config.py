@@ -47,7 +47,7 @@ class RunConfig:
     seed: int = 0
     steps: int = 1000
     batch_size: int = 8  # samples per optimiser step, over all ranks
-    micro_batch_size: int = 0  # rows per forward pass on one rank; 0 takes all at once
+    micro_batch_size: int = 0  # rows per forward pass on one rank at most; 0: any number
     log_every: int = 10
     save_every: int = 200
     keep_checkpoints: int = 2
@@ -182,7 +182,7 @@ class LanguageConfig:
 
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     dtype: str = "bfloat16"
-    attention: str = "sdpa"
+    attention: str = "packed"  # models/attention.py; or transformers' own: sdpa, flex_attention, eager
     train: str = "lora"  # lora, or full for small models with random weights
     lora_rank: int = 16
     lora_alpha: int = 32
@@ -288,6 +288,12 @@ class SftConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     init: str = ""  # model folder to start from; "" builds the model from `model`
     pointers: str = "name"  # name: boxes covered by a proposal are taught as <obj12>; box: always as numbers
+    token_budget: int = 8192  # tokens of samples packed into one forward pass
+    compile: str = "auto"  # compiled blocks: auto (on a GPU), yes, no
+
+    def __post_init__(self):
+        _one_of(self, pointers=("name", "box"), compile=("auto", "yes", "no"))
+        _at_least(self, token_budget=1)
 
 
 @dataclass(frozen=True)
@@ -343,7 +349,7 @@ class GrpoConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     updates_per_rollout: int = 1
-    attention: str = "sdpa"
+    attention: str = "packed"  # models/attention.py; or transformers' own: sdpa, flex_attention, eager
     gradient_checkpointing: bool = False
     lora_rank: int = 16  # of the policy adapter, where the SFT model has none
     lora_alpha: int = 32

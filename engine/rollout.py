@@ -76,19 +76,20 @@ def roll_out(
             [written[index][1] for index in batch],
             left=True,
         )
-        decoded = decode(
-            language.decoder,
-            language.base.lm_head,
-            language.embedding,
-            prompts,
-            eos_ids=language.eos_ids,
-            max_new_tokens=max_new_tokens,
-            group_size=group_size,
-            temperature=temperature,
-            generators=[generators[index * group_size + g] for index in batch for g in range(group_size)]
-            if generators
-            else None,
-        )
+        with language.uncompiled():
+            decoded = decode(
+                language.decoder,
+                language.base.lm_head,
+                language.embedding,
+                prompts,
+                eos_ids=language.eos_ids,
+                max_new_tokens=max_new_tokens,
+                group_size=group_size,
+                temperature=temperature,
+                generators=[generators[index * group_size + g] for index in batch for g in range(group_size)]
+                if generators
+                else None,
+            )
         texts = [language.decode(token_ids) for token_ids in decoded.token_ids]
         for place, index in enumerate(batch):
             rows = slice(place * group_size, (place + 1) * group_size)

@@ -5,13 +5,15 @@ where the data has no thought. The loss is the mean over all taught tokens of th
 """
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ..datasets.prompts import build_target, training_mode
 from ..datasets.scene import Sample
-from ..models.inputs import IGNORE
+from ..models.inputs import Row, plan_packs
 from ..models.lm_head import cross_entropy
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
@@ -24,42 +26,70 @@ from .runtime import Runtime, batch_indices, close_runtime, init_runtime, log, s
 from .tracking import Tracker
 
 
-def sft_loss(
-    model: SceneVLM,
-    samples: Sequence[Sample],
-    observations: Sequence[Observation],
-    *,
-    pointers: str,
-    temperature: float = 0.5,
-) -> tuple[torch.Tensor, int]:
-    """Cross-entropy of the targets, summed over taught tokens, and their number.
+class Taught(NamedTuple):
+    """A sample as a row that teaches its target."""
+
+    sample: Sample
+    observation: Observation
+    row: Row
+    views: list[int]
+
+
+def write_targets(
+    model: SceneVLM, samples: Sequence[Sample], observations: Sequence[Observation], *, pointers: str
+) -> list[Taught]:
+    """Rows with the targets that the samples teach.
 
     Args:
         observations: the samples' scenes, encoded.
         pointers: "name" teaches `<obj12>` for a box that a proposal covers; "box" always teaches numbers.
-        temperature: of the relaxed choice of views, where its weights learn.
     """
     model.expect(samples)
-    rows, views = [], []
+    rows = []
     for sample, observation in zip(samples, observations, strict=True):
         mode = training_mode(sample)
         target = build_target(sample, mode)
         if pointers == "name":
             target = model.with_names(target, observation)
-        row, chosen = model.write_row(sample, observation, mode, target)
-        rows.append(row)
-        views.append(chosen)
-    gates = model.view_gates(samples, observations, temperature)
-    inputs = model.embed_rows(rows, observations, views, gates=gates)
-    hidden_BLD = model.hidden(inputs)
-    taught_BL = inputs.labels_BL[:, 1:] != IGNORE
+        rows.append(Taught(sample, observation, *model.write_row(sample, observation, mode, target)))
+    return rows
+
+
+def packed_length(num_tokens: int, budget: int) -> int:
+    """Tokens that a pack is filled up to on a GPU: an eighth, a quarter, half or all of the budget, or a multiple.
+
+    Compiled layers are made for each length there is.
+    """
+    length = budget
+    while length % 2 == 0 and length > budget // 8 and num_tokens <= length // 2:
+        length //= 2
+    return length * -(-num_tokens // length)
+
+
+def sft_loss(
+    model: SceneVLM, taught: Sequence[Taught], *, length: int = 0, temperature: float = 0.5
+) -> tuple[torch.Tensor, int]:
+    """Cross-entropy of the targets of one pack, summed over taught tokens, and their number.
+
+    Args:
+        length: tokens to fill the pack up to; 0: as many as it has.
+        temperature: of the relaxed choice of views, where its weights learn.
+    """
+    observations = [entry.observation for entry in taught]
+    inputs = model.embed_rows(
+        [entry.row for entry in taught],
+        observations,
+        [entry.views for entry in taught],
+        gates=model.view_gates([entry.sample for entry in taught], observations, temperature),
+        packed_length=length,
+    )
     loss = cross_entropy(
-        hidden_BLD[:, :-1][taught_BL],
+        model.hidden(inputs).flatten(0, 1)[inputs.predicting_T],
         model.language.head_weight_VD,
-        inputs.labels_BL[:, 1:][taught_BL],
+        inputs.targets_T,
         normalizer=1.0,
     )
-    return loss, int(taught_BL.sum())
+    return loss, len(inputs.targets_T)
 
 
 def load_model(config: SftConfig, checkpoint: Path | None, runtime: Runtime) -> SceneVLM:
@@ -85,26 +115,56 @@ def load_model(config: SftConfig, checkpoint: Path | None, runtime: Runtime) -> 
     return model.train()
 
 
+def cut_encodings(observations: Sequence[Observation]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut the graph between the scene encoder and all that follows: pairs of an encoding and what stands for it.
+
+    Packs share scenes, and each is back-propagated by itself; the encoder is, once, when all of them have been.
+    """
+    pairs = []
+    for observation in {id(observation): observation for observation in observations}.values():
+        encoded = observation.encoded
+        assert encoded is not None
+        tensors = {field.name: getattr(encoded, field.name) for field in fields(encoded)}
+        cut = {
+            name: value.detach().requires_grad_()
+            for name, value in tensors.items()
+            if isinstance(value, torch.Tensor) and value.requires_grad
+        }
+        pairs += [(tensors[name], value) for name, value in cut.items()]
+        observation.encoded = replace(encoded, **cut)
+    return pairs
+
+
 def accumulate_gradients(
     model: SceneVLM, samples: Sequence[Sample], observations: ObservationCache, config: SftConfig, step: int
-) -> tuple[float, int]:
-    """Back-propagate one batch in micro-batches; returns the summed loss and the number of taught tokens.
+) -> dict[str, float]:
+    """Back-propagate this rank's part of a batch, pack by pack.
 
     The pull of learned view weights is added for each token, since gradients are divided by the number of tokens; it
     is not part of the loss that is returned.
+
+    Returns:
+        sums: of the loss, of the taught tokens, and of all tokens that went through the language model.
     """
     views, selector = config.model.views, model.view_selector
-    micro = config.run.micro_batch_size or len(samples)
-    loss_sum, tokens = 0.0, 0
-    for start in range(0, len(samples), micro):
-        batch = samples[start : start + micro]
-        seen = observations.resampled(batch, seed=step) if model.train_scene_encoder else observations.of(batch)
-        loss, count = sft_loss(model, batch, seen, pointers=config.pointers, temperature=views.temperature)
+    seen = observations.resampled(samples, seed=step) if model.train_scene_encoder else observations.of(samples)
+    taught = write_targets(model, samples, seen, pointers=config.pointers)
+    lengths = [len(entry.row.token_ids) for entry in taught]
+    encodings = cut_encodings(seen) if model.train_scene_encoder else []
+    loss_sum = torch.zeros((), device=model.device)
+    tokens = 0
+    for pack in plan_packs(lengths, config.token_budget, config.run.micro_batch_size):
+        total = sum(lengths[row] for row in pack)
+        filled = packed_length(total, config.token_budget) if model.language.compiled else total
+        loss, count = sft_loss(model, [taught[row] for row in pack], length=filled, temperature=views.temperature)
         pull = views.pull * count * selector.regularizer() if selector is not None and selector.learns else 0.0
         (loss + pull).backward()
-        loss_sum += float(loss.detach())
+        loss_sum += loss.detach()
         tokens += count
-    return loss_sum, tokens
+    reached = [(encoding, cut.grad) for encoding, cut in encodings if cut.grad is not None]
+    if reached:
+        torch.autograd.backward([encoding for encoding, _ in reached], [gradient for _, gradient in reached])
+    return {"loss": float(loss_sum), "tokens": tokens, "sequence_tokens": sum(lengths)}
 
 
 def train(config: SftConfig, resume: bool = False) -> Path:
@@ -112,8 +172,6 @@ def train(config: SftConfig, resume: bool = False) -> Path:
 
     With run.steps 0 the untrained model is written, to compare with.
     """
-    if config.pointers not in ("name", "box"):
-        raise ValueError(f"pointers is {config.pointers!r}; choose name or box.")
     run = config.run
     last = open_run(config, resume)
     runtime = init_runtime(run.device)
@@ -121,6 +179,8 @@ def train(config: SftConfig, resume: bool = False) -> Path:
     seed_everything(run.seed)
     model = load_model(config, last, runtime)
     give_multiview(model, config.data, samples)
+    if config.compile == "yes" or (config.compile == "auto" and runtime.device.type == "cuda"):
+        model.language.compile_layers()
     selector = model.view_selector
     factor = config.model.views.lr_factor
     optimizer = Optimizer(
@@ -148,9 +208,10 @@ def train(config: SftConfig, resume: bool = False) -> Path:
             seed_everything(run.seed, step, runtime.rank)
             rows = batch_indices(len(samples), step, run.batch_size, run.seed, runtime)
             sums = accumulate_gradients(model, [samples[row] for row in rows], observations, config, step)
-            loss_sum, tokens = runtime.total(*sums)
-            metrics = optimizer.step(step, divisor=max(tokens, 1.0))
-            metrics |= {"loss": loss_sum / max(tokens, 1.0), "tokens": tokens}
+            sums = dict(zip(sums, runtime.total(*sums.values()), strict=True))
+            tokens = max(sums["tokens"], 1.0)
+            metrics = optimizer.step(step, divisor=tokens)
+            metrics |= {**sums, "loss": sums["loss"] / tokens}
             if selector is not None and selector.learns:
                 selector.project()
                 metrics |= {"view_w_text": selector.w_text.item(), "view_w_image": selector.w_image.item()}

@@ -72,6 +72,9 @@ def decode(
         on_token: called with (row, token id) as tokens come, for streaming.
     """
     device = prompts.inputs_embeds_BLD.device
+    mask = prompts.attention_mask_BL
+    if mask is None:
+        raise ValueError("Packed rows cannot be decoded; assemble them padded on the left.")
     num_rows = len(prompts.inputs_embeds_BLD) * group_size
     if temperature > 0 and (generators is None or len(generators) != num_rows):
         raise ValueError(f"Sampling {num_rows} rows needs as many generators.")
@@ -83,14 +86,14 @@ def decode(
     cache = DynamicCache()
     hidden = decoder(
         inputs_embeds=prompts.inputs_embeds_BLD,
-        attention_mask=prompts.attention_mask_BL,
+        attention_mask=mask,
         position_ids=prompts.position_ids_4BL,
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
     logits = lm_head(hidden[:, -1]).repeat_interleave(group_size, dim=0)
     cache.batch_repeat_interleave(group_size)
-    mask = prompts.attention_mask_BL.repeat_interleave(group_size, dim=0)
+    mask = mask.repeat_interleave(group_size, dim=0)
     text_position = prompts.position_ids_4BL[0].amax(-1).repeat_interleave(group_size) + 1
     rope_position = prompts.position_ids_4BL[1:].amax((0, 2)).repeat_interleave(group_size) + 1
 

@@ -2,7 +2,11 @@
 
 SFT, rollouts, log-probabilities and evaluation all go through here, so they cannot disagree about what the model sees.
 
-Shapes: B rows, L tokens of the longest row, D width of the language model, I images, K proposals, M layout tokens.
+Rows are padded to one length for generation, or packed one after the other for training: then B is 1, each row is a
+document that attends to itself alone, and no arithmetic goes into padding.
+
+Shapes: B rows, L tokens of the longest row (packed: of all rows), D width of the language model, I images,
+K proposals, M layout tokens, T taught tokens.
 M-RoPE rule: text and scene tokens advance all three axes by one; an image spans a (1, h, w) grid of merged patches
 that starts at the next free position, and the text after it continues behind the grid's largest coordinate, exactly as
 Qwen2.5-VL's own get_rope_index. Tokens that an image encoder or the depth add to a view stand behind its image and
@@ -11,11 +15,14 @@ advance all three axes by one, as text does: they are few, and their place in th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
+from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..utils.text import format_name
+from .attention import Documents
 
 IGNORE = -100
 TEXT, IMAGE, SCENE, VIEW_IMAGE, VIEW_DEPTH = 0, 1, 2, 3, 4
@@ -40,16 +47,15 @@ class Row:
 
 @dataclass
 class ModelInputs:
-    """A padded batch, ready for the text decoder."""
+    """A batch, padded or packed, ready for the text decoder."""
 
-    inputs_embeds_BLD: torch.Tensor
-    attention_mask_BL: torch.Tensor
-    position_ids_4BL: torch.Tensor
-    labels_BL: torch.Tensor  # IGNORE where nothing is taught
-
-    @property
-    def num_targets(self) -> int:
-        return int((self.labels_BL[:, 1:] != IGNORE).sum())
+    inputs_embeds_BLD: Tensor
+    attention_mask_BL: Tensor | None  # None where packed
+    position_ids_4BL: Tensor
+    # what is taught: the token at `targets_T[t]` by the hidden state at `predicting_T[t]`, counted over [B * L]
+    predicting_T: Tensor
+    targets_T: Tensor
+    documents: Documents | None = None  # where packed
 
 
 class RowWriter:
@@ -152,13 +158,13 @@ class RowWriter:
         return Row(ids, kinds, labels, list(grids), None if asked_box_7 is None else tuple(map(float, asked_box_7)))
 
 
-def mrope_positions(kinds: Sequence[int], grids: Sequence[tuple[int, int, int]], merge_size: int = 2) -> torch.Tensor:
+def mrope_positions(kinds: Sequence[int], grids: Sequence[tuple[int, int, int]], merge_size: int = 2) -> Tensor:
     """M-RoPE positions [3, L] (temporal, height, width) of one row.
 
     Raises:
         ValueError: two images touch, or tokens and grids disagree.
     """
-    chunks: list[torch.Tensor] = []
+    chunks: list[Tensor] = []
     position, start, images = 0, 0, iter(grids)
     while start < len(kinds):
         end = start
@@ -182,46 +188,105 @@ def mrope_positions(kinds: Sequence[int], grids: Sequence[tuple[int, int, int]],
     return torch.cat(chunks, dim=1) if chunks else torch.zeros(3, 0, dtype=torch.long)
 
 
-def pad_rows(rows: Sequence[Row], pad_id: int, *, left: bool, merge_size: int = 2) -> dict[str, torch.Tensor]:
-    """Rows as tensors: token_ids, kinds, labels, attention_mask [B, L] and position_ids [4, B, L] (text row first)."""
-    longest = max(len(row.token_ids) for row in rows)
-    shape = (len(rows), longest)
-    token_ids = torch.full(shape, pad_id)
-    kinds = torch.full(shape, TEXT)
-    labels = torch.full(shape, IGNORE)
-    mask = torch.zeros(shape, dtype=torch.long)
-    positions = torch.zeros(4, *shape, dtype=torch.long)
-    for index, row in enumerate(rows):
+@dataclass
+class Layout:
+    """Rows as tensors, on the host: where each row's tokens stand, and their positions (text row first)."""
+
+    token_ids_BL: Tensor
+    kinds_BL: Tensor
+    labels_BL: Tensor
+    attention_mask_BL: Tensor
+    position_ids_4BL: Tensor
+
+
+def _lay_out(
+    rows: Sequence[Row], starts: Sequence[tuple[int, int]], shape: tuple[int, int], pad_id: int, merge_size: int
+) -> Layout:
+    """Each row's tokens at (row, column) of a batch of padding."""
+    layout = Layout(
+        token_ids_BL=torch.full(shape, pad_id),
+        kinds_BL=torch.full(shape, TEXT),
+        labels_BL=torch.full(shape, IGNORE),
+        attention_mask_BL=torch.zeros(shape, dtype=torch.long),
+        position_ids_4BL=torch.zeros(4, *shape, dtype=torch.long),
+    )
+    for row, (index, start) in zip(rows, starts, strict=True):
         length = len(row.token_ids)
-        where = slice(longest - length, longest) if left else slice(0, length)
-        token_ids[index, where] = torch.tensor(row.token_ids)
-        kinds[index, where] = torch.tensor(row.kinds)
-        labels[index, where] = torch.tensor(row.labels)
-        mask[index, where] = 1
-        positions[0, index, where] = torch.arange(length)
-        positions[1:, index, where] = mrope_positions(row.kinds, row.grids, merge_size)
-    return {
-        "token_ids": token_ids,
-        "kinds": kinds,
-        "labels": labels,
-        "attention_mask": mask,
-        "position_ids": positions,
-    }
+        where = slice(start, start + length)
+        layout.token_ids_BL[index, where] = torch.tensor(row.token_ids)
+        layout.kinds_BL[index, where] = torch.tensor(row.kinds)
+        layout.labels_BL[index, where] = torch.tensor(row.labels)
+        layout.attention_mask_BL[index, where] = 1
+        layout.position_ids_4BL[0, index, where] = torch.arange(length)
+        layout.position_ids_4BL[1:, index, where] = mrope_positions(row.kinds, row.grids, merge_size)
+    return layout
+
+
+def pad_rows(rows: Sequence[Row], pad_id: int, *, left: bool, merge_size: int = 2) -> Layout:
+    """Rows [B, L] padded to the longest."""
+    longest = max(len(row.token_ids) for row in rows)
+    starts = [(index, longest - len(row.token_ids) if left else 0) for index, row in enumerate(rows)]
+    return _lay_out(rows, starts, (len(rows), longest), pad_id, merge_size)
+
+
+def pack_rows(rows: Sequence[Row], pad_id: int, *, length: int = 0, merge_size: int = 2) -> tuple[Layout, list[int]]:
+    """Rows one after the other in one row [1, L], and the lengths of its documents.
+
+    Args:
+        length: pad up to so many tokens; the padding is a document of its own. 0: none.
+    """
+    lengths = [len(row.token_ids) for row in rows]
+    starts = [0, *accumulate(lengths)]
+    end = starts.pop()
+    padding = max(0, length - end)
+    layout = _lay_out(rows, [(0, start) for start in starts], (1, end + padding), pad_id, merge_size)
+    if padding:
+        layout.position_ids_4BL[:, 0, end:] = torch.arange(padding)
+        lengths.append(padding)
+    return layout, lengths
+
+
+def plan_packs(lengths: Sequence[int], budget: int, max_rows: int = 0) -> list[list[int]]:
+    """Which rows go into one pack of at most `budget` tokens: first fit, the longest first; each row is in one pack.
+
+    A row longer than the budget has a pack of its own. Rows of a pack keep their order, and packs go by their first.
+
+    Args:
+        max_rows: rows in one pack at most; 0: any number.
+    """
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        fits = (
+            pack
+            for pack, left in enumerate(room)
+            if lengths[row] <= left and (not max_rows or len(packs[pack]) < max_rows)
+        )
+        pack = next(fits, len(packs))
+        if pack == len(packs):
+            packs.append([])
+            room.append(budget)
+        packs[pack].append(row)
+        room[pack] -= lengths[row]
+    return sorted((sorted(pack) for pack in packs), key=lambda pack: pack[0])
 
 
 def assemble(
     rows: Sequence[Row],
     *,
     embed_tokens: torch.nn.Module,
-    scene_tokens: Sequence[torch.Tensor],
-    image_tokens: torch.Tensor | None,
-    view_image_tokens: torch.Tensor | None = None,
-    view_depth_tokens: torch.Tensor | None = None,
+    scene_tokens: Sequence[Tensor],
+    image_tokens: Tensor | None,
+    view_image_tokens: Tensor | None = None,
+    view_depth_tokens: Tensor | None = None,
     pad_id: int,
     left: bool = False,
+    packed_length: int | None = None,
     merge_size: int = 2,
 ) -> ModelInputs:
     """Embed rows and put scene, image and view features at their placeholders.
+
+    What stands where is worked out on the host, so that a GPU is never waited for.
 
     Args:
         embed_tokens: token embedding of the language model.
@@ -229,23 +294,37 @@ def assemble(
         image_tokens: vision-tower tokens of all rows' images one after the other [n, D]; None without images.
         view_image_tokens, view_depth_tokens: the image encoder's and the depth's tokens of the same images, likewise.
         left: pad on the left, for generation.
+        packed_length: pack the rows instead, into so many tokens at least (0: as many as they have). None pads.
     """
     device = next(embed_tokens.parameters()).device
-    batch = {
-        name: value.to(device) for name, value in pad_rows(rows, pad_id, left=left, merge_size=merge_size).items()
-    }
-    embeds = embed_tokens(batch["token_ids"])
+    documents = None
+    if packed_length is None:
+        layout = pad_rows(rows, pad_id, left=left, merge_size=merge_size)
+    else:
+        layout, lengths = pack_rows(rows, pad_id, length=packed_length, merge_size=merge_size)
+        documents = Documents.of(lengths, device)
+    embeds_BLD = embed_tokens(layout.token_ids_BL.to(device, non_blocking=True))
+    flat_ND = embeds_BLD.flatten(0, 1)
     for kind, features in (
         (SCENE, torch.cat(list(scene_tokens)) if scene_tokens else None),
         (IMAGE, image_tokens),
         (VIEW_IMAGE, view_image_tokens),
         (VIEW_DEPTH, view_depth_tokens),
     ):
-        here_BL = batch["kinds"] == kind
-        count = int(here_BL.sum())
+        (here,) = torch.nonzero(layout.kinds_BL.flatten() == kind, as_tuple=True)
         given = 0 if features is None else len(features)
-        if count != given:
-            raise ValueError(f"{count} placeholders of kind {kind}, but {given} features were given.")
-        if features is not None and count:
-            embeds = embeds.masked_scatter(here_BL[..., None], features.to(embeds.dtype))
-    return ModelInputs(embeds, batch["attention_mask"], batch["position_ids"], batch["labels"])
+        if len(here) != given:
+            raise ValueError(f"{len(here)} placeholders of kind {kind}, but {given} features were given.")
+        if features is not None and given:
+            flat_ND = flat_ND.index_copy(0, here.to(device, non_blocking=True), features.to(flat_ND.dtype))
+    # a row begins with what is not taught, so no document teaches the one before it
+    taught_BL = layout.labels_BL != IGNORE
+    (targets_at,) = torch.nonzero(taught_BL.flatten(), as_tuple=True)
+    return ModelInputs(
+        flat_ND.view_as(embeds_BLD),
+        None if documents else layout.attention_mask_BL.to(device, non_blocking=True),
+        layout.position_ids_4BL.to(device, non_blocking=True),
+        (targets_at - 1).to(device, non_blocking=True),
+        layout.labels_BL.flatten()[targets_at].to(device, non_blocking=True),
+        documents,
+    )

@@ -7,7 +7,7 @@ written by models/tiny.py.
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
+
+from .attention import PACKED, use_packed_attention
+from .inputs import ModelInputs
+
+_FULL = "full_attention"
 
 # Its bars for loading weights would tear ours apart.
 transformers_logging.disable_progress_bar()
@@ -51,6 +56,7 @@ class LanguageModel(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.compiled = False
 
     @property
     def base(self) -> Qwen2_5_VLForConditionalGeneration:
@@ -114,6 +120,40 @@ class LanguageModel(nn.Module):
         assert isinstance(layer, nn.Embedding)
         return layer
 
+    def hidden(self, inputs: ModelInputs) -> torch.Tensor:
+        """Last hidden states [B, L, D] of the text decoder."""
+        packed: dict[str, Any] = {"attention_mask": inputs.attention_mask_BL}
+        if inputs.documents is not None and self.attention == PACKED:
+            # the kernel needs no mask; transformers would make one of [L, L] out of the positions
+            packed = {"attention_mask": {_FULL: None}, **inputs.documents.arguments()}
+        return self.decoder(
+            inputs_embeds=inputs.inputs_embeds_BLD,
+            position_ids=inputs.position_ids_4BL,
+            use_cache=False,
+            **packed,
+        ).last_hidden_state
+
+    @property
+    def attention(self) -> str:
+        """How the text decoder attends: `packed` (models/attention.py), or one of transformers' names."""
+        config: Any = self.decoder.config
+        return str(config._attn_implementation)
+
+    def compile_layers(self) -> None:
+        """Compile each block of the decoder and of the vision tower, in training and for images.
+
+        Blocks of one kind share one compiled graph.
+        """
+        vision_tower: Any = self.base.model.visual
+        layers: Any = self.decoder.layers
+        for block in [*layers, *vision_tower.blocks]:
+            block.compile()
+        self.compiled = True
+
+    def uncompiled(self) -> AbstractContextManager[object]:
+        """Run compiled blocks as they are, for decoding: every token brings another shape."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+
     def embed_images(self, pixel_values: torch.Tensor, grids_I3: torch.Tensor) -> torch.Tensor:
         """Merged vision-tower tokens of all images, concatenated [sum of tokens, D]."""
         outputs: Any = self.base.model.get_image_features(pixel_values, grids_I3)  # type: ignore[arg-type]
@@ -121,9 +161,12 @@ class LanguageModel(nn.Module):
 
 
 def load_language_model(
-    name: str | Path, *, dtype: str = "bfloat16", attention: str = "sdpa", gradient_checkpointing: bool = False
+    name: str | Path, *, dtype: str = "bfloat16", attention: str = PACKED, gradient_checkpointing: bool = False
 ) -> LanguageModel:
     """Load a Qwen2.5-VL checkpoint from the hub or a local folder.
+
+    Args:
+        attention: `packed` (models/attention.py), or one of transformers' own: sdpa, flex_attention, eager, ...
 
     Raises:
         ValueError: no such checkpoint, not a Qwen2.5-VL, or weights that are broken or not of its config's size.
@@ -144,7 +187,7 @@ def load_language_model(
             loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
                 str(name),
                 dtype=precision,
-                attn_implementation=attention,
+                attn_implementation="sdpa" if attention == PACKED else attention,
                 ignore_mismatched_sizes=True,  # refused below, in one sentence
                 output_loading_info=True,
             )
@@ -159,6 +202,8 @@ def load_language_model(
             f"Cannot load the language model {str(name)!r} ({reason}); give a whole Qwen2.5-VL checkpoint, a local "
             "folder or a hub name."
         ) from None
+    if attention == PACKED:
+        use_packed_attention(model.model.language_model, model.model.visual)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.generation_config.temperature = None

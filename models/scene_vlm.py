@@ -24,6 +24,7 @@ from ..datasets.prompts import (
 )
 from ..datasets.scene import Sample, Scene
 from ..utils.text import parse_response, replace_boxes, resolve_boxes
+from .attention import PACKED
 from .connector import Connector, build_connector
 from .decoding import decode
 from .inputs import ModelInputs, Row, RowWriter, assemble
@@ -224,8 +225,12 @@ class SceneVLM(SceneObserver):
         *,
         gates: Sequence[torch.Tensor] | None = None,
         left: bool = False,
+        packed_length: int | None = None,
     ) -> ModelInputs:
-        """Embed written rows with their scenes' tokens and views, these gated where `view_gates` gave gates."""
+        """Embed written rows with their scenes' tokens and views, these gated where `view_gates` gave gates.
+
+        `left` and `packed_length` are as in inputs.assemble.
+        """
         encoded = self.encode(observations)
         scene_tokens = self.scene_tokens(encoded)
         asked = {place: row.asked_box_7 for place, row in enumerate(rows) if row.asked_box_7 is not None}
@@ -248,17 +253,13 @@ class SceneVLM(SceneObserver):
             view_depth_tokens=view_depth_tokens,
             pad_id=self.language.pad_id,
             left=left,
+            packed_length=packed_length,
             merge_size=self.language.merge_size,
         )
 
     def hidden(self, inputs: ModelInputs) -> torch.Tensor:
         """Last hidden states [B, L, D] of the text decoder."""
-        return self.language.decoder(
-            inputs_embeds=inputs.inputs_embeds_BLD,
-            attention_mask=inputs.attention_mask_BL,
-            position_ids=inputs.position_ids_4BL,
-            use_cache=False,
-        ).last_hidden_state
+        return self.language.hidden(inputs)
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
@@ -274,14 +275,15 @@ class SceneVLM(SceneObserver):
         self.encode([observation])
         sample = Sample(f"{scene.scene_id}-0", task, "own", scene.scene_id, question, answer="")
         row, views = self.write_row(sample, observation, DEFAULT_MODE[task], None)
-        decoded = decode(
-            self.language.decoder,
-            self.language.base.lm_head,
-            self.language.embedding,
-            self.embed_rows([row], [observation], [views], left=True),
-            eos_ids=self.language.eos_ids,
-            max_new_tokens=max_new_tokens,
-        )
+        with self.language.uncompiled():
+            decoded = decode(
+                self.language.decoder,
+                self.language.base.lm_head,
+                self.language.embedding,
+                self.embed_rows([row], [observation], [views], left=True),
+                eos_ids=self.language.eos_ids,
+                max_new_tokens=max_new_tokens,
+            )
         return self.read_answer(self.language.decode(decoded.token_ids[0]), observation)
 
     def read_answer(self, text: str, observation: Observation) -> "Answer":
@@ -330,7 +332,7 @@ class SceneVLM(SceneObserver):
         *,
         language_model: str | None = None,
         dtype: str | None = None,
-        attention: str = "sdpa",
+        attention: str = PACKED,
         device: str | torch.device = "cpu",
         trainable_adapter: bool = False,
         gradient_checkpointing: bool = False,

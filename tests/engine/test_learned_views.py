@@ -102,11 +102,11 @@ def test_reinforcement_learning_keeps_them_frozen(learned_run, rooms_root, tmp_p
 
 def test_the_value_of_the_loss_is_that_of_fixed_weights(asked):
     model, samples, observations = asked
-    learned, _ = sft.sft_loss(model, samples, observations, pointers="name")
+    learned, _ = sft.sft_loss(model, sft.write_targets(model, samples, observations, pointers="name"))
     learned.backward()
     assert model.view_selector.w_text.grad != 0 != model.view_selector.w_image.grad
     model.view_selector.train_weights(False)
-    fixed, _ = sft.sft_loss(model, samples, observations, pointers="name")
+    fixed, _ = sft.sft_loss(model, sft.write_targets(model, samples, observations, pointers="name"))
     assert torch.equal(learned, fixed)
 
 
@@ -141,10 +141,8 @@ def test_gradient_is_that_of_the_language_models_loss_under_relaxed_inclusion(as
 
     def loss(gates):
         inputs = model.embed_rows(rows, observations, views, gates=gates)
-        hidden = model.hidden(inputs)[:, :-1]
-        taught = inputs.labels_BL[:, 1:] != -100
-        logits = hidden[taught] @ model.language.head_weight_VD.T
-        return torch.nn.functional.cross_entropy(logits, inputs.labels_BL[:, 1:][taught], reduction="sum")
+        logits = model.hidden(inputs).flatten(0, 1)[inputs.predicting_T] @ model.language.head_weight_VD.T
+        return torch.nn.functional.cross_entropy(logits, inputs.targets_T, reduction="sum")
 
     with torch.no_grad():
         chosen = [model._select(*pair) for pair in zip(samples, observations, strict=True)]

@@ -20,7 +20,7 @@ from threedr1.engine.checkpoint import latest_checkpoint
 from threedr1.engine.config import load_config
 from threedr1.engine.predict import infer
 from threedr1.engine.rollout import completion_row, roll_out
-from threedr1.engine.sft import sft_loss
+from threedr1.engine.sft import sft_loss, write_targets
 from threedr1.models.inputs import SCENE, SCENE_PLACEHOLDER, pad_rows
 from threedr1.models.observation import asked_objects
 from threedr1.models.scene_vlm import SceneVLM
@@ -110,7 +110,7 @@ def test_the_token_stands_behind_the_words_that_point_at_the_object(model, scene
         assert row.num_scene_tokens == len(encoded.proposals) + 2 + 1
         np.testing.assert_allclose(row.asked_box_7, scene.to_model(box_7), atol=1e-5)
         # one position a token, as text
-        positions = pad_rows([row], 0, left=False)["position_ids"][:, 0]
+        positions = pad_rows([row], 0, left=False).position_ids_4BL[:, 0]
         assert torch.equal(positions, torch.arange(len(row.token_ids)).expand(4, -1))
 
 
@@ -177,10 +177,10 @@ def test_training_reaches_the_mark_and_the_encoders_tokens_through_the_object_to
     (encoded,) = model.encode([observation])
     encoded.tokens_TE.retain_grad()
     encoded.features_KE = encoded.features_KE.detach()  # without layout, only the object token leads to the encoder
-    loss, _ = sft_loss(model, [QUESTION], [observation], pointers="name")
+    loss, _ = sft_loss(model, write_targets(model, [QUESTION], [observation], pointers="name"))
     loss.backward()
     assert encoded.tokens_TE.grad is None and model.connector.asked_mark.weight.grad is None
-    loss, _ = sft_loss(model, [caption(scene.boxes_K7[0])], [observation], pointers="name")
+    loss, _ = sft_loss(model, write_targets(model, [caption(scene.boxes_K7[0])], [observation], pointers="name"))
     loss.backward()
     assert float(model.connector.asked_mark.weight.grad.abs().sum()) > 0
     assert float(model.connector.pooled_linear.weight.grad.abs().sum()) > 0

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -119,6 +120,24 @@ def test_micro_batches_do_not_change_sft(sft_run, rooms_root, tmp_path):
     first, other = read_metrics(sft_run / "metrics.jsonl")[0], read_metrics(tmp_path / "metrics.jsonl")[0]
     assert other["loss"] == pytest.approx(first["loss"], rel=1e-5)
     assert other["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("budget", [1, 500])
+def test_packs_do_not_change_sft(sft_run, rooms_root, tmp_path, budget):
+    sft.train(sft_config(rooms_root, tmp_path, f"token_budget={budget}", "run.steps=1"))
+    first, other = read_metrics(sft_run / "metrics.jsonl")[0], read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert other["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert other["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3)
+    assert other["tokens"] == first["tokens"] and other["sequence_tokens"] == first["sequence_tokens"] > 500
+
+
+def test_packs_share_one_pass_of_a_scene_encoder_that_trains(rooms_root, tmp_path):
+    for name, budget in (("whole", 8192), ("parts", 1)):
+        more = ["run.steps=2", "model.train_scene_encoder=true", f"token_budget={budget}"]
+        sft.train(sft_config(rooms_root, tmp_path / name, *more))
+    whole, parts = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose([row[name] for row in parts], [row[name] for row in whole], rtol=2e-3)
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_under_another_configuration(sft_run, rooms_root):

@@ -16,7 +16,7 @@ from threedr1.engine.build import build_model
 from threedr1.engine.checkpoint import latest_checkpoint, list_checkpoints
 from threedr1.engine.config import load_config
 from threedr1.engine.rollout import completion_row, roll_out
-from threedr1.engine.sft import sft_loss
+from threedr1.engine.sft import sft_loss, write_targets
 from threedr1.engine.tracking import read_metrics
 from threedr1.models.inputs import SCENE, VIEW_DEPTH, VIEW_IMAGE
 from threedr1.models.scene_vlm import SceneVLM
@@ -133,7 +133,7 @@ def test_the_selectors_own_encoder_lends_its_patches(rooms_root, encoders, scene
 def test_gradients_reach_the_projections_and_no_frozen_encoder(rooms_root, encoders, scene):
     model = build(rooms_root, *both(encoders)).train()
     model.set_trainable(language="none", connector=True, scene_encoder=False)
-    loss, _ = sft_loss(model, [QUESTION], [model.observe(scene)], pointers="name")
+    loss, _ = sft_loss(model, write_targets(model, [QUESTION], [model.observe(scene)], pointers="name"))
     loss.backward()
     connector = model.connector
     layers = [connector.view_image_linear, connector.view_depth_mlp[0], connector.view_depth_mlp[2]]

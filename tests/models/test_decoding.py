@@ -70,7 +70,8 @@ def test_a_sample_depends_on_its_own_stream_alone(language):
         inputs.inputs_embeds_BLD[1:2],
         inputs.attention_mask_BL[1:2],
         inputs.position_ids_4BL[:, 1:2],
-        inputs.labels_BL[1:2],
+        inputs.predicting_T,
+        inputs.targets_T,
     )
     single = run(language, alone, group_size=2, temperature=1.0, generators=generators(6)[2:4])
     assert single.token_ids == together.token_ids[2:4]

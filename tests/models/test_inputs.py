@@ -124,7 +124,7 @@ def test_view_tokens_land_at_their_placeholders(language, writer, left):
         "left": left,
     }
     inputs = assemble(rows, view_image_tokens=images, view_depth_tokens=depths, **options)
-    kinds_BL = pad_rows(rows, pad_id, left=left)["kinds"]
+    kinds_BL = pad_rows(rows, pad_id, left=left).kinds_BL
     for index, (few, more) in enumerate(((slice(0, 2), slice(0, 4)), (slice(2, 3), slice(4, 6)))):
         embeds_LD = inputs.inputs_embeds_BLD[index]
         torch.testing.assert_close(embeds_LD[kinds_BL[index] == VIEW_IMAGE], images[more])
@@ -206,7 +206,7 @@ def test_scene_tokens_land_at_their_placeholders(language, writer):
     )
     batch = pad_rows(rows, language.tokenizer.pad_token_id, left=False)
     for index in range(2):
-        torch.testing.assert_close(inputs.inputs_embeds_BLD[index, batch["kinds"][index] == SCENE], tokens[index])
+        torch.testing.assert_close(inputs.inputs_embeds_BLD[index, batch.kinds_BL[index] == SCENE], tokens[index])
     with pytest.raises(ValueError, match="8 placeholders of kind 2, but 7 features"):
         assemble(
             rows,
