@@ -290,9 +290,22 @@ def run_synthesize(args: argparse.Namespace) -> int:
 
 
 def run_tiny(args: argparse.Namespace) -> int:
-    from .models.tiny import build_tiny, corpus_texts
+    import dataclasses
 
-    build_tiny(args.out, corpus_texts(args.corpus), seed=args.seed)
+    import torch
+
+    from .models.tiny import SHAPES, build_tiny, corpus_texts
+
+    size = SHAPES[args.shape]
+    size = dataclasses.replace(size, layers=args.layers or size.layers)
+    build_tiny(
+        args.out,
+        corpus_texts(args.corpus),
+        size=size,
+        seed=args.seed,
+        dtype=torch.float32 if args.shape == "tiny" else torch.bfloat16,
+        device="cuda" if args.shape != "tiny" and torch.cuda.is_available() else "cpu",
+    )
     return 0
 
 

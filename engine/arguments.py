@@ -273,11 +273,18 @@ def _add_loop_commands(add: AddCommand) -> None:
             loop.add_argument(
                 "--resume", action="store_true", help="go on from the newest checkpoint in run.dir, if there is one"
             )
-    tiny = add("tiny", "write small random checkpoints in the real on-disk format, to train on a CPU")
+    tiny = add("tiny", "write a random language model in the real on-disk format: a small one for a CPU, or a shape")
     tiny.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     tiny.add_argument(
         "--corpus", required=True, metavar="ROOT", help="data root whose annotations train the tokenizer"
     )
+    tiny.add_argument(
+        "--shape",
+        choices=("tiny", "3b", "7b"),
+        default="tiny",
+        help="3b and 7b: that of the published Qwen2.5-VL, in bfloat16, to measure with (default: %(default)s)",
+    )
+    tiny.add_argument("--layers", type=at_least(1), metavar="N", help="blocks of the decoder, if not the shape's own")
     tiny.add_argument("--seed", type=at_least(0), default=0, help="of the random weights (default: %(default)s)")
 
     dual = add("dual", "train a small text and picture encoder on generated rooms, in place of CLIP or SigLIP")

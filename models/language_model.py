@@ -253,7 +253,11 @@ def lora_targets(num_layers: int, last_blocks: int = 0) -> str:
 
 
 def add_lora(language: LanguageModel, name: str, *, rank: int, alpha: int, last_blocks: int = 0) -> None:
-    """Add a LoRA adapter (paper 1.2: no dropout) and make it the active, trainable one."""
+    """Add a LoRA adapter (paper 1.2: no dropout) and make it the active, trainable one.
+
+    It has the model's own precision: the optimizer keeps float32 masters, and in float32 its small products would take
+    longer than the large ones.
+    """
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -262,20 +266,22 @@ def add_lora(language: LanguageModel, name: str, *, rank: int, alpha: int, last_
         bias="none",
     )
     if isinstance(language.model, PeftModel):
-        language.model.add_adapter(name, config)
+        language.model.add_adapter(name, config, autocast_adapter_dtype=False)
         language.model.set_adapter(name)
     else:
-        language.model = get_peft_model(language.model, config, adapter_name=name)
+        language.model = get_peft_model(language.model, config, adapter_name=name, autocast_adapter_dtype=False)
 
 
 def load_lora(language: LanguageModel, name: str, folder: str | Path, *, trainable: bool) -> None:
     """Load a saved adapter under a name."""
     if isinstance(language.model, PeftModel):
-        language.model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)
+        language.model.load_adapter(
+            str(folder), adapter_name=name, is_trainable=trainable, autocast_adapter_dtype=False
+        )
         language.model.set_adapter(name)
     else:
         language.model = PeftModel.from_pretrained(  # type: ignore[assignment]
-            language.model, str(folder), adapter_name=name, is_trainable=trainable
+            language.model, str(folder), adapter_name=name, is_trainable=trainable, autocast_adapter_dtype=False
         )
 
 
@@ -285,7 +291,7 @@ def copy_lora(language: LanguageModel, source: str, target: str) -> None:
     Disabling the adapter would give the base model instead of the SFT model.
     """
     assert isinstance(language.model, PeftModel)
-    language.model.add_adapter(target, language.model.peft_config[source])
+    language.model.add_adapter(target, language.model.peft_config[source], autocast_adapter_dtype=False)
     parameters = dict(language.model.named_parameters())
     pattern = re.compile(rf"\.{re.escape(source)}(?=\.|$)")
     with torch.no_grad():

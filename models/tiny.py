@@ -1,13 +1,15 @@
-"""Small random models in the real on-disk format: config, safetensors, tokenizer, image processor.
+"""Random models in the real on-disk format: config, safetensors, tokenizer, image processor.
 
-They load by the same from_pretrained path as `Qwen/Qwen2.5-VL-7B-Instruct` and make the whole pipeline run on a CPU.
-The tokenizer is Qwen2.5's own kind (byte-level BPE, digits one by one) trained on the text at hand.
+They load by the same from_pretrained path as `Qwen/Qwen2.5-VL-7B-Instruct`. A small one makes the whole pipeline run
+on a CPU; one of a published model's shape makes speed and memory measurable where its weights cannot be had. The
+tokenizer is Qwen2.5's own kind (byte-level BPE, digits one by one) trained on the text at hand.
 """
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -43,9 +45,10 @@ _PROMPT_REPEATS = 100
 
 @dataclass(frozen=True)
 class TinySize:
-    """Widths and depths of a small Qwen2.5-VL."""
+    """Widths and depths of a Qwen2.5-VL."""
 
-    vocab_size: int = 2000
+    vocab_size: int = 2000  # of the tokenizer, at most
+    embeddings: int = 0  # rows of the embedding; 0: as many as the tokenizer has tokens
     width: int = 128
     layers: int = 4
     heads: int = 4
@@ -53,6 +56,24 @@ class TinySize:
     mlp_width: int = 384
     vision_width: int = 48
     vision_layers: int = 2
+    vision_heads: int = 4
+    vision_mlp_width: int = 0  # 0: twice the width
+    vision_whole: tuple[int, ...] = ()  # blocks that see the whole image, not windows; (): the last
+    tied: bool = True  # whether the LM head is the embedding
+    theta: float = 10_000.0  # of the rotary embedding
+
+
+_VISION = {"vision_width": 1280, "vision_layers": 32, "vision_heads": 16, "vision_mlp_width": 3420}
+_VISION |= {"vision_whole": (7, 15, 23, 31)}
+_PUBLISHED: dict[str, Any] = {"vocab_size": 4000, "theta": 1_000_000.0, **_VISION}
+# The published models' own numbers, from their config.json.
+SHAPES = {
+    "tiny": TinySize(),
+    "3b": TinySize(embeddings=151_936, width=2048, layers=36, heads=16, kv_heads=2, mlp_width=11_008, **_PUBLISHED),
+    "7b": TinySize(
+        embeddings=152_064, width=3584, layers=28, heads=28, kv_heads=4, mlp_width=18_944, tied=False, **_PUBLISHED
+    ),
+}
 
 
 def corpus_texts(root: str | Path) -> Iterator[str]:
@@ -116,8 +137,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build_tiny(out: str | Path, texts: Iterable[str], *, size: TinySize | None = None, seed: int = 0) -> Path:
-    """Write a random Qwen2.5-VL of the given size to the folder `out`."""
+def build_tiny(
+    out: str | Path,
+    texts: Iterable[str],
+    *,
+    size: TinySize | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Path:
+    """Write a random Qwen2.5-VL of the given size to the folder `out`.
+
+    Args:
+        device: where the weights are drawn; billions of them take minutes on a CPU.
+    """
     size = size or TinySize()
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -132,7 +165,7 @@ def build_tiny(out: str | Path, texts: Iterable[str], *, size: TinySize | None =
     spatial = (head_dim // 2 - temporal) // 2
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(tokenizer),
+            "vocab_size": size.embeddings or len(tokenizer),
             "hidden_size": size.width,
             "intermediate_size": size.mlp_width,
             "num_hidden_layers": size.layers,
@@ -141,7 +174,7 @@ def build_tiny(out: str | Path, texts: Iterable[str], *, size: TinySize | None =
             "max_position_embeddings": 8192,
             "rope_parameters": {
                 "rope_type": "default",
-                "rope_theta": 10_000.0,
+                "rope_theta": size.theta,
                 "mrope_section": [head_dim // 2 - 2 * spatial, spatial, spatial],
             },
             "bos_token_id": token_id("<|endoftext|>"),
@@ -151,22 +184,27 @@ def build_tiny(out: str | Path, texts: Iterable[str], *, size: TinySize | None =
         vision_config={
             "depth": size.vision_layers,
             "hidden_size": size.vision_width,
-            "intermediate_size": 2 * size.vision_width,
-            "num_heads": 4,
+            "intermediate_size": size.vision_mlp_width or 2 * size.vision_width,
+            "num_heads": size.vision_heads,
             "out_hidden_size": size.width,
             "patch_size": PATCH_SIZE,
             "window_size": 112,
-            "fullatt_block_indexes": [size.vision_layers - 1],
+            "fullatt_block_indexes": list(size.vision_whole) or [size.vision_layers - 1],
         },
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),
         vision_start_token_id=token_id("<|vision_start|>"),
         vision_end_token_id=token_id("<|vision_end|>"),
-        tie_word_embeddings=True,
+        tie_word_embeddings=size.tied,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng(), torch.device(device):
+            torch.manual_seed(seed)
+            model = Qwen2_5_VLForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
     model.generation_config.eos_token_id = token_id("<|im_end|>")
     model.generation_config.pad_token_id = token_id("<|endoftext|>")
     model.save_pretrained(out)

@@ -1,0 +1,38 @@
+"""What a run makes of its hardware: floating-point operations a token, and their share of the device's peak."""
+
+import torch
+from torch import nn
+
+from ..models.scene_vlm import SceneVLM
+
+# Dense bfloat16 peaks of the makers' data sheets, FLOP/s, by a part of the device's name.
+_PEAKS = {"H200": 989.4e12, "H100": 989.4e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165.2e12}
+
+
+def training_flops(model: SceneVLM) -> float:
+    """Operations of one token forward and backward through the decoder's blocks.
+
+    2 a weight forward, 2 for the gradient of what goes in, and 2 for that of the weight where it learns. Attention,
+    the LM head (which sees taught tokens alone) and the vision tower are left out: a share of the peak is a low
+    estimate.
+    """
+    layers = model.language.decoder.layers
+    assert isinstance(layers, nn.ModuleList)
+    matrices = [parameter for parameter in layers.parameters() if parameter.dim() >= 2]
+    return sum(parameter.numel() * (6 if parameter.requires_grad else 4) for parameter in matrices)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bfloat16 peak in FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+
+
+def mfu(flops_per_s: float, device: torch.device) -> float:
+    """Model FLOPs utilisation: the share of the device's peak; ValueError where that is not known."""
+    peak = peak_flops(device)
+    if peak is None:
+        raise ValueError(f"The bfloat16 peak of {device} is not known; add it to engine/throughput.py.")
+    return flops_per_s / peak
