@@ -17,9 +17,7 @@ from threedr1.models import lm_head_torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-inside = pytest.mark.skipif(
-    not INTERPRETED, reason="run by test_the_head_through_the_interpreter"
-)
+inside = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_head_through_the_interpreter")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="inside the interpreter already")
