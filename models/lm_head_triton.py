@@ -87,7 +87,7 @@ def _gradient_kernel(
 def fold_tile(logits_CW: Tensor, targets_C: Tensor, state_4C: Tensor, first: int) -> None:
     """Take the logits of vocabulary rows `first` and on into the running state, in place."""
     with torch.cuda.device_of(logits_CW):
-        _fold_kernel[(len(logits_CW),)](
+        _fold_kernel[(len(logits_CW),)](  # pyright: ignore[reportIndexIssue]
             logits_CW,
             logits_CW.stride(0),
             targets_C,
@@ -114,7 +114,7 @@ def gradient_tile(
     width = logits_CW.shape[1]
     gradient_CW = logits_CW.view(dtype)[:, :width]
     with torch.cuda.device_of(logits_CW):
-        _gradient_kernel[(len(logits_CW),)](
+        _gradient_kernel[(len(logits_CW),)](  # pyright: ignore[reportIndexIssue]
             logits_CW,
             logits_CW.stride(0),
             gradient_CW,
