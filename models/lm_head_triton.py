@@ -2,7 +2,7 @@
 
 One program takes one row. The fold reads a tile once. The gradient reads it once more and is written over it: the
 gradient of a row takes the first bytes of that row, half of them where it is bfloat16, so that a tile needs no second
-buffer. All arithmetic is float32.
+buffer. All arithmetic is float32. Kernels are compiled for each width of a tile: a vocabulary has two or three.
 
 Imported only where it serves: a GPU, or the interpreter (`TRITON_INTERPRET=1`) on a CPU.
 
@@ -20,16 +20,16 @@ WARPS = 8
 
 
 @triton.jit(do_not_specialize=["state_stride", "first"])
-def _fold_kernel(logits, stride, targets, state, state_stride, first, width, BLOCK: tl.constexpr):
+def _fold_kernel(logits, stride, targets, state, state_stride, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     state += row
     top = tl.load(state)
     total = tl.load(state + state_stride)
     weighted = tl.load(state + 2 * state_stride)
-    for start in range(0, width, BLOCK):
+    for start in range(0, WIDTH, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < width
+        inside = columns < WIDTH
         values = tl.load(logits + columns, mask=inside, other=float("-inf"))
         new_top = tl.maximum(top, tl.max(values, 0))
         # 0 at the first block of all, where top is -inf
@@ -42,7 +42,7 @@ def _fold_kernel(logits, stride, targets, state, state_stride, first, width, BLO
     tl.store(state + state_stride, total)
     tl.store(state + 2 * state_stride, weighted)
     target = tl.load(targets + row) - first
-    here = (target >= 0) & (target < width)
+    here = (target >= 0) & (target < WIDTH)
     picked = tl.load(logits + target, mask=here, other=0.0)
     tl.store(state + 3 * state_stride, picked, mask=here)
 
@@ -58,7 +58,7 @@ def _gradient_kernel(
     grad_logps,
     grad_entropy,
     first,
-    width,
+    WIDTH: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -71,9 +71,9 @@ def _gradient_kernel(
     if HAS_ENTROPY:
         row_mean = tl.load(mean + row)
         of_entropy = tl.load(grad_entropy + row)
-    for start in range(0, width, BLOCK):
+    for start in range(0, WIDTH, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < width
+        inside = columns < WIDTH
         values = tl.load(logits + columns, mask=inside, other=float("-inf"))
         probs = tl.exp(values - row_lse)
         grads = tl.where(columns == target, of_logps, 0.0) - probs * of_logps
@@ -94,7 +94,7 @@ def fold_tile(logits_CW: Tensor, targets_C: Tensor, state_4C: Tensor, first: int
             state_4C,
             state_4C.stride(0),
             first,
-            logits_CW.shape[1],
+            WIDTH=logits_CW.shape[1],
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
@@ -124,7 +124,7 @@ def gradient_tile(
             grad_logps_C,
             grad_logps_C if grad_entropy_C is None else grad_entropy_C,
             first,
-            width,
+            WIDTH=width,
             HAS_ENTROPY=grad_entropy_C is not None,
             BLOCK=BLOCK,
             num_warps=WARPS,
