@@ -87,6 +87,7 @@ def sft_loss(
         model.hidden(inputs).flatten(0, 1)[inputs.predicting_T],
         model.language.head_weight_VD,
         inputs.targets_T,
+        ignore_index=None,
         normalizer=1.0,
     )
     return loss, len(inputs.targets_T)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from threedr1.models import lm_head
+from threedr1.models import lm_head, lm_head_torch
 from threedr1.models.lm_head import cross_entropy, token_logprobs
 
 T, D, V = 11, 5, 23
@@ -121,8 +121,13 @@ def test_large_logits_stay_finite():
 def test_frozen_weight_gets_no_gradient_product(monkeypatch):
     hidden_TD, weight_VD, _, targets_T = make()
     shapes = []
-    matmul = lm_head._matmul
-    monkeypatch.setattr(lm_head, "_matmul", lambda a, b, t: shapes.append((a.shape[0], b.shape[1])) or matmul(a, b, t))
+    add_product = lm_head._add_product
+
+    def spy(total, *factors, **scales):
+        shapes.append(tuple(total.shape))
+        add_product(total, *factors, **scales)
+
+    monkeypatch.setattr(lm_head, "_add_product", spy)
     hidden = hidden_TD.requires_grad_()
     token_logprobs(hidden, weight_VD, targets_T).logps_T.sum().backward()
     assert (V, D) not in shapes and shapes.count((T, D)) == 1
@@ -154,7 +159,7 @@ def test_cross_entropy_equals_torch_and_ignores_masked_positions():
     labels_T = targets_T.clone()
     labels_T[[0, 3, 4, 10]] = -100
     hidden = hidden_TD.requires_grad_()
-    got = cross_entropy(hidden, weight_VD, labels_T, bias=bias_V, chunk_size=3, vocab_chunk_size=9)
+    got = cross_entropy(hidden, weight_VD, labels_T, bias=bias_V, chunk_size=3)
     want = torch.nn.functional.cross_entropy(hidden @ weight_VD.T + bias_V, labels_T)
     torch.testing.assert_close(got, want)
     (grad,) = torch.autograd.grad(got, hidden)
@@ -182,19 +187,117 @@ def test_all_masked_batch_gives_a_differentiable_zero():
     assert torch.equal(hidden.grad, torch.zeros(T, D)) and torch.equal(weight.grad, torch.zeros(V, D))
 
 
-@pytest.mark.gpu
-def test_half_precision_on_a_gpu_equals_float32():
-    """Products of bfloat16 inputs with float32 results: values to float32 accuracy, gradients to bfloat16's."""
-    hidden_TD, weight_VD, bias_V, targets_T = make(torch.bfloat16, scale=4.0)
-    inputs = [value.cuda().requires_grad_() for value in (hidden_TD, weight_VD, bias_V)]
-    got = token_logprobs(inputs[0], inputs[1], targets_T.cuda(), bias=inputs[2], chunk_size=4, vocab_chunk_size=8)
-    wide = [value.float().requires_grad_() for value in (hidden_TD, weight_VD, bias_V)]
-    want = plain(wide[0], wide[1], targets_T, bias=wide[2])
-    torch.testing.assert_close(got.logps_T.cpu(), want[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.entropy_T.cpu(), want[1], rtol=1e-5, atol=1e-5)
-    grads = torch.autograd.grad(got.logps_T.sum() + got.entropy_T.sum(), inputs)
-    for grad, expected in zip(grads, torch.autograd.grad(want[0].sum() + want[1].sum(), wide), strict=True):
-        torch.testing.assert_close(grad.cpu().float(), expected, rtol=0.02, atol=0.05)
+def test_a_vocabulary_of_several_blocks_and_a_single_token():
+    """Wider than what a kernel holds at a time (4,096), in tiles that it does not divide; one token; one word."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(1, D, generator=generator).requires_grad_()
+    weight_VD = torch.randn(9001, D, generator=generator)
+    targets_T = torch.tensor([8999])
+    got = token_logprobs(hidden, weight_VD, targets_T, temperature=0.8, vocab_chunk_size=4500)
+    want = plain(hidden, weight_VD, targets_T, 0.8)
+    torch.testing.assert_close(got.logps_T, want[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.entropy_T, want[1], rtol=1e-5, atol=1e-5)
+    (grad,) = torch.autograd.grad(got.logps_T + got.entropy_T, hidden)
+    torch.testing.assert_close(grad, torch.autograd.grad(want[0] + want[1], hidden)[0], rtol=1e-4, atol=1e-5)
+    (grad,) = torch.autograd.grad(cross_entropy(hidden, weight_VD, targets_T), hidden)
+    want = torch.nn.functional.cross_entropy(hidden @ weight_VD.T, targets_T)
+    torch.testing.assert_close(grad, torch.autograd.grad(want, hidden)[0], rtol=1e-4, atol=1e-5)
+    assert token_logprobs(hidden, weight_VD[:1], torch.tensor([0])) == (torch.zeros(1), torch.zeros(1))
+
+
+def test_a_target_outside_the_vocabulary_makes_nan_where_nobody_looked(monkeypatch):
+    """On a GPU targets are not looked at; the loss must not look healthy, nor the gradient be used."""
+    hidden_TD, weight_VD, _, targets_T = make()
+    targets_T[4] = V
+    monkeypatch.setattr(lm_head, "_check", lambda *_: None)
+    hidden = hidden_TD.requires_grad_()
+    got = token_logprobs(hidden, weight_VD, targets_T, chunk_size=4, vocab_chunk_size=7)
+    assert got.logps_T.isnan().nonzero().tolist() == got.entropy_T.isnan().nonzero().tolist() == [[4]]
+    loss = cross_entropy(hidden, weight_VD, targets_T, chunk_size=4)
+    assert loss.isnan()
+    for value in (loss, got.logps_T.sum()):
+        (grad,) = torch.autograd.grad(value, hidden)
+        assert grad.isnan().any(1).tolist() == [row == 4 for row in range(T)]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 64])
+def test_gradcheck_of_cross_entropy_in_double(chunk_size):
+    hidden_TD, weight_VD, bias_V, targets_T = make(torch.float64)
+    targets_T[2] = -100
+    inputs = [value.requires_grad_() for value in (hidden_TD, weight_VD, bias_V)]
+
+    def head(hidden, weight, bias):
+        return cross_entropy(hidden, weight, targets_T, bias=bias, chunk_size=chunk_size, normalizer=0.3)
+
+    assert torch.autograd.gradcheck(head, inputs)
+
+
+def test_cross_entropy_makes_its_logits_once(monkeypatch):
+    hidden_TD, weight_VD, _, targets_T = make()
+    sizes = []
+    add_product = lm_head._add_product
+
+    def spy(total, *factors, **scales):
+        sizes.append(tuple(total.shape))
+        add_product(total, *factors, **scales)
+
+    monkeypatch.setattr(lm_head, "_add_product", spy)
+    loss = cross_entropy(hidden_TD.requires_grad_(), weight_VD, targets_T, chunk_size=8)
+    loss.backward()
+    assert sizes == [(8, V), (8, D), (3, V), (3, D)]
+    sizes.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(cross_entropy(hidden_TD, weight_VD, targets_T), loss)
+    assert sizes == [(T, V)]
+
+
+def test_what_comes_behind_cross_entropy_scales_its_gradient():
+    hidden_TD, weight_VD, bias_V, targets_T = make()
+    inputs = [value.requires_grad_() for value in (hidden_TD, weight_VD, bias_V)]
+    got = cross_entropy(hidden_TD, weight_VD, targets_T, bias=bias_V, normalizer=torch.tensor(7.0), chunk_size=4)
+    want = torch.nn.functional.cross_entropy(hidden_TD @ weight_VD.T + bias_V, targets_T, reduction="sum") / 7
+    for _ in range(2):
+        grads = torch.autograd.grad(got.square(), inputs, retain_graph=True)
+        for grad, expected in zip(grads, torch.autograd.grad(want.square(), inputs, retain_graph=True), strict=True):
+            torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_entropy_of_bfloat16_rounds_gradients_only():
+    hidden_TD, weight_VD, _, targets_T = make(torch.bfloat16, scale=2.0)
+    wide = hidden_TD.float().requires_grad_()
+    hidden = hidden_TD.requires_grad_()
+    got, want = (cross_entropy(value, weight_VD, targets_T, ignore_index=None) for value in (hidden, wide))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    (grad,) = torch.autograd.grad(got, hidden)
+    assert grad.dtype == torch.bfloat16
+    torch.testing.assert_close(grad, torch.autograd.grad(want, wide)[0].bfloat16(), rtol=1e-2, atol=1e-4)
+
+
+def test_no_tokens():
+    hidden = torch.zeros(0, D, requires_grad=True)
+    weight = torch.ones(V, D, requires_grad=True)
+    nothing = torch.zeros(0, dtype=torch.long)
+    result = token_logprobs(hidden, weight, nothing)
+    assert result.logps_T.shape == result.entropy_T.shape == (0,)
+    loss = cross_entropy(hidden, weight, nothing)
+    assert loss.item() == 0
+    grads = torch.autograd.grad(loss + result.logps_T.sum(), (hidden, weight))
+    assert grads[0].shape == (0, D) and torch.equal(grads[1], torch.zeros(V, D))
+
+
+def test_the_variable_chooses_the_passes(monkeypatch):
+    passes = (lm_head_torch.fold_tile, lm_head_torch.gradient_tile)
+    monkeypatch.setenv("THREEDR1_LM_HEAD", "torch")
+    assert lm_head._tile_passes(True, torch.float32) == passes
+    monkeypatch.setattr(lm_head, "_has_triton", lambda: False)
+    monkeypatch.setenv("THREEDR1_LM_HEAD", "triton")
+    with pytest.raises(ValueError, match="pip install triton"):
+        lm_head._tile_passes(True, torch.float32)
+    monkeypatch.setenv("THREEDR1_LM_HEAD", "fast")
+    with pytest.raises(ValueError, match="set it to torch or triton"):
+        lm_head._tile_passes(False, torch.float32)
+    monkeypatch.delenv("THREEDR1_LM_HEAD")
+    assert lm_head._tile_passes(True, torch.float32) == lm_head._tile_passes(False, torch.float32) == passes
 
 
 @pytest.mark.parametrize(
@@ -206,6 +309,7 @@ def test_half_precision_on_a_gpu_equals_float32():
         ({"weight_VD": torch.zeros(V, D + 1)}, "hidden must be"),
         ({"temperature": 0.0}, "temperature"),
         ({"chunk_size": 0}, "at least 1"),
+        ({"vocab_chunk_size": 0}, "at least 1"),
         ({"bias": torch.zeros(V + 1)}, "bias must be"),
     ],
 )
@@ -214,3 +318,13 @@ def test_bad_input_is_one_clear_sentence(change, message):
     arguments = {"hidden_TD": hidden_TD, "weight_VD": weight_VD, "targets_T": targets_T} | change
     with pytest.raises(ValueError, match=message):
         token_logprobs(**arguments)
+
+
+def test_bad_labels_of_cross_entropy_are_one_clear_sentence():
+    hidden_TD, weight_VD, _, targets_T = make()
+    targets_T[3] = -1
+    for hidden in (hidden_TD, hidden_TD.requires_grad_()):
+        with pytest.raises(ValueError, match=r"\[-1, "):
+            cross_entropy(hidden, weight_VD, targets_T)
+    with pytest.raises(ValueError, match="do not belong together"):
+        cross_entropy(hidden_TD, weight_VD, targets_T[:4])
