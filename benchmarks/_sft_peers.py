@@ -82,14 +82,14 @@ class PeerStep:
     def _batch(self, entries: Sequence[Any]) -> dict[str, torch.Tensor]:
         language = self.model.language
         layout = pad_rows([entry.row for entry in entries], language.pad_id, left=False)
-        pixels = [self.model.view_pixels(entry.observation, view) for entry in entries for view in entry.views]
+        shown = [(entry.observation, view) for entry in entries for view in entry.views]
         batch = {
             "input_ids": layout.token_ids_BL,
             "attention_mask": layout.attention_mask_BL,
             "labels": layout.labels_BL,
             "mm_token_type_ids": (layout.kinds_BL == IMAGE).long(),
-            "pixel_values": torch.cat([patches for patches, _ in pixels]).to(language.head_weight_VD.dtype),
-            "image_grid_thw": torch.tensor([grid for _, grid in pixels]),
+            "pixel_values": self.model.view_patches(shown).to(language.head_weight_VD.dtype),
+            "image_grid_thw": torch.tensor([self.model.view_grid(*entry) for entry in shown]),
         }
         return {name: value.to(self.model.device) for name, value in batch.items()}
 

@@ -26,7 +26,7 @@ from ..engine.config import SftConfig, load_config
 from ..engine.data import ObservationCache
 from ..engine.optim import Optimizer
 from ..engine.runtime import Runtime, pick_device, seed_everything
-from ..engine.sft import accumulate_gradients, load_model, write_targets
+from ..engine.sft import Taught, accumulate_gradients, load_model, prepare_batch
 from ..engine.throughput import mfu, peak_flops, training_flops
 from ..models.dual_encoder import DualEncoder
 from ..models.scene_vlm import SceneVLM
@@ -93,20 +93,24 @@ class Steps:
             SceneStore(Path(config.data.root) / "prepared", capacity=1), model, seed=0, capacity=1, cache_views=True
         )
         self.optimizer = Optimizer(model.trainable_parameters(), config.optim, 1000, runtime)
+        self.upcoming: list[Taught] = []
         self.done = 0
         self.tokens = 0
 
-    def batch(self) -> list[Sample]:
-        """The samples of the next step."""
+    def prepared(self) -> list[Taught]:
+        """The batch of the next step."""
         size = self.config.run.batch_size
-        start = self.done * size
-        return [self.samples[row % len(self.samples)] for row in range(start, start + size)]
+        rows = range(self.done * size, (self.done + 1) * size)
+        samples = [self.samples[row % len(self.samples)] for row in rows]
+        return prepare_batch(self.model, samples, self.observations, self.config, self.done)
 
     def __call__(self) -> None:
-        sums = accumulate_gradients(self.model, self.batch(), self.observations, self.config, self.done)
-        self.optimizer.step(self.done, divisor=sums["tokens"])
-        self.tokens = int(sums["sequence_tokens"])
+        taught = self.upcoming or self.prepared()
+        _, counts = accumulate_gradients(self.model, taught, self.config)
         self.done += 1
+        self.upcoming = self.prepared()  # as the training loop does, while the GPU computes
+        self.optimizer.step(self.done, divisor=counts["tokens"])
+        self.tokens = counts["sequence_tokens"]
 
 
 @contextmanager
@@ -173,7 +177,7 @@ def measure_peers(steps: Steps, ours: float, arguments: argparse.Namespace) -> l
     model = steps.model
     for name in arguments.peers:
         try:
-            with PeerStep(name, model, steps.optimizer, lambda: _written(steps), set_checkpointing) as step:
+            with PeerStep(name, model, steps.optimizer, steps.prepared, set_checkpointing) as step:
                 found, peak = rate(step, arguments.repeats, model.device, warm=1)
         except torch.OutOfMemoryError:
             print(f"{PEERS[name].title}: does not fit", flush=True)
@@ -182,13 +186,6 @@ def measure_peers(steps: Steps, ours: float, arguments: argparse.Namespace) -> l
         row = Row(f"sft.tokens_per_s_vs_{name}", ours, "tokens/s", PEERS[name].title, found, better="higher")
         rows.append(replace(row, note="" if peak != peak else f"the peer's peak {peak:.1f} GiB"))
     return rows
-
-
-def _written(steps: Steps) -> list:
-    samples = steps.batch()
-    steps.done += 1
-    observations = steps.observations.of(samples)
-    return write_targets(steps.model, samples, observations, pointers="name")
 
 
 def main(argv: Sequence[str] = ()) -> int:
@@ -218,7 +215,8 @@ def main(argv: Sequence[str] = ()) -> int:
             model.language.compile_layers()
         steps = Steps(model, make_samples(folder), config, runtime)
         for _ in range(-(-ROOMS // arguments.samples)):  # fills the view cache
-            _written(steps)
+            steps.prepared()
+            steps.done += 1
         rates, rows = measure_ours(steps, arguments)
         best = max(rates.values())
         rows.append(Row("sft.tokens_per_s", best, "tokens/s", better="higher", note=f"rank {arguments.rank}"))

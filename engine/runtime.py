@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -92,6 +94,28 @@ def close_runtime(runtime: Runtime) -> None:
     """Leave the process group."""
     if runtime.world_size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+_side_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Run a block's GPU work on a stream of its own, so that to wait for it is not to wait for all that is queued.
+
+    What follows on the current stream waits for it. Until the current stream has done what it was told before, what
+    that reads must be kept alive: memory that is freed here is used again at once.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    if device not in _side_streams:
+        _side_streams[device] = torch.cuda.Stream(device, priority=-1)
+        _side_streams[device].wait_stream(torch.cuda.current_stream(device))
+    side = _side_streams[device]
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream(device).wait_stream(side)
 
 
 def torch_stream(device: torch.device | str, *keys: int) -> torch.Generator:

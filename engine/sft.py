@@ -5,6 +5,7 @@ where the data has no thought. The loss is the mean over all taught tokens of th
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +23,10 @@ from .checkpoint import model_folder, open_run, restore_run, save_run
 from .config import SftConfig
 from .data import ObservationCache, fingerprint, load_split
 from .optim import Optimizer
-from .runtime import Runtime, batch_indices, close_runtime, init_runtime, log, seed_everything
+from .runtime import Runtime, batch_indices, beside, close_runtime, init_runtime, log, seed_everything
 from .tracking import Tracker
+
+_MULTIPLE = 128  # of tokens in a pack on a GPU: its matrix products come in tiles
 
 
 class Taught(NamedTuple):
@@ -53,17 +56,6 @@ def write_targets(
             target = model.with_names(target, observation)
         rows.append(Taught(sample, observation, *model.write_row(sample, observation, mode, target)))
     return rows
-
-
-def packed_length(num_tokens: int, budget: int) -> int:
-    """Tokens that a pack is filled up to on a GPU: an eighth, a quarter, half or all of the budget, or a multiple.
-
-    Compiled layers are made for each length there is.
-    """
-    length = budget
-    while length % 2 == 0 and length > budget // 8 and num_tokens <= length // 2:
-        length //= 2
-    return length * -(-num_tokens // length)
 
 
 def sft_loss(
@@ -136,27 +128,40 @@ def cut_encodings(observations: Sequence[Observation]) -> list[tuple[torch.Tenso
     return pairs
 
 
-def accumulate_gradients(
+def looks_ahead(model: SceneVLM) -> bool:
+    """Whether a batch can be made before the step before it is done: not where that moves what makes it."""
+    selector = model.view_selector
+    return not (model.train_scene_encoder or (selector is not None and selector.learns))
+
+
+def prepare_batch(
     model: SceneVLM, samples: Sequence[Sample], observations: ObservationCache, config: SftConfig, step: int
-) -> dict[str, float]:
-    """Back-propagate this rank's part of a batch, pack by pack.
+) -> list[Taught]:
+    """This rank's part of a step's batch: scenes read and encoded, views chosen, rows written."""
+    with beside(model.device) if looks_ahead(model) else nullcontext():
+        seen = observations.resampled(samples, seed=step) if model.train_scene_encoder else observations.of(samples)
+        return write_targets(model, samples, seen, pointers=config.pointers)
+
+
+def accumulate_gradients(
+    model: SceneVLM, taught: Sequence[Taught], config: SftConfig
+) -> tuple[torch.Tensor, dict[str, int]]:
+    """Back-propagate this rank's part of a batch, pack by pack. A GPU is told what to do and not waited for.
 
     The pull of learned view weights is added for each token, since gradients are divided by the number of tokens; it
     is not part of the loss that is returned.
 
     Returns:
-        sums: of the loss, of the taught tokens, and of all tokens that went through the language model.
+        the summed loss, and the numbers of taught tokens and of all tokens that go through the language model.
     """
     views, selector = config.model.views, model.view_selector
-    seen = observations.resampled(samples, seed=step) if model.train_scene_encoder else observations.of(samples)
-    taught = write_targets(model, samples, seen, pointers=config.pointers)
     lengths = [len(entry.row.token_ids) for entry in taught]
-    encodings = cut_encodings(seen) if model.train_scene_encoder else []
+    encodings = cut_encodings([entry.observation for entry in taught]) if model.train_scene_encoder else []
     loss_sum = torch.zeros((), device=model.device)
     tokens = 0
     for pack in plan_packs(lengths, config.token_budget, config.run.micro_batch_size):
         total = sum(lengths[row] for row in pack)
-        filled = packed_length(total, config.token_budget) if model.language.compiled else total
+        filled = _MULTIPLE * -(-total // _MULTIPLE) if model.language.compiled else total
         loss, count = sft_loss(model, [taught[row] for row in pack], length=filled, temperature=views.temperature)
         pull = views.pull * count * selector.regularizer() if selector is not None and selector.learns else 0.0
         (loss + pull).backward()
@@ -165,7 +170,7 @@ def accumulate_gradients(
     reached = [(encoding, cut.grad) for encoding, cut in encodings if cut.grad is not None]
     if reached:
         torch.autograd.backward([encoding for encoding, _ in reached], [gradient for _, gradient in reached])
-    return {"loss": float(loss_sum), "tokens": tokens, "sequence_tokens": sum(lengths)}
+    return loss_sum, {"tokens": tokens, "sequence_tokens": sum(lengths)}
 
 
 def train(config: SftConfig, resume: bool = False) -> Path:
@@ -202,17 +207,26 @@ def train(config: SftConfig, resume: bool = False) -> Path:
         capacity=config.data.cached_scenes,
         cache_views=config.data.cache_views,
     )
+
+    def prepare(step: int) -> list[Taught]:
+        rows = batch_indices(len(samples), step, run.batch_size, run.seed, runtime)
+        return prepare_batch(model, [samples[row] for row in rows], observations, config, step)
+
+    upcoming: list[Taught] | None = None
     with Tracker(
         run.dir, "sft", run.steps, first_step=first_step, sinks=run.trackers, enabled=runtime.is_main
     ) as tracker:
         for step in range(first_step, run.steps):
             seed_everything(run.seed, step, runtime.rank)
-            rows = batch_indices(len(samples), step, run.batch_size, run.seed, runtime)
-            sums = accumulate_gradients(model, [samples[row] for row in rows], observations, config, step)
-            sums = dict(zip(sums, runtime.total(*sums.values()), strict=True))
+            taught = upcoming or prepare(step)
+            loss_sum, counts = accumulate_gradients(model, taught, config)
+            # the GPU computes meanwhile; `taught` keeps what it reads alive
+            upcoming = prepare(step + 1) if looks_ahead(model) and step + 1 < run.steps else None
+            sums = dict(zip(counts, runtime.total(*counts.values()), strict=True))
             tokens = max(sums["tokens"], 1.0)
             metrics = optimizer.step(step, divisor=tokens)
-            metrics |= {**sums, "loss": sums["loss"] / tokens}
+            (loss,) = runtime.total(float(loss_sum))
+            metrics |= {**sums, "loss": loss / tokens}
             if selector is not None and selector.learns:
                 selector.project()
                 metrics |= {"view_w_text": selector.w_text.item(), "view_w_image": selector.w_image.item()}

@@ -23,6 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .view_pixels import to_device
+
 PACKED = "packed"  # the name in a configuration, and transformers' for the text decoder
 PACKED_VISION = "packed_flash"
 
@@ -43,7 +45,7 @@ class Documents(NamedTuple):
         starts_N = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         starts_N[1:] = torch.tensor(lengths).cumsum(0)
         longest = max(_SHORTEST, 1 << (max(lengths) - 1).bit_length())
-        return cls(starts_N.to(device, non_blocking=True), longest)
+        return cls(to_device(starts_N, device), longest)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments that transformers' decoder hands on to its attention."""

@@ -23,6 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..utils.text import format_name
 from .attention import Documents
+from .view_pixels import to_device
 
 IGNORE = -100
 TEXT, IMAGE, SCENE, VIEW_IMAGE, VIEW_DEPTH = 0, 1, 2, 3, 4
@@ -303,7 +304,7 @@ def assemble(
     else:
         layout, lengths = pack_rows(rows, pad_id, length=packed_length, merge_size=merge_size)
         documents = Documents.of(lengths, device)
-    embeds_BLD = embed_tokens(layout.token_ids_BL.to(device, non_blocking=True))
+    embeds_BLD = embed_tokens(to_device(layout.token_ids_BL, device))
     flat_ND = embeds_BLD.flatten(0, 1)
     for kind, features in (
         (SCENE, torch.cat(list(scene_tokens)) if scene_tokens else None),
@@ -316,15 +317,15 @@ def assemble(
         if len(here) != given:
             raise ValueError(f"{len(here)} placeholders of kind {kind}, but {given} features were given.")
         if features is not None and given:
-            flat_ND = flat_ND.index_copy(0, here.to(device, non_blocking=True), features.to(flat_ND.dtype))
+            flat_ND = flat_ND.index_copy(0, to_device(here, device), features.to(flat_ND.dtype))
     # a row begins with what is not taught, so no document teaches the one before it
     taught_BL = layout.labels_BL != IGNORE
     (targets_at,) = torch.nonzero(taught_BL.flatten(), as_tuple=True)
     return ModelInputs(
         flat_ND.view_as(embeds_BLD),
-        None if documents else layout.attention_mask_BL.to(device, non_blocking=True),
-        layout.position_ids_4BL.to(device, non_blocking=True),
-        (targets_at - 1).to(device, non_blocking=True),
-        layout.labels_BL.flatten()[targets_at].to(device, non_blocking=True),
+        None if documents else to_device(layout.attention_mask_BL, device),
+        to_device(layout.position_ids_4BL, device),
+        to_device(targets_at - 1, device),
+        to_device(layout.labels_BL.flatten()[targets_at], device),
         documents,
     )

@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from .attention import PACKED, use_packed_attention
 from .inputs import ModelInputs
+from .view_pixels import Grid, tower_arguments
 
 _FULL = "full_attention"
 
@@ -154,10 +155,15 @@ class LanguageModel(nn.Module):
         """Run compiled blocks as they are, for decoding: every token brings another shape."""
         return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
-    def embed_images(self, pixel_values: torch.Tensor, grids_I3: torch.Tensor) -> torch.Tensor:
-        """Merged vision-tower tokens of all images, concatenated [sum of tokens, D]."""
-        outputs: Any = self.base.model.get_image_features(pixel_values, grids_I3)  # type: ignore[arg-type]
-        return torch.cat(list(outputs.pooler_output))
+    def embed_images(self, patches_PC: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Merged vision-tower tokens [T, D] of all images, one after the other."""
+        vision_tower: Any = self.base.model.visual
+        outputs = vision_tower(
+            patches_PC.to(self.head_weight_VD.dtype),
+            grid_thw=None,
+            **tower_arguments(grids, vision_tower, patches_PC.device),
+        )
+        return outputs.pooler_output
 
 
 def load_language_model(

@@ -50,6 +50,7 @@ class EncodedScene:
     valid_K: torch.Tensor
     token_xyz_T3: torch.Tensor
     tokens_TE: torch.Tensor
+    valid_n: torch.Tensor  # indices of the valid ones: to select by the mask would wait for the device each time
     are_named: bool = True  # whether the language model is told of the proposals
 
     @property

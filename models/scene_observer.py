@@ -96,6 +96,7 @@ class SceneObserver(nn.Module):
                         valid_K=chosen.valid_BK[row].clone(),
                         token_xyz_T3=encoding.token_xyz_BM3[row].clone(),
                         tokens_TE=encoding.tokens_BMD[row].clone(),
+                        valid_n=torch.nonzero(chosen.valid_BK[row])[:, 0],
                         are_named=self.settings.num_proposals > 0,
                     )
         return [observation.encoded for observation in observations if observation.encoded is not None]

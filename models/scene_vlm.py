@@ -7,6 +7,7 @@ Shapes: B rows, L tokens, K proposals, M layout tokens, T tokens of a view, D la
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from .observation import Answer, EncodedScene, Observation, SceneSettings, asked
 from .relaxed_top_k import gated_rows
 from .scene_encoder import SceneEncoder
 from .scene_observer import SceneObserver
+from .view_pixels import Grid, PatchSettings, patchify, stack_images
 from .view_selector import ViewSelector
 from .view_tokens import ViewFeatures, build_view_features, token_sizes
 
@@ -79,6 +81,7 @@ class SceneVLM(SceneObserver):
         self.settings = settings
         self.view_features = view_features
         self.writer = RowWriter(language.tokenizer, merge_size=language.merge_size)
+        self.patch_settings = PatchSettings.of(language.image_processor)
         self.train_vision_tower = False
         self.full_language_model = False  # whether save_pretrained writes the language model's own weights too
 
@@ -127,21 +130,40 @@ class SceneVLM(SceneObserver):
             torch.stack([scene.class_probs_KC for scene in unique]),
         )
         tokens = {
-            id(scene): torch.cat([objects_BKD[row, scene.valid_K], layout_BMD[row]])
+            id(scene): torch.cat([objects_BKD[row].index_select(0, scene.valid_n), layout_BMD[row]])
             for row, scene in enumerate(unique)
         }
         return [tokens[id(scene)] for scene in encoded]
 
     # -- views -----------------------------------------------------------------------------------------------------
 
-    def view_pixels(self, observation: Observation, index: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """Patches and grid of one view, as Qwen's image processor makes them."""
+    def view_grid(self, observation: Observation, index: int) -> Grid:
+        """Patches (1, rows, columns) of one view."""
+        assert observation.pool is not None
+        height, width = observation.pool.images_VHW3.shape[1:3]
+        return self.patch_settings.grid(height, width) or self._resized(observation, index)[1]
+
+    def _resized(self, observation: Observation, index: int) -> tuple[torch.Tensor, Grid]:
+        """Patches and grid of a view of a size that Qwen's image processor changes."""
         if index not in observation.pixels:
             assert observation.pool is not None
             made = self.language.image_processor(images=[observation.pool.images_VHW3[index]], return_tensors="pt")
             grid = made["image_grid_thw"][0].tolist()
             observation.pixels[index] = (made["pixel_values"], (grid[0], grid[1], grid[2]))
         return observation.pixels[index]
+
+    def view_patches(self, shown: Sequence[tuple[Observation, int]]) -> torch.Tensor:
+        """Patches [P, C] of all views, one after the other, on the model's device."""
+        images = [observation.pool.images_VHW3[view] for observation, view in shown if observation.pool is not None]
+        parts = []
+        for shape, group in groupby(zip(shown, images, strict=True), key=lambda entry: entry[1].shape):
+            entries = list(group)
+            if self.patch_settings.grid(*shape[:2]):
+                stacked = stack_images([image for _, image in entries], self.device)
+                parts.append(patchify(stacked, self.patch_settings))
+            else:
+                parts += [self._resized(*entry)[0].to(self.device) for entry, _ in entries]
+        return torch.cat(parts)
 
     def embed_views(self, shown: Sequence[tuple[Observation, int]]) -> list[torch.Tensor]:
         """Vision-tower tokens [T, D] of each view; a frozen tower sees each view once."""
@@ -158,12 +180,9 @@ class SceneVLM(SceneObserver):
 
     def _look(self, shown: Sequence[tuple[Observation, int]]) -> list[torch.Tensor]:
         """Tokens of each view from the vision tower, in one batch."""
-        pixels = [self.view_pixels(observation, view) for observation, view in shown]
-        tokens = self.language.embed_images(
-            torch.cat([patches for patches, _ in pixels]).to(self.device),
-            torch.tensor([grid for _, grid in pixels], device=self.device),
-        )
-        return list(tokens.split([grid[1] * grid[2] // self.language.merge_size**2 for _, grid in pixels]))
+        grids = [self.view_grid(observation, view) for observation, view in shown]
+        tokens_TD = self.language.embed_images(self.view_patches(shown), grids)
+        return list(tokens_TD.split([grid[1] * grid[2] // self.language.merge_size**2 for grid in grids]))
 
     def describe_views(
         self, shown: Sequence[tuple[Observation, int]]
@@ -203,7 +222,7 @@ class SceneVLM(SceneObserver):
             question=question,
             num_proposals=len(proposals_K7),
             num_layout_tokens=self.connector.num_layout_tokens,
-            grids=[self.view_pixels(observation, view)[1] for view in views],
+            grids=[self.view_grid(observation, view) for view in views],
             num_view_image_tokens=self.connector.num_view_image_tokens,
             num_view_depth_tokens=self.connector.num_view_depth_tokens,
             target=target,

@@ -170,7 +170,7 @@ def test_assembled_logits_equal_transformers_forward(language, writer, left):
             rows,
             embed_tokens=language.embedding,
             scene_tokens=[],
-            image_tokens=language.embed_images(pixels, grid_tensor),
+            image_tokens=language.embed_images(pixels, grids),
             pad_id=language.tokenizer.pad_token_id,
             left=left,
         )

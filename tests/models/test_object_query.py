@@ -278,6 +278,7 @@ def encoded_scene(proposals_K7=PROPOSALS):
         valid_K=torch.ones(num_proposals, dtype=torch.bool),
         token_xyz_T3=XYZ,
         tokens_TE=TOKENS,
+        valid_n=torch.arange(num_proposals),
     )
 
 
