@@ -26,7 +26,7 @@ from ..engine.config import SftConfig, load_config
 from ..engine.data import ObservationCache
 from ..engine.optim import Optimizer
 from ..engine.runtime import Runtime, pick_device, seed_everything
-from ..engine.sft import Taught, accumulate_gradients, load_model, prepare_batch
+from ..engine.sft import Taught, accumulate_gradients, load_model, prepare_batch, speed_up
 from ..engine.throughput import mfu, peak_flops, training_flops
 from ..models.dual_encoder import DualEncoder
 from ..models.scene_vlm import SceneVLM
@@ -199,6 +199,9 @@ def main(argv: Sequence[str] = ()) -> int:
     parser.add_argument(
         "--budgets", type=positive, nargs="+", default=list(BUDGETS), metavar="N", help="tokens of a pack"
     )
+    parser.add_argument(
+        "--blocks", choices=("auto", "plain", "compiled", "fused"), default="auto", help="as in recipes"
+    )
     parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=list(PEERS), help="default: all")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="keep model and rooms there, to measure again soon")
     arguments = parser.parse_args(list(argv))
@@ -211,8 +214,7 @@ def main(argv: Sequence[str] = ()) -> int:
         config = configure(arguments, folder)
         seed_everything(0)
         model = load_model(config, None, runtime)
-        if runtime.device.type == "cuda":
-            model.language.compile_layers()
+        speed_up(model, arguments.blocks)
         steps = Steps(model, make_samples(folder), config, runtime)
         for _ in range(-(-ROOMS // arguments.samples)):  # fills the view cache
             steps.prepared()

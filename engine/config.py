@@ -289,10 +289,10 @@ class SftConfig:
     init: str = ""  # model folder to start from; "" builds the model from `model`
     pointers: str = "name"  # name: boxes covered by a proposal are taught as <obj12>; box: always as numbers
     token_budget: int = 8192  # tokens of samples packed into one forward pass
-    compile: str = "auto"  # compiled blocks: auto (on a GPU), yes, no
+    blocks: str = "auto"  # plain; compiled; fused: LoRA in fewer products. auto: plain on a CPU, else the fastest
 
     def __post_init__(self):
-        _one_of(self, pointers=("name", "box"), compile=("auto", "yes", "no"))
+        _one_of(self, pointers=("name", "box"), blocks=("auto", "plain", "compiled", "fused"))
         _at_least(self, token_budget=1)
 
 

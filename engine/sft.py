@@ -108,6 +108,18 @@ def load_model(config: SftConfig, checkpoint: Path | None, runtime: Runtime) -> 
     return model.train()
 
 
+def speed_up(model: SceneVLM, blocks: str) -> None:
+    """Let the language model's blocks run as the configuration says (SftConfig.blocks)."""
+    on_gpu = model.device.type == "cuda"
+    frozen = not model.language.head_weight_VD.requires_grad
+    if blocks == "auto":
+        blocks = ("fused" if frozen else "compiled") if on_gpu else "plain"
+    if blocks == "compiled" or on_gpu:
+        model.language.compile_blocks(decoder=blocks == "compiled")
+    if blocks == "fused":
+        model.language.fuse_blocks()
+
+
 def cut_encodings(observations: Sequence[Observation]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Cut the graph between the scene encoder and all that follows: pairs of an encoding and what stands for it.
 
@@ -161,7 +173,7 @@ def accumulate_gradients(
     tokens = 0
     for pack in plan_packs(lengths, config.token_budget, config.run.micro_batch_size):
         total = sum(lengths[row] for row in pack)
-        filled = _MULTIPLE * -(-total // _MULTIPLE) if model.language.compiled else total
+        filled = _MULTIPLE * -(-total // _MULTIPLE) if model.device.type == "cuda" else total
         loss, count = sft_loss(model, [taught[row] for row in pack], length=filled, temperature=views.temperature)
         pull = views.pull * count * selector.regularizer() if selector is not None and selector.learns else 0.0
         (loss + pull).backward()
@@ -185,8 +197,7 @@ def train(config: SftConfig, resume: bool = False) -> Path:
     seed_everything(run.seed)
     model = load_model(config, last, runtime)
     give_multiview(model, config.data, samples)
-    if config.compile == "yes" or (config.compile == "auto" and runtime.device.type == "cuda"):
-        model.language.compile_layers()
+    speed_up(model, config.blocks)
     selector = model.view_selector
     factor = config.model.views.lr_factor
     optimizer = Optimizer(

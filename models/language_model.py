@@ -28,6 +28,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from .attention import PACKED, use_packed_attention
+from .fused_block import FusedBlocks
 from .inputs import ModelInputs
 from .view_pixels import Grid, tower_arguments
 
@@ -57,7 +58,8 @@ class LanguageModel(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.compiled = False
+        self.compiled = False  # whether blocks are
+        self.fused: FusedBlocks | None = None
 
     @property
     def base(self) -> Qwen2_5_VLForConditionalGeneration:
@@ -123,6 +125,9 @@ class LanguageModel(nn.Module):
 
     def hidden(self, inputs: ModelInputs) -> torch.Tensor:
         """Last hidden states [B, L, D] of the text decoder."""
+        if inputs.documents is not None and self.fused is not None:
+            hidden_LD = self.fused(inputs.inputs_embeds_BLD[0], inputs.position_ids_4BL[:, 0], inputs.documents)
+            return hidden_LD[None]
         packed: dict[str, Any] = {"attention_mask": inputs.attention_mask_BL}
         if inputs.documents is not None and self.attention == PACKED:
             # the kernel needs no mask; transformers would make one of [L, L] out of the positions
@@ -140,16 +145,17 @@ class LanguageModel(nn.Module):
         config: Any = self.decoder.config
         return str(config._attn_implementation)
 
-    def compile_layers(self) -> None:
-        """Compile each block of the decoder and of the vision tower, in training and for images.
-
-        Blocks of one kind share one compiled graph.
-        """
+    def compile_blocks(self, *, decoder: bool = True) -> None:
+        """Compile each block of the vision tower, and of the decoder; blocks of one kind share one compiled graph."""
         vision_tower: Any = self.base.model.visual
-        layers: Any = self.decoder.layers
+        layers: Any = self.decoder.layers if decoder else ()
         for block in [*layers, *vision_tower.blocks]:
             block.compile()
         self.compiled = True
+
+    def fuse_blocks(self) -> None:
+        """From now on packed rows go through fused_block.py; the model must be on its device, its base frozen."""
+        self.fused = FusedBlocks(self.decoder)
 
     def uncompiled(self) -> AbstractContextManager[object]:
         """Run compiled blocks as they are, for decoding: every token brings another shape."""

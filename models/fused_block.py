@@ -1,0 +1,401 @@
+"""Decoder blocks under LoRA in few, large products, forward and backward written out.
+
+A projection with an adapter is y = x W^T + s (x A^T) B^T. Taken one by one, as peft does, each of a block's seven
+costs three products and a sum forward and five products and two sums backward, and the sums and the thin products read
+and write the widest tensors of the model: a fifth of a step. Here projections of one input are one matrix, and the
+adapters' second factors stand beside it as further columns, so that the sum happens inside the product:
+
+    y = [x, x A^T] [W, s B]^T        [dx, d(x A^T)] = dy [W, s B]
+
+The norm and the gated activation write straight into the left part of [x, x A^T]. For the backward pass a block keeps
+its input, queries, keys and values, what attention gave, the sum after it, and the MLP's gate and up; norms and the
+gated product are made again. Pointwise parts are compiled on a GPU. The base is frozen: it gets no gradient.
+
+Values are those of transformers' blocks with peft's adapters, to rounding; tests/models/test_fused_block.py.
+
+Shapes: T tokens, D width, F width of the MLP, H query heads, G key and value heads, E width of a head; of one product:
+K inputs, N outputs, R rows of all its adapters' first factors, P columns that the matrix has for them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
+
+from .attention import Documents, attend_documents
+
+_COLUMNS = 64  # P is a multiple: products come in tiles of it
+
+
+# One product -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Factors:
+    """The active adapter of each projection of a product."""
+
+    down_RK: Tensor | None  # A of all, one under the other; None where the product has no adapter
+    up: list[Tensor]  # B [its N, its rank]
+
+
+class Joined:
+    """Projections of one input as one matrix [N, K + P]; their own weights become views of it.
+
+    Args:
+        layers: linear layers, with adapters or without.
+
+    Raises:
+        ValueError: a layer that learns itself, or adapters with dropout.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        self.layers = list(layers)
+        bases = [_base(layer) for layer in self.layers]
+        if any(base.weight.requires_grad for base in bases):
+            raise ValueError("Blocks with weights that learn cannot be fused; set blocks to compiled or plain.")
+        self.num_inputs = bases[0].in_features
+        rank = max((self._rank(name) for name in self._adapters()), default=0)
+        outputs = sum(base.out_features for base in bases)
+        weight = bases[0].weight
+        self.weight = weight.new_zeros(outputs, self.num_inputs + _COLUMNS * -(-rank // _COLUMNS))
+        self.rows: list[slice] = []
+        start = 0
+        for base in bases:
+            rows = slice(start, start + base.out_features)
+            self.weight[rows, : self.num_inputs] = base.weight
+            base.weight.data = self.weight[rows, : self.num_inputs]
+            self.rows.append(rows)
+            start = rows.stop
+        has_bias = bases[0].bias is not None
+        self.bias = torch.cat([base.bias.detach() for base in bases]) if has_bias else None
+
+    def _adapters(self) -> set[str]:
+        return {name for layer in self.layers if isinstance(layer, LoraLayer) for name in layer.lora_A}
+
+    def _rank(self, adapter: str) -> int:
+        return sum(layer.r.get(adapter, 0) for layer in self.layers if isinstance(layer, LoraLayer))
+
+    def factors(self) -> Factors:
+        """The factors of the adapter that is active now."""
+        down, up = [], []
+        for layer in self.layers:
+            if not isinstance(layer, LoraLayer) or layer.disable_adapters:
+                continue
+            (name,) = layer.active_adapters
+            if not isinstance(layer.lora_dropout[name], nn.Identity):
+                raise ValueError("Fused blocks have no dropout in adapters; set blocks to compiled or plain.")
+            down.append(layer.lora_A[name].weight)
+            up.append(layer.lora_B[name].weight)
+        if down and len(down) < len(self.layers):
+            raise ValueError("Of the projections of one input some have an adapter; set blocks to compiled or plain.")
+        return Factors(torch.cat(down) if len(down) > 1 else down[0] if down else None, up)
+
+    def scales(self) -> list[float]:
+        """s of the active adapter of each projection."""
+        loras = [layer for layer in self.layers if isinstance(layer, LoraLayer)]
+        return [layer.scaling[layer.active_adapters[0]] for layer in loras]
+
+    def load(self, up: Sequence[Tensor], scales: Sequence[float]) -> None:
+        """Put s B of an adapter into its columns."""
+        for rows, columns, factor, scale in self._blocks(up, scales):
+            torch.mul(
+                factor, scale, out=self.weight[rows, self.num_inputs + columns.start : self.num_inputs + columns.stop]
+            )
+
+    def _blocks(self, up: Sequence[Tensor], scales: Sequence[float]) -> list[tuple[slice, slice, Tensor, float]]:
+        """Rows, columns (counted from K), B and s of each projection's block."""
+        blocks, start = [], 0
+        for rows, factor, scale in zip(self.rows, up, scales, strict=False):
+            columns = slice(start, start + factor.shape[1])
+            blocks.append((rows, columns, factor, scale))
+            start = columns.stop
+        return blocks
+
+    def room(self, like_T: Tensor) -> Tensor:
+        """An empty [T, K + P] for the input and what the adapters make of it."""
+        return like_T.new_empty(len(like_T), self.weight.shape[1])
+
+    def extend(self, x_TK: Tensor, down_RK: Tensor | None) -> Tensor:
+        """Fill the right part of a `room` whose left part is filled: x A^T [T, R], which is returned, and zeros."""
+        start = self.num_inputs
+        if down_RK is None:
+            x_TK[:, start:] = 0
+            return x_TK[:, start:start]
+        end = start + len(down_RK)
+        torch.mm(x_TK[:, :start], down_RK.T, out=x_TK[:, start:end])
+        if end < x_TK.shape[1]:
+            x_TK[:, end:] = 0
+        return x_TK[:, start:end]
+
+    def __call__(self, x_TK: Tensor, add_TN: Tensor | None = None) -> Tensor:
+        """The product [T, N] of a filled `room`, with the bias, or added to another tensor."""
+        add = self.bias if add_TN is None else add_TN
+        return torch.mm(x_TK, self.weight.T) if add is None else torch.addmm(add, x_TK, self.weight.T)
+
+    def back(
+        self, grad_TN: Tensor, down_RK: Tensor | None, up: Sequence[Tensor], scales: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the input [T, K] and of x A^T [T, R]; the columns hold the adapter again."""
+        self.load(up, scales)
+        both_TK = grad_TN @ self.weight
+        grad_x = both_TK[:, : self.num_inputs]
+        rank = 0 if down_RK is None else len(down_RK)
+        grad_TR = both_TK[:, self.num_inputs : self.num_inputs + rank]
+        if down_RK is not None:
+            grad_x.addmm_(grad_TR, down_RK)
+        return grad_x, grad_TR
+
+    def back_up(self, grad_TN: Tensor, thin_TR: Tensor, up: Sequence[Tensor], scales: Sequence[float]) -> list[Tensor]:
+        """Gradients of each B."""
+        return [
+            (grad_TN[:, rows].T @ thin_TR[:, columns]).mul_(scale)
+            for rows, columns, _, scale in self._blocks(up, scales)
+        ]
+
+
+def _base(layer: nn.Module) -> nn.Linear:
+    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    assert isinstance(base, nn.Linear)
+    return base
+
+
+# Pointwise parts ---------------------------------------------------------------------------------------------------
+
+
+def _compiled_on_gpu(function: Callable) -> Callable:
+    @lru_cache(maxsize=1)
+    def compiled() -> Callable:
+        return torch.compile(function)
+
+    def call(first: Tensor, *others: Any) -> Any:
+        return (compiled() if first.is_cuda else function)(first, *others)
+
+    return call
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@_compiled_on_gpu
+def normalize_into(x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tensor) -> None:
+    """RMSNorm, written into `out_TD`."""
+    wide_TD = _wide(x_TD)
+    scale_T1 = torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + epsilon)
+    out_TD.copy_(weight_D * (wide_TD * scale_T1).to(x_TD.dtype))
+
+
+@_compiled_on_gpu
+def normalize_back(x_TD: Tensor, weight_D: Tensor, epsilon: float, grad_TD: Tensor, add_TD: Tensor | None) -> Tensor:
+    """Gradient of RMSNorm's input, plus `add_TD`."""
+    wide_TD = _wide(x_TD)
+    scale_T1 = torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + epsilon)
+    through_TD = _wide(grad_TD) * _wide(weight_D)
+    along_T1 = (through_TD * wide_TD).mean(-1, keepdim=True) * scale_T1.square()
+    result_TD = scale_T1 * (through_TD - wide_TD * along_T1)
+    if add_TD is not None:
+        result_TD = result_TD + _wide(add_TD)
+    return result_TD.to(x_TD.dtype)
+
+
+def _turn(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    first, second = _wide(x_THE).chunk(2, dim=-1)
+    turned = _wide(x_THE) * _wide(cos_TE)[:, None] + torch.cat([-second, first], dim=-1) * _wide(sin_TE)[:, None]
+    return turned.to(x_THE.dtype)
+
+
+@_compiled_on_gpu
+def rotate_(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> None:
+    """Rotary embedding, in place."""
+    x_THE.copy_(_turn(x_THE, cos_TE, sin_TE))
+
+
+@_compiled_on_gpu
+def rotate_back(grad_THE: Tensor, grad_TGE: Tensor, value_TGE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Gradients of queries, keys and values before the rotary embedding, side by side: [T, (H + 2 G) E]."""
+    parts = [_turn(grad_THE, cos_TE, -sin_TE), _turn(grad_TGE, cos_TE, -sin_TE), value_TGE]
+    return torch.cat(parts, dim=1).flatten(1)
+
+
+@_compiled_on_gpu
+def gate_into(gate_up_TF: Tensor, out_TF: Tensor) -> None:
+    """silu(gate) * up of [gate, up] [T, 2 F], written into `out_TF`."""
+    gate, up = gate_up_TF.chunk(2, dim=1)
+    out_TF.copy_(F.silu(_wide(gate)).to(gate.dtype) * up)
+
+
+@_compiled_on_gpu
+def gate_back(gate_up_TF: Tensor, grad_TF: Tensor) -> Tensor:
+    """Gradient of [gate, up]; silu(gate) * up is written over `grad_TF`."""
+    gate, up = (_wide(half) for half in gate_up_TF.chunk(2, dim=1))
+    grad = _wide(grad_TF)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+    result = torch.cat([grad_gate, grad * silu], dim=1).to(gate_up_TF.dtype)
+    grad_TF.copy_(silu.to(grad_TF.dtype) * up.to(grad_TF.dtype))
+    return result
+
+
+# The two halves of a block, before and after attention -------------------------------------------------------------
+
+
+class _Heads(Function):
+    """Norm, queries, keys and values, rotary embedding: [T, D] -> [T, H, E], [T, G, E], [T, G, E]."""
+
+    @staticmethod
+    def forward(ctx, x_TD, block, cos_TE, sin_TE, down_RK, *up):
+        product = block.qkv
+        x_TK = product.room(x_TD)
+        normalize_into(x_TD, block.norm_in.weight, block.epsilon, x_TK[:, : product.num_inputs])
+        thin_TR = product.extend(x_TK, down_RK)
+        ctx.scales = product.scales()
+        product.load(up, ctx.scales)
+        heads_TJE = product(x_TK).unflatten(1, (-1, block.head_width))
+        turned = block.num_heads + block.num_kv_heads
+        rotate_(heads_TJE[:, :turned], cos_TE, sin_TE)
+        ctx.block = block
+        ctx.save_for_backward(x_TD, cos_TE, sin_TE, thin_TR.clone(), down_RK, *up)
+        return heads_TJE.split([block.num_heads, block.num_kv_heads, block.num_kv_heads], dim=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_TD, cos_TE, sin_TE, thin_TR, down_RK, *up = ctx.saved_tensors
+        block, product = ctx.block, ctx.block.qkv
+        grad_TN = rotate_back(*grads, cos_TE, sin_TE)
+        grad_norm_TD, grad_TR = product.back(grad_TN, down_RK, up, ctx.scales)
+        grad_down, grad_up = None, [None] * len(up)
+        if down_RK is not None and ctx.needs_input_grad[4]:
+            again_TD = torch.empty_like(x_TD)
+            normalize_into(x_TD, block.norm_in.weight, block.epsilon, again_TD)
+            grad_down = grad_TR.T @ again_TD
+            grad_up = product.back_up(grad_TN, thin_TR, up, ctx.scales)
+        grad_x = normalize_back(x_TD, block.norm_in.weight, block.epsilon, grad_norm_TD, None)
+        return grad_x, None, None, None, grad_down, *grad_up
+
+
+class _Rest(Function):
+    """Output projection and MLP, each added to what came in: attention's [T, D] and the block's input [T, D]."""
+
+    @staticmethod
+    def forward(ctx, attended_TD, x_TD, block, counts, *factors):
+        down, ups = factors[:3], _grouped(factors[3:], counts)
+        out, gate_up, mlp = products = (block.out, block.gate_up, block.down)
+        scales = [product.scales() for product in products]
+        for product, its_ups, its_scales in zip(products, ups, scales, strict=True):
+            product.load(its_ups, its_scales)
+
+        a_TK = out.room(x_TD)
+        a_TK[:, : out.num_inputs] = attended_TD
+        thin_out = out.extend(a_TK, down[0]).clone()
+        mid_TD = out(a_TK, x_TD)
+        m_TK = gate_up.room(x_TD)
+        normalize_into(mid_TD, block.norm_mid.weight, block.epsilon, m_TK[:, : gate_up.num_inputs])
+        thin_gate = gate_up.extend(m_TK, down[1]).clone()
+        gate_up_TF = gate_up(m_TK)
+        p_TK = mlp.room(x_TD)
+        gate_into(gate_up_TF, p_TK[:, : mlp.num_inputs])
+        thin_mlp = mlp.extend(p_TK, down[2]).clone()
+        result_TD = mlp(p_TK, mid_TD)
+
+        ctx.block, ctx.counts, ctx.scales = block, counts, scales
+        ctx.save_for_backward(attended_TD, mid_TD, gate_up_TF, thin_out, thin_gate, thin_mlp, *factors)
+        return result_TD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad_TD,) = grads
+        attended_TD, mid_TD, gate_up_TF, thin_out, thin_gate, thin_mlp, *factors = ctx.saved_tensors
+        block, down, ups = ctx.block, factors[:3], _grouped(factors[3:], ctx.counts)
+        learns = [value is not None and needed for value, needed in zip(down, ctx.needs_input_grad[4:7], strict=True)]
+        grad_down: list[Tensor | None] = [None] * 3
+        grad_ups: list[list[Any]] = [[None] * count for count in ctx.counts]
+
+        gated_TF, grad_TR = block.down.back(grad_TD, down[2], ups[2], ctx.scales[2])
+        grad_gate_up_TF = gate_back(gate_up_TF, gated_TF)  # from here `gated_TF` is the product itself
+        if learns[2]:
+            grad_down[2] = grad_TR.T @ gated_TF
+            grad_ups[2] = block.down.back_up(grad_TD, thin_mlp, ups[2], ctx.scales[2])
+        del gated_TF, grad_TR
+        grad_norm_TD, grad_TR = block.gate_up.back(grad_gate_up_TF, down[1], ups[1], ctx.scales[1])
+        if learns[1]:
+            again_TD = torch.empty_like(mid_TD)
+            normalize_into(mid_TD, block.norm_mid.weight, block.epsilon, again_TD)
+            grad_down[1] = grad_TR.T @ again_TD
+            grad_ups[1] = block.gate_up.back_up(grad_gate_up_TF, thin_gate, ups[1], ctx.scales[1])
+        del grad_gate_up_TF
+        grad_mid_TD = normalize_back(mid_TD, block.norm_mid.weight, block.epsilon, grad_norm_TD, grad_TD)
+        grad_attended_TD, grad_TR = block.out.back(grad_mid_TD, down[0], ups[0], ctx.scales[0])
+        if learns[0]:
+            grad_down[0] = grad_TR.T @ attended_TD
+            grad_ups[0] = block.out.back_up(grad_mid_TD, thin_out, ups[0], ctx.scales[0])
+        flat = [grad for part in grad_ups for grad in part]
+        return grad_attended_TD, grad_mid_TD, None, None, *grad_down, *flat
+
+
+def _grouped(values: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
+    rest = list(values)
+    return [[rest.pop(0) for _ in range(count)] for count in counts]
+
+
+class FusedBlock:
+    """One decoder block of transformers, its projections joined; parameters stay where they are."""
+
+    def __init__(self, layer: Any):
+        attention, mlp = layer.self_attn, layer.mlp
+        if layer.mlp.act_fn.__class__.__name__ not in ("SiLU", "SiLUActivation"):
+            raise ValueError("Fused blocks gate by SiLU; set blocks to compiled or plain.")
+        self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = Joined([attention.o_proj])
+        self.gate_up = Joined([mlp.gate_proj, mlp.up_proj])
+        self.down = Joined([mlp.down_proj])
+        self.norm_in, self.norm_mid = layer.input_layernorm, layer.post_attention_layernorm
+        self.epsilon = float(self.norm_in.variance_epsilon)
+        self.head_width = attention.head_dim
+        self.num_heads, self.num_kv_heads = attention.num_heads, attention.num_key_value_heads
+        self.scale = attention.scaling
+
+    def __call__(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, documents: Documents) -> Tensor:
+        qkv = self.qkv.factors()
+        heads: Any = _Heads.apply(x_TD, self, cos_TE, sin_TE, qkv.down_RK, *qkv.up)
+        query_THE, key_TGE, value_TGE = heads
+        attended_THE = attend_documents(query_THE, key_TGE, value_TGE, *documents, causal=True, scale=self.scale)
+        rest = [product.factors() for product in (self.out, self.gate_up, self.down)]
+        counts = [len(factors.up) for factors in rest]
+        ups = [value for factors in rest for value in factors.up]
+        result: Any = _Rest.apply(
+            attended_THE.flatten(1), x_TD, self, counts, *[factors.down_RK for factors in rest], *ups
+        )
+        return result
+
+
+class FusedBlocks:
+    """The decoder of a Qwen2.5-VL whose base is frozen, over packed documents.
+
+    Made when the model is where it stays: weights are joined there, and moving the model would part them again.
+    """
+
+    def __init__(self, decoder: Any):
+        self.decoder = decoder
+        self.blocks = [FusedBlock(layer) for layer in decoder.layers]
+
+    def __call__(self, embeds_LD: Tensor, position_ids_4L: Tensor, documents: Documents) -> Tensor:
+        """Last hidden states [L, D]."""
+        cos, sin = self.decoder.rotary_emb(embeds_LD[None], position_ids_4L[1:, None])
+        hidden_LD = embeds_LD
+        for block in self.blocks:
+            run = partial(block, cos_TE=cos[0], sin_TE=sin[0], documents=documents)
+            if self.decoder.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_LD = checkpoint(run, hidden_LD, use_reentrant=False)
+            else:
+                hidden_LD = run(hidden_LD)
+        return self.decoder.norm(hidden_LD)
