@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -195,21 +194,10 @@ def versions(device: str, packages: Sequence[str] = ()) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` where the code differs from it; THREEDR1_COMMIT names it where git cannot."""
-    named = os.environ.get("THREEDR1_COMMIT", "")
-    if named:
-        return named
-    try:
-        head = _git("rev-parse", "--short=10", "HEAD")
-        changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results.json", f":!benchmarks/{PAGE}")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # an installed package, or a copy without its history
-    return head + ("+" if changed else "")
+    """The checkout's commit, as engine.environment gives it; what benchmarks write here is no change."""
+    from ..engine import environment  # it loads torch
 
-
-def _git(*words: str) -> str:
-    command = ["git", "-C", str(ROOT), *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+    return environment.commit(ROOT, ("benchmarks/results.json", f"benchmarks/{PAGE}"))
 
 
 def _write(path: Path, text: str) -> None:

@@ -106,7 +106,7 @@ class Steps:
 
     def __call__(self) -> None:
         taught = self.upcoming or self.prepared()
-        _, counts = accumulate_gradients(self.model, taught, self.config)
+        _, counts = accumulate_gradients(self.model, taught, self.config, self.optimizer)
         self.done += 1
         self.upcoming = self.prepared()  # as the training loop does, while the GPU computes
         self.optimizer.step(self.done, divisor=counts["tokens"])

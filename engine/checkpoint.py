@@ -1,49 +1,29 @@
-"""Atomic checkpoints and exact resume.
+"""Atomic checkpoints and exact resume; saving.py writes them in the background (docs/checkpoints.md: a run's layout).
 
-A checkpoint is the folder `<run>/checkpoints/step-000100`: `config.yaml`, `model/` (what `save_pretrained` writes)
-and `state.pt` (optimizer, scheduler, RNG, step). It is written under another name and renamed when whole, and renamed
-again before it is deleted, so a folder of that name is always complete, whenever the process is killed.
+A checkpoint is the folder `<run>/checkpoints/step-000100`: `config.yaml`, `model/` (what `save_pretrained` writes),
+`state.safetensors` and `state.json` (optimizer, random state, step). It is written under another name and renamed when
+whole, and renamed again before it is deleted, so a folder of that name is always complete, whenever the process is
+killed. `<run>/best` is a model's folder that is replaced in the same way.
 """
 
 import os
-import pickle
-import random
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import torch
-import yaml
+from safetensors import SafetensorError
 
-from ..utils.files import read_text
-from .config import AugmentConfig, save_config, to_dict
+from .background import advice, disk_error
+from .config import save_config
 from .optim import Optimizer
-from .runtime import Runtime, log
+from .runtime import log
+from .training_state import load_state, save_state, set_rng_state
 
 _STEP = re.compile(r"step-(\d+)")
-_HALF = ("partial-", "deleted-")  # folders that are being written or deleted
-
-
-def rng_state() -> dict[str, Any]:
-    """State of the global generators."""
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what `rng_state` gave."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+_PARTIAL, _DELETED = "partial-", "deleted-"  # folders that are being written or deleted
+BEST = "best"  # the folder of a run's best model
 
 
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
@@ -65,20 +45,53 @@ def save_checkpoint(
     Args:
         step: number of finished steps.
         save_model: writes the model into the folder it is given.
-        state: anything torch.save takes; `step` and the RNG are added.
+        state: nested dictionaries of tensors and of what JSON takes.
+
+    Raises:
+        OSError: it could not be written; the older checkpoints are all there.
     """
-    final = checkpoint_path(run_dir, step)
-    partial = final.with_name(f"partial-{step:06d}")
-    _remove(partial)
-    (partial / "model").mkdir(parents=True)
-    save_model(partial / "model")
-    save_config(config, partial / "config.yaml")
-    torch.save({**state, "step": step, "rng": rng_state()}, partial / "state.pt")
-    _sync(partial)
-    _remove(final)
-    partial.rename(final)
+
+    def fill(partial: Path) -> None:
+        (partial / "model").mkdir()
+        save_model(partial / "model")
+        save_config(config, partial / "config.yaml")
+        save_state(state, partial)
+
+    final = write_folder(checkpoint_path(run_dir, step), fill)
     for old in list_checkpoints(run_dir)[:-keep] if keep > 0 else []:
-        _remove(old)
+        try:
+            _remove(old)
+        except OSError as error:
+            log.warning("%s is written, but %s could not be deleted: %s", final, old, advice(error))
+    return final
+
+
+def write_folder(final: Path, fill: Callable[[Path], None]) -> Path:
+    """Put a folder that `fill` writes in the place of `final`, whole or not at all.
+
+    Raises:
+        OSError: it could not be written; what was at `final` is still there, and nothing half-written stays.
+    """
+    partial, replaced = (final.with_name(prefix + final.name) for prefix in (_PARTIAL, _DELETED))
+    try:
+        shutil.rmtree(replaced, ignore_errors=True)
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        fill(partial)
+        _sync(partial)
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+    except (OSError, SafetensorError) as error:
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
+        shutil.rmtree(partial, ignore_errors=True)
+        found = disk_error(error)
+        if found is None:
+            raise
+        raise found from error
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
@@ -95,45 +108,21 @@ def _sync(folder: Path) -> None:
 def _remove(folder: Path) -> None:
     """Delete a folder, if it is there, under another name: half of it never stands under its own."""
     if folder.exists():
-        doomed = folder.with_name(f"deleted-{folder.name}")
+        doomed = folder.with_name(_DELETED + folder.name)
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
 
 
 def remove_leftovers(run_dir: str | Path) -> None:
-    """Delete what a kill left half-written or half-deleted among the checkpoints."""
-    folder = Path(run_dir) / "checkpoints"
-    for entry in folder.iterdir() if folder.is_dir() else []:
-        if entry.name.startswith(_HALF):
-            shutil.rmtree(entry)
-
-
-class Saved(Protocol):
-    """A model that writes itself into a folder."""
-
-    def save_pretrained(self, folder: Path, /) -> None: ...
-
-
-def save_run(
-    runtime: Runtime,
-    config: Any,
-    step: int,
-    model: Saved,
-    optimizer: Optimizer,
-    extra: dict[str, Any] | None = None,
-) -> Path:
-    """Checkpoint a training run after `step` finished steps; rank 0 writes, the others wait.
-
-    Args:
-        extra: more to keep in state.pt.
-    """
-    run = config.run
-    if runtime.is_main:
-        state = {"optimizer": optimizer.state_dict(), **(extra or {})}
-        save_checkpoint(run.dir, step, config, model.save_pretrained, state, keep=run.keep_checkpoints)
-    runtime.barrier()
-    return checkpoint_path(run.dir, step)
+    """Delete what a kill left half-written or half-deleted; a folder whose successor never came gets its name back."""
+    for folder in (Path(run_dir), Path(run_dir) / "checkpoints"):
+        for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+            final = folder / entry.name.removeprefix(_DELETED)
+            if entry.name == _DELETED + BEST and not final.exists():  # the old best is deleted last of all
+                entry.rename(final)
+            elif entry.is_dir() and entry.name.startswith((_PARTIAL, _DELETED)):
+                shutil.rmtree(entry)
 
 
 def restore_run(checkpoint: Path | None, optimizer: Optimizer, data: str) -> dict[str, Any]:
@@ -168,107 +157,6 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
     """The newest complete checkpoint, if any."""
     return next(reversed(list_checkpoints(run_dir)), None)
-
-
-def open_run(config: Any, resume: bool) -> Path | None:
-    """The checkpoint that a run goes on from, None for a fresh start.
-
-    Raises:
-        ValueError: the folder holds another run's checkpoints, or this run's under another configuration.
-    """
-    newest = latest_checkpoint(config.run.dir)
-    if (resume or newest is None) and os.environ.get("RANK", "0") == "0":
-        remove_leftovers(config.run.dir)
-    if newest is None:
-        return None
-    if not resume:
-        raise ValueError(
-            f"{config.run.dir} already holds checkpoints; pass --resume to go on, or set another run.dir."
-        )
-    saved = _saved_config(newest, to_dict(type(config)()))
-    changed = _differences(saved, to_dict(config))
-    if config.optim.schedule == "constant":  # any other schedule is stretched over the steps
-        changed = [entry for entry in changed if not entry.startswith("run.steps:")]
-    if changed:
-        raise ValueError(
-            f"{newest} was trained with another configuration ({', '.join(changed[:3])}); "
-            "resume with the same one, or set another run.dir."
-        )
-    return newest
-
-
-# Keys that came later have defaults that mean what was done before there were such keys, but for these.
-_BEFORE = {"model.language.object_token": False, "model.views.redundancy": 0.0}
-
-
-def _saved_config(checkpoint: Path, defaults: dict) -> dict:
-    """A checkpoint's configuration; keys that it was written without take their defaults."""
-    path = checkpoint / "config.yaml"
-    text = read_text(path, f"{checkpoint} has no config.yaml; delete that checkpoint and resume from the one before.")
-    try:
-        saved = yaml.safe_load(text)
-    except yaml.YAMLError:
-        saved = None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path} is broken; delete that checkpoint and resume from the one before.")
-    if isinstance(saved.get("augment"), bool):  # from before augmentation was a group; its defaults are what it was
-        saved["augment"] = to_dict(AugmentConfig(enabled=saved["augment"]))
-    for path, value in _BEFORE.items():
-        *names, key = path.split(".")
-        group = _group(saved, names)
-        if isinstance(group, dict):
-            group.setdefault(key, value)
-    _fill(saved, defaults)
-    return saved
-
-
-def _group(config: dict, names: Sequence[str]) -> Any:
-    """What stands in nested dictionaries under these names, None where nothing does."""
-    group: Any = config
-    for name in names:
-        group = group.get(name) if isinstance(group, dict) else None
-    return group
-
-
-def _fill(saved: dict, defaults: dict) -> None:
-    """Add the keys that are missing, at every depth."""
-    for key, value in defaults.items():
-        if isinstance(value, dict) and isinstance(saved.get(key), dict):
-            _fill(saved[key], value)
-        else:
-            saved.setdefault(key, value)
-
-
-# Settings that change how a run is carried out, not what it computes.
-_FREE_TO_CHANGE = {"run.log_every", "run.save_every", "run.keep_checkpoints", "run.trackers"}
-_FREE_TO_CHANGE |= {"run.eval_every", "run.device", "run.dir", "data.cached_scenes", "data.workers"}
-# These say which samples there are, which a run that is resumed compares one by one.
-_FREE_TO_CHANGE |= {"data.eval_splits", "data.missing"}
-
-
-def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
-    names = []
-    for key in sorted(set(saved) | set(now)):
-        old, new = saved.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            names += _differences(old, new, f"{prefix}{key}.")
-        elif old != new and prefix + key not in _FREE_TO_CHANGE:
-            names.append(f"{prefix}{key}: {old} -> {new}")
-    return names
-
-
-def load_state(checkpoint: str | Path) -> dict[str, Any]:
-    """Training state of a checkpoint; ValueError where it is broken.
-
-    It is our own file and holds Python RNG tuples, hence not weights-only.
-    """
-    path = Path(checkpoint) / "state.pt"
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except (FileNotFoundError, RuntimeError, EOFError, pickle.UnpicklingError):
-        raise ValueError(
-            f"{path} is missing or broken; delete that checkpoint and resume from the one before."
-        ) from None
 
 
 def model_folder(path: str | Path) -> Path:

@@ -52,12 +52,15 @@ class RunConfig:
     save_every: int = 200
     keep_checkpoints: int = 2
     eval_every: int = 0  # 0: only at the end
+    best_metric: str = ""  # what makes a model the best one, kept in <run>/best; "" takes the command's own
+    best_mode: str = "max"  # max, min: which values of it are better
     device: str = "auto"  # auto, cpu, cuda
     trackers: tuple[str, ...] = ()  # besides metrics.jsonl: tensorboard
 
     def __post_init__(self):
         _at_least(self, seed=0, steps=0, batch_size=1, micro_batch_size=0, log_every=1, save_every=1)
         _at_least(self, keep_checkpoints=0, eval_every=0)
+        _one_of(self, best_mode=("max", "min"))
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,6 @@ last one where there are none) and `detection.json` (mAP and AR of that encoder,
 """
 
 import copy
-import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +13,17 @@ import torch
 
 from ..models.scene_encoder import SceneEncoder, SetCriterion, build_scene_encoder
 from ..utils.metrics.detection import SceneDetections, SceneObjects, evaluate_detections, split_logits
-from .checkpoint import open_run, restore_run, save_run
+from .checkpoint import restore_run
 from .config import DetectConfig
 from .data import fingerprint
 from .detection_data import SceneSamples
 from .optim import Optimizer, update_average
+from .run_folder import open_run
 from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything, stream
+from .saving import Checkpoints
 from .tracking import Tracker
 
+SCORES = "detection.json"
 _EVAL_STREAM = 22  # name of a random stream
 
 
@@ -37,14 +37,11 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
     if run.micro_batch_size not in (0, run.batch_size):
         raise ValueError("detect takes a batch at once; leave run.micro_batch_size at 0 and lower run.batch_size.")
     last = open_run(config, resume)
-    if last is None and not resume and (Path(run.dir) / "best").exists():
-        raise ValueError(f"{run.dir} holds the encoder of an earlier run in best/; set another run.dir, or remove it.")
     runtime = init_runtime(run.device)
     scenes = SceneSamples(config, config.data.train_split)
     held_out = SceneSamples(config, config.data.eval_split) if config.data.eval_split else None
     if last is None and runtime.is_main:  # of a run that was killed before its first checkpoint
-        shutil.rmtree(Path(run.dir) / "best", ignore_errors=True)
-        (Path(run.dir) / "detection.json").unlink(missing_ok=True)
+        (Path(run.dir) / SCORES).unlink(missing_ok=True)
     seed_everything(run.seed)
     encoder = SceneEncoder.from_pretrained(last / "model") if last else build_scene_encoder(config.encoder)
     encoder.to(runtime.device).train()
@@ -52,20 +49,26 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
         encoder.compute_in(torch.bfloat16)
     average = copy.deepcopy(encoder).eval().requires_grad_(False) if config.ema_decay else encoder
     criterion = SetCriterion(encoder.num_classes, repeats=config.queries_per_object).to(runtime.device)
-    optimizer = Optimizer(dict(encoder.named_parameters()), config.optim, run.steps, runtime)
+    optimizer = Optimizer(
+        dict(encoder.named_parameters()), config.optim, run.steps, runtime, skipped_dir=Path(run.dir) / "skipped"
+    )
     state = restore_run(last, optimizer, fingerprint(scenes.scene_ids))
     if last and config.ema_decay:
         average.load_state_dict(state["average"])
-    best = Best(Path(run.dir), score=state.get("best", -1.0), seconds=state.get("seconds", 0.0))
+    checkpoints = Checkpoints(runtime, config, samples={"scenes": len(scenes)}, fresh=last is None, metric="map50")
+    best = Best(checkpoints, seconds=state.get("seconds", 0.0))
     num_trained = sum(parameter.numel() for parameter in encoder.parameters())
     log.info("%d scenes, %.2f M parameters, %s", len(scenes), num_trained / 1e6, runtime.device)
     tracker = Tracker(
         run.dir, "detect", run.steps, first_step=state["step"], sinks=run.trackers, enabled=runtime.is_main
     )
-    with tracker, scenes.loader, matmul_precision("high" if config.precision == "bfloat16" else "highest"):
+    precision = "high" if config.precision == "bfloat16" else "highest"
+    with tracker, checkpoints, scenes.loader, matmul_precision(precision):
         for step in range(state["step"], run.steps):
             seed_everything(run.seed, step, runtime.rank)
             losses = train_step(encoder, criterion, scenes, step, runtime)
+            scene_ids = scenes.training_scenes(step, runtime)
+            optimizer.note(scene_ids, ["detection"] * len(scene_ids), losses["loss"])
             metrics = optimizer.step(step, divisor=runtime.world_size)
             if config.ema_decay:
                 update_average(average, encoder, config.ema_decay, step)
@@ -77,14 +80,14 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
             if done or (run.eval_every and (step + 1) % run.eval_every == 0):
                 best.evaluate(average, held_out, runtime, tracker, step)
             if (step + 1) % run.save_every == 0 or done:
-                extra = {"data": fingerprint(scenes.scene_ids), "best": best.score}
-                extra |= {"seconds": best.seconds + tracker.seconds}
+                extra = {"data": fingerprint(scenes.scene_ids), "seconds": best.seconds + tracker.seconds}
                 extra |= {"average": average.state_dict()} if config.ema_decay else {}
-                save_run(runtime, config, step + 1, encoder, optimizer, extra)
-        if not best.folder.exists():  # no steps at all: the untrained encoder
+                checkpoints.save(step + 1, encoder, optimizer, extra)
+        checkpoints.wait()
+        if not checkpoints.best_folder.exists():  # no steps at all: the untrained encoder
             best.evaluate(average, held_out, runtime, tracker, state["step"] - 1)
     close_runtime(runtime)
-    return best.folder
+    return checkpoints.best_folder
 
 
 def train_step(
@@ -144,17 +147,14 @@ def evaluate_encoder(encoder: SceneEncoder, scenes: SceneSamples, runtime: Runti
 
 
 class Best:
-    """The best encoder of a run so far: `<run>/best`, and beside it `detection.json` with its scores.
+    """Scores encoders of a run and keeps the best: `<run>/best`, and beside it `detection.json` with its scores.
 
     Args:
-        run_dir: the run's folder.
-        score: mAP@0.5 of the encoder that is there; below 0 for none.
         seconds: of training before this process, evaluations included.
     """
 
-    def __init__(self, run_dir: Path, *, score: float, seconds: float):
-        self.folder = run_dir / "best"
-        self.score = score if self.folder.exists() else -1.0  # a kill can come between removing and renaming
+    def __init__(self, checkpoints: Checkpoints, *, seconds: float):
+        self.checkpoints = checkpoints
         self.seconds = seconds
 
     def evaluate(
@@ -166,33 +166,17 @@ class Best:
         step: int,
     ) -> None:
         """Score an encoder on the held-out scenes, log, and keep it where it is better; without scenes, keep it."""
-        scores: dict | None = None
-        if held_out is not None:
-            scores = evaluate_encoder(encoder, held_out, runtime)
-            summary = {
-                f"{name.lower()}{round(100 * float(threshold))}": scores[threshold][name]
-                for threshold in ("0.25", "0.5")
-                for name in ("mAP", "AR")
-            }
-            tracker.log(step, summary)
-            log.info("step %d: %s", step + 1, ", ".join(f"{name} {value:.3f}" for name, value in summary.items()))
-            if scores["0.5"]["mAP"] <= self.score:
-                return
-            self.score = scores["0.5"]["mAP"]
-            seconds = round(self.seconds + tracker.seconds, 1)
-            scores = {"step": step + 1, "seconds": seconds, "scenes": len(held_out), **scores}
-        if runtime.is_main:
-            self._keep(encoder, scores)
-        runtime.barrier()
-
-    def _keep(self, encoder: SceneEncoder, scores: dict | None) -> None:
-        """Write the encoder and its scores; nothing half-written stays under these names."""
-        partial = self.folder.with_name("best.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        encoder.save_pretrained(partial)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        partial.rename(self.folder)
-        if scores is not None:
-            partial = self.folder.with_name("detection.json.partial")
-            partial.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, self.folder.with_name("detection.json"))
+        if held_out is None:
+            self.checkpoints.offer_best(step + 1, None, encoder)
+            return
+        scores = evaluate_encoder(encoder, held_out, runtime)
+        summary = {
+            f"{name.lower()}{round(100 * float(threshold))}": scores[threshold][name]
+            for threshold in ("0.25", "0.5")
+            for name in ("mAP", "AR")
+        }
+        tracker.log(step, summary)
+        log.info("step %d: %s", step + 1, ", ".join(f"{name} {value:.3f}" for name, value in summary.items()))
+        seconds = round(self.seconds + tracker.seconds, 1)
+        scores = {"step": step + 1, "seconds": seconds, "scenes": len(held_out), **scores}
+        self.checkpoints.offer_best(step + 1, summary, encoder, beside={SCORES: scores})

@@ -210,6 +210,11 @@ class SceneSamples:
         sampler = self._samplers[augment]
         return to_batch(stack([sampler(row, self[row], rng) for row, rng in zip(rows, streams, strict=True)]))
 
+    def training_scenes(self, step: int, runtime: Runtime) -> list[str]:
+        """Ids of the scenes in this rank's part of one step's batch."""
+        run = self.config.run
+        return [self.scene_ids[row] for row in batch_indices(len(self), step, run.batch_size, run.seed, runtime)]
+
     def training_batch(self, step: int, runtime: Runtime) -> Batch:
         """This rank's part of one step's batch. Asked for step after step, workers make the next ones meanwhile.
 

@@ -6,12 +6,14 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..datasets.doctor import Finding, free_bytes, gigabytes
 
+ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy", "plyfile", "trimesh")
 OPTIONAL = {
     "rerun-sdk": "the viewer: pip install 'threedr1[viewer]'",
@@ -106,3 +108,28 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def commit(root: Path = ROOT, ignoring: Sequence[str] = ()) -> str:
+    """The checkout's commit, with `+` where the code differs from it; THREEDR1_COMMIT names it where git cannot.
+
+    Args:
+        ignoring: files whose changes do not count, relative to `root`.
+
+    Returns:
+        "unknown" for an installed package, or a copy without its history.
+    """
+    named = os.environ.get("THREEDR1_COMMIT", "")
+    if named or not (root / ".git").exists():  # a package inside someone else's repository is not that repository
+        return named or "unknown"
+    try:
+        head = _git(root, "rev-parse", "--short=10", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--", ".", *(f":!{name}" for name in ignoring))
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head + ("+" if changed else "")
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()

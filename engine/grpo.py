@@ -9,8 +9,8 @@ once.
 Shapes: P prompts, G completions of each, B rows of a micro-batch, T tokens of the longest completion.
 """
 
-import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,15 +24,18 @@ from ..models.language_model import active_adapter, add_lora, copy_lora, load_lo
 from ..models.lm_head import token_logprobs
 from ..models.scene_vlm import POLICY, SceneVLM
 from .build import give_multiview
-from .checkpoint import load_state, model_folder, open_run, restore_run, save_run
+from .checkpoint import model_folder, restore_run
 from .config import GrpoConfig, RewardConfig
 from .data import ObservationCache, fingerprint, load_split
 from .grpo_loss import GrpoLossConfig, Normalizer, group_advantages, group_statistics, grpo_loss, merge_metrics
 from .optim import Optimizer
 from .rewards import RewardResult, RewardSet, build_rewards
 from .rollout import Rollout, completion_row, roll_out
+from .run_folder import open_run
 from .runtime import Runtime, batch_indices, close_runtime, init_runtime, log, seed_everything, torch_stream
-from .tracking import Tracker, drop_steps_from
+from .saving import Checkpoints
+from .tracking import Tracker, append_rows, drop_steps_from
+from .training_state import load_state
 
 REFERENCE = "ref"
 _LARGE_GAP = 0.1  # nats a token; bfloat16 alone gives about 0.03
@@ -230,6 +233,12 @@ def update_policy(
                 entropy_BT=entropy_BT,
             )
             result.loss.backward()
+            optimizer.note(
+                [rollouts[prompt].sample.sample_id for prompt, _ in batch],
+                [rollouts[prompt].sample.task for prompt, _ in batch],
+                result.loss,
+                texts=[rollouts[prompt].texts[g] for prompt, g in batch],
+            )
             if update == 0:
                 # The rollout engine and the trainer must agree on what was sampled; their gap is an alarm.
                 sampled = torch.tensor([value for prompt, g in batch for value in rollouts[prompt].logps[g]])
@@ -266,8 +275,7 @@ def log_completions(
     ]
     everyone = [entry for part in runtime.gather(own) for entry in part]
     if runtime.is_main:
-        with path.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in everyone)
+        append_rows(path, everyone)
 
 
 def _number(value: float) -> float | None:
@@ -291,7 +299,9 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
     model, initial = load_policy(config, last, runtime)
     give_multiview(model, config.data, samples)
     extra = {"init": str(initial.resolve()), "data": fingerprint([sample.sample_id for sample in samples])}
-    optimizer = Optimizer(model.trainable_parameters(), config.optim, run.steps, runtime)
+    optimizer = Optimizer(
+        model.trainable_parameters(), config.optim, run.steps, runtime, skipped_dir=Path(run.dir) / "skipped"
+    )
     first_step = restore_run(last, optimizer, extra["data"])["step"]
     observations = ObservationCache(
         store,
@@ -304,9 +314,11 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
     completions_path = Path(run.dir) / "completions.jsonl"
     if runtime.is_main and completions_path.exists():
         drop_steps_from(completions_path, first_step)
-    with Tracker(
-        run.dir, "grpo", run.steps, first_step=first_step, sinks=run.trackers, enabled=runtime.is_main
-    ) as tracker:
+    checkpoints = Checkpoints(
+        runtime, config, samples=Counter(sample.dataset for sample in samples), fresh=last is None
+    )
+    tracker = Tracker(run.dir, "grpo", run.steps, first_step=first_step, sinks=run.trackers, enabled=runtime.is_main)
+    with tracker, checkpoints:
         for step in range(first_step, run.steps):
             seed_everything(run.seed, step, runtime.rank)
             rows = batch_indices(len(samples), step, run.batch_size, run.seed, runtime)
@@ -324,9 +336,9 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
                 tracker.log(step, metrics)
                 log_completions(completions_path, step, rollouts, scored, runtime)
             if (step + 1) % run.save_every == 0 or step + 1 == run.steps:
-                last = save_run(runtime, config, step + 1, model, optimizer, extra)
+                last = checkpoints.save(step + 1, model, optimizer, extra)
+        if last is None:
+            last = checkpoints.save(0, model, optimizer, extra)
     rewards.close()
-    if last is None:
-        last = save_run(runtime, config, 0, model, optimizer, extra)
     close_runtime(runtime)
     return last

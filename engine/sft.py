@@ -4,6 +4,7 @@ What is learned is the target after the prompt, `<think>…</think><answer>…</
 where the data has no thought. The loss is the mean over all taught tokens of the global batch.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -19,11 +20,13 @@ from ..models.lm_head import cross_entropy
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
 from .build import build_model, check_settings, give_multiview
-from .checkpoint import model_folder, open_run, restore_run, save_run
+from .checkpoint import model_folder, restore_run
 from .config import SftConfig
 from .data import ObservationCache, fingerprint, load_split
 from .optim import Optimizer
+from .run_folder import open_run
 from .runtime import Runtime, batch_indices, beside, close_runtime, init_runtime, log, seed_everything
+from .saving import Checkpoints
 from .tracking import Tracker
 
 _MULTIPLE = 128  # of tokens in a pack on a GPU: its matrix products come in tiles
@@ -156,7 +159,7 @@ def prepare_batch(
 
 
 def accumulate_gradients(
-    model: SceneVLM, taught: Sequence[Taught], config: SftConfig
+    model: SceneVLM, taught: Sequence[Taught], config: SftConfig, optimizer: Optimizer
 ) -> tuple[torch.Tensor, dict[str, int]]:
     """Back-propagate this rank's part of a batch, pack by pack. A GPU is told what to do and not waited for.
 
@@ -177,6 +180,8 @@ def accumulate_gradients(
         loss, count = sft_loss(model, [taught[row] for row in pack], length=filled, temperature=views.temperature)
         pull = views.pull * count * selector.regularizer() if selector is not None and selector.learns else 0.0
         (loss + pull).backward()
+        its = [taught[row].sample for row in pack]
+        optimizer.note([sample.sample_id for sample in its], [sample.task for sample in its], loss)
         loss_sum += loss.detach()
         tokens += count
     reached = [(encoding, cut.grad) for encoding, cut in encodings if cut.grad is not None]
@@ -206,6 +211,7 @@ def train(config: SftConfig, resume: bool = False) -> Path:
         run.steps,
         runtime,
         lr_factors={"view_selector.w_text": factor, "view_selector.w_image": factor},
+        skipped_dir=Path(run.dir) / "skipped",
     )
     extra = {"data": fingerprint([sample.sample_id for sample in samples])}
     first_step = restore_run(last, optimizer, extra["data"])["step"]
@@ -224,13 +230,15 @@ def train(config: SftConfig, resume: bool = False) -> Path:
         return prepare_batch(model, [samples[row] for row in rows], observations, config, step)
 
     upcoming: list[Taught] | None = None
-    with Tracker(
-        run.dir, "sft", run.steps, first_step=first_step, sinks=run.trackers, enabled=runtime.is_main
-    ) as tracker:
+    checkpoints = Checkpoints(
+        runtime, config, samples=Counter(sample.dataset for sample in samples), fresh=last is None
+    )
+    tracker = Tracker(run.dir, "sft", run.steps, first_step=first_step, sinks=run.trackers, enabled=runtime.is_main)
+    with tracker, checkpoints:
         for step in range(first_step, run.steps):
             seed_everything(run.seed, step, runtime.rank)
             taught = upcoming or prepare(step)
-            loss_sum, counts = accumulate_gradients(model, taught, config)
+            loss_sum, counts = accumulate_gradients(model, taught, config, optimizer)
             # the GPU computes meanwhile; `taught` keeps what it reads alive
             upcoming = prepare(step + 1) if looks_ahead(model) and step + 1 < run.steps else None
             sums = dict(zip(counts, runtime.total(*counts.values()), strict=True))
@@ -245,8 +253,8 @@ def train(config: SftConfig, resume: bool = False) -> Path:
             if (step + 1) % run.log_every == 0 or step + 1 == run.steps:
                 tracker.log(step, metrics)
             if (step + 1) % run.save_every == 0 or step + 1 == run.steps:
-                last = save_run(runtime, config, step + 1, model, optimizer, extra)
-    if last is None:
-        last = save_run(runtime, config, 0, model, optimizer, extra)
+                last = checkpoints.save(step + 1, model, optimizer, extra)
+        if last is None:
+            last = checkpoints.save(0, model, optimizer, extra)
     close_runtime(runtime)
     return last

@@ -1,14 +1,18 @@
 """Progress bar and metrics.jsonl, always; other trackers behind the same small interface."""
 
+import contextlib
 import json
 import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
+
+from .background import advice
+from .runtime import log
 
 
 class Sink(Protocol):
@@ -103,10 +107,26 @@ class Tracker:
             return
         row = {"step": step, "seconds": round(self.seconds, 3)}
         row |= {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        append_rows(self.path, [row])
         for sink in self.sinks:
             sink.log(step, {name: value for name, value in metrics.items() if math.isfinite(value)})
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Append JSON objects, one a line, all or none; where the disk takes none, say so and return False.
+
+    Training is worth more than a row of its log.
+    """
+    begun = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # half a row would make the file unreadable
+            os.truncate(path, begun)
+        log.warning("could not write to %s: %s; training goes on, these rows are left out", path, advice(error))
+        return False
+    return True
 
 
 def drop_steps_from(path: str | Path, first_step: int) -> None:

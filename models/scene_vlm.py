@@ -6,7 +6,7 @@ Shapes: B rows, L tokens, K proposals, M layout tokens, T tokens of a view, D la
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -314,6 +314,17 @@ class SceneVLM(SceneObserver):
         return Answer(text, response.think, response.answer, response.well_formed, world)
 
     # -- saving ----------------------------------------------------------------------------------------------------
+
+    def saved_tensors(self) -> Iterator[torch.Tensor]:
+        """What `save_pretrained` writes: neither a frozen base nor the encoders of views, which it only names."""
+        whole: list[nn.Module] = [self.scene_encoder, self.connector]
+        whole += [self.language] if self.full_language_model else []
+        for module in whole:
+            yield from module.parameters()
+            yield from module.buffers()
+        if self.view_selector is not None:
+            yield from self.view_selector.parameters()
+        yield from (value for name, value in self.language.named_parameters() if "lora_" in name)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write everything that differs from the base language model, and the base itself where it was trained."""

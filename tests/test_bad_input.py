@@ -485,8 +485,10 @@ def test_a_run_dir_in_use(refused: Refused, prepared: Path, run: Path, run_setti
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("state.pt", b"PK", "state.pt is missing or broken; delete that checkpoint"),
-        ("state.pt", None, "state.pt is missing or broken"),
+        ("state.safetensors", b"PK", "state.safetensors is missing or broken; delete that checkpoint"),
+        ("state.safetensors", None, "state.safetensors is missing or broken"),
+        ("state.json", b"{", "state.json is missing or broken; delete that checkpoint"),
+        ("state.json", None, "state.json is missing or broken"),
         ("config.yaml", b"{{", "config.yaml is broken; delete that checkpoint"),
         ("config.yaml", None, "has no config.yaml"),
     ],

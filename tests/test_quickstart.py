@@ -86,7 +86,7 @@ def test_it_trains_evaluates_and_reports(first_start, checkout):
     run = checkout / "runs" / "quickstart"
     assert "complete:" not in first_start.stdout
     for stage, steps in (("detect", 6), ("sft", 4), ("grpo", 2)):
-        assert (run / stage / "checkpoints" / f"step-{steps:06d}" / "state.pt").exists()
+        assert (run / stage / "checkpoints" / f"step-{steps:06d}" / "state.safetensors").exists()
         assert (run / stage / "metrics.jsonl").stat().st_size > 0
     assert (run / "untrained" / "checkpoints" / "step-000000" / "model").is_dir()
     for label in LABELS:

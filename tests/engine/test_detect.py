@@ -267,7 +267,7 @@ def test_the_best_encoder_is_there_after_every_run(data_root, tmp_path):
     for name, value in load_file(folder / "model.safetensors").items():
         assert torch.equal(value, first[name])
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(ValueError, match="holds the encoder of an earlier run"):
+    with pytest.raises(ValueError, match="holds the model of an earlier run"):
         detect.train(make_config(data_root, tmp_path / "run", steps=0))
     untrained = detect.train(make_config(data_root, tmp_path / "run", steps=0), resume=True)
     assert not torch.equal(

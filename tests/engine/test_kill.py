@@ -13,9 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from threedr1.engine.checkpoint import list_checkpoints, load_state, open_run, save_checkpoint
+from threedr1.engine.checkpoint import list_checkpoints, save_checkpoint
 from threedr1.engine.config import load_config, save_config
+from threedr1.engine.run_folder import open_run
 from threedr1.engine.tracking import drop_steps_from, read_metrics
+from threedr1.engine.training_state import load_state
+from threedr1.models.scene_vlm import SceneVLM
 
 from .test_pipeline import ENCODER, assert_same_weights, grpo_config, sft_config, weights
 
@@ -163,6 +166,40 @@ def kill_at_random(arguments: list[str], run_dir: Path, rows: int, rng: random.R
     return killed
 
 
+def kill_while_writing(arguments: list[str], run_dir: Path, rng: random.Random) -> bool:
+    """Start a run and SIGKILL it within a few milliseconds of a checkpoint's being begun; False where it was faster.
+
+    The checkpoint is the run's first, second or third.
+    """
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
+    saves, writing = rng.randint(1, 3), False
+    try:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and saves:
+            assert time.monotonic() < deadline, "the run does not get on"
+            before, writing = writing, any((run_dir / "checkpoints").glob("partial-*"))
+            saves -= writing and not before
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.02))
+        killed = process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        _, errors = process.communicate()
+    assert killed or process.returncode == 0, errors.decode()[-2000:]
+    return killed
+
+
+def assert_loads(run_dir: Path) -> bool:
+    """Every checkpoint that stands there loads, model and state; whether a kill left something half-written."""
+    for folder in list_checkpoints(run_dir):
+        state = load_state(folder)
+        assert folder.name == f"step-{state['step']:06d}" and len(state["optimizer"]["adam"]["exp_avg"]) > 10
+        SceneVLM.from_pretrained(folder / "model")
+    folder = run_dir / "checkpoints"
+    return folder.is_dir() and any(entry.name.startswith(("partial-", "deleted-")) for entry in folder.iterdir())
+
+
 def run_with_kills(arguments: list[str], run_dir: Path, *, kills: int, steps: int, seed: int) -> int:
     """Kill the run several times, then let it finish; returns how many kills it took."""
     rng = random.Random(seed)
@@ -182,20 +219,28 @@ def assert_equal_runs(killed: Path, whole: Path) -> None:
     assert logged(killed) == logged(whole)
     assert {entry.name for entry in (killed / "checkpoints").iterdir()} == set(names[0]), "leftovers of a kill"
     assert not list(killed.rglob("*.partial"))
-    optimizers = [
-        load_state(run / "checkpoints" / names[0][-1])["optimizer"]["adam"]["state"] for run in (killed, whole)
-    ]
-    for key, state in optimizers[1].items():
-        for name, value in state.items():
-            assert torch.equal(optimizers[0][key][name], value)
+    optimizers = [load_state(run / "checkpoints" / names[0][-1])["optimizer"]["adam"] for run in (killed, whole)]
+    assert optimizers[0].keys() == optimizers[1].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    for kind, values in optimizers[1].items():
+        for name, value in values.items():
+            assert torch.equal(optimizers[0][kind][name], value), f"{kind} of {name}"
 
 
 @pytest.mark.slow
-def test_sft_killed_several_times(rooms_root, tmp_path):
-    steps = ("run.steps=24", "run.save_every=2", "model.train_scene_encoder=true")
-    for name, kills in (("whole", 0), ("killed", 4)):
+def test_sft_killed_twenty_times(rooms_root, tmp_path):
+    """At random moments, every second time while a checkpoint is being written; each time everything there loads."""
+    steps = ("run.steps=60", "run.save_every=1", "model.train_scene_encoder=true")
+    for name in ("whole", "killed"):
         arguments = command("sft", sft_config(rooms_root, tmp_path / name, *steps), tmp_path, "--resume")
-        assert run_with_kills(arguments, tmp_path / name, kills=kills, steps=24, seed=1) >= kills - 1
+        rng, kills, torn = random.Random(1), 0, 0
+        for attempt in range(20 if name == "killed" else 0):
+            if attempt % 2:
+                kills += kill_while_writing(arguments, tmp_path / name, rng)
+            else:
+                kills += kill_at_random(arguments, tmp_path / name, rng.randint(1, 3), rng)
+            torn += assert_loads(tmp_path / name)
+        assert run_with_kills(arguments, tmp_path / name, kills=0, steps=60, seed=1) == 0
+    assert kills == 20 and torn >= 5, f"{kills} kills, {torn} of them while writing"
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from threedr1.engine import grpo, sft
-from threedr1.engine.checkpoint import latest_checkpoint, list_checkpoints, open_run
+from threedr1.engine.checkpoint import latest_checkpoint, list_checkpoints
 from threedr1.engine.data import ObservationCache, load_split
+from threedr1.engine.run_folder import open_run
 from threedr1.engine.runtime import init_runtime
 from threedr1.engine.tracking import read_metrics
 from threedr1.models.relaxed_top_k import soft_top_k

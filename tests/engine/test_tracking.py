@@ -1,10 +1,12 @@
 """metrics.jsonl: appended, cut back on resume, tolerant of a last line cut by a kill."""
 
 import json
+import resource
+from pathlib import Path
 
 import pytest
 
-from threedr1.engine.tracking import Tracker, read_metrics
+from threedr1.engine.tracking import Tracker, append_rows, read_metrics
 
 
 def test_a_resumed_run_leaves_the_rows_of_an_uninterrupted_one(tmp_path):
@@ -33,3 +35,19 @@ def test_unknown_tracker_and_broken_file_are_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('oops\n{"step": 1}\n')
     with pytest.raises(ValueError, match="line 1: not JSON"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_rows_that_do_not_fit_are_left_out_whole(tmp_path, caplog):
+    """The limit on file sizes is hit in the middle of a row; a device that is always full stops nothing either."""
+    path = tmp_path / "metrics.jsonl"
+    assert append_rows(path, [{"step": 0}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 40, hard))
+    try:
+        written = append_rows(path, [{"step": step, "text": "x" * 9000} for step in (1, 2)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not written and read_metrics(path) == [{"step": 0}]
+    assert "the file is larger than this process may write" in caplog.text
+    assert append_rows(path, [{"step": 3}]) and read_metrics(path) == [{"step": 0}, {"step": 3}]
+    assert not append_rows(Path("/dev/full"), [{"step": 1}]) and "the disk is full" in caplog.text
