@@ -278,7 +278,7 @@ def run_synthesize(args: argparse.Namespace) -> int:
         operation=Operation(**{field.name: getattr(args, field.name) for field in fields(Operation)}),
         inputs=InputOptions(tuple(args.sources), args.description, args.views, args.view_size),
     )
-    if args.dry_run:
+    if args.dry_run or args.cancel_batches:
         show_table(report)
         return 0
     names = ("questions", "kept", "rejected", "failed", "unasked", "requests", "new_requests", "cost")

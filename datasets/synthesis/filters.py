@@ -1,7 +1,8 @@
-"""The filters of Scene-30K, in the paper's order, then ours. Pure functions that return a reason code or "".
+"""The filters of Scene-30K. Pure functions that return a reason code or "".
 
-Order: FILTERS. Ours are the last three: the answer agrees with the benchmark's own (gold_answer, gold_box or
-gold_description by task), every box mentioned is an object's, and near_duplicate over all that is left.
+Order: FILTERS. The paper's six keep its order. Ours stand where they save most: that the answer agrees with the
+benchmark's own (gold_answer, gold_box or gold_description by task) and that every box mentioned is an object's is
+looked at before the consistency check, which has to be paid for; near_duplicate goes over all that is left.
 """
 
 import re
@@ -24,9 +25,9 @@ FILTERS = (
     "answer_short",
     "few_steps",
     "target_unnamed",
-    "inconsistent",
     "gold",
     "box_unknown",
+    "inconsistent",
     "near_duplicate",
 )
 
@@ -166,6 +167,20 @@ def check_boxes(text: str, boxes_K7: np.ndarray, options: FilterOptions) -> str:
         if float(box3d_iou([pointer], boxes_K7.tolist()).max()) < options.min_box_iou:
             return "box_unknown"
     return ""
+
+
+def check_free(text: str, question: Question, boxes_K7: np.ndarray, options: FilterOptions) -> str:
+    """Every filter that needs no second request, in the order of FILTERS. The first reason, or "".
+
+    Args:
+        text: the teacher's reply.
+        boxes_K7: the scene's boxes in the model frame, metres.
+    """
+    return (
+        check_response(text, question, options)
+        or check_gold(parse_response(text).answer, question, options)
+        or check_boxes(text, boxes_K7, options)
+    )
 
 
 def is_near_duplicate(first: tuple[Question, str], second: tuple[Question, str], options: FilterOptions) -> bool:
