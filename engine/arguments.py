@@ -265,6 +265,14 @@ def _add_synthesis_inputs(synthesize: argparse.ArgumentParser) -> None:
         "--views", type=at_least(0), default=0, metavar="N", help="frames to show the teacher, 16 at most (default: 0)"
     )
     synthesize.add_argument(
+        "--views-model",
+        metavar="DIR",
+        help="a trained model whose view selector chooses the views for each question (default: evenly spaced frames)",
+    )
+    synthesize.add_argument(
+        "--multiview", default="", metavar="FILE", help="HDF5 file of multi-view features, if that model takes them"
+    )
+    synthesize.add_argument(
         "--view-size",
         type=at_least(64),
         default=768,

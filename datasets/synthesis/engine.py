@@ -189,10 +189,10 @@ def journal_of(out: Path) -> Path:
 
 
 def as_plain(options: FilterOptions | InputOptions) -> dict[str, Any]:
-    """Options as they stand in the report: tuples as lists, no functions."""
+    """Options as they stand in the report: tuples as lists, no functions, and who chose views only where one did."""
     values = {field.name: getattr(options, field.name) for field in fields(options)}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return {name: value for name, value in plain.items() if name != "views_of"}
+    return {name: value for name, value in plain.items() if name != "views_of" and (name != "views_by" or value)}
 
 
 def ask_all(engine: Engine, questions: Sequence[Question], spool: OutcomeSpool) -> None:

@@ -162,7 +162,7 @@ def read_response(response: "types.GenerateContentResponse") -> Reply:
     TeacherUnavailable for what holds neither a candidate, nor a reason, nor a count: no model wrote that.
     """
     usage = response.usage_metadata
-    tokens = {
+    tokens: dict[str, Any] = {
         "input_tokens": (usage.prompt_token_count or 0) if usage else 0,
         "output_tokens": (usage.candidates_token_count or 0) + (usage.thoughts_token_count or 0) if usage else 0,
     }

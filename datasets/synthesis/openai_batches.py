@@ -139,7 +139,7 @@ def read_row(line: bytes) -> tuple[str, Reply | str]:
     if not isinstance(key, str):
         return "", ROW_MALFORMED
     if error or status != 200:
-        return key, {"batch_expired": EXPIRED, "batch_cancelled": CANCELLED}.get(code, ROW_ERROR)
+        return key, {"batch_expired": EXPIRED, "batch_cancelled": CANCELLED}.get(str(code), ROW_ERROR)
     try:
         return key, read_completion(body)
     except TeacherUnavailable:

@@ -152,7 +152,7 @@ def read_completion(content: Any) -> Reply:
         message = choice["message"]
         text = str(message.get("content") or "")
         usage = content.get("usage") or {}
-        tokens = {
+        tokens: dict[str, Any] = {
             "input_tokens": int(usage.get("prompt_tokens") or 0),
             "output_tokens": int(usage.get("completion_tokens") or 0),
         }

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import threading
+import time
 import traceback
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,11 +35,13 @@ class BatchServer:
 
     `plan` says by the number of a batch what becomes of it: an end of ENDS, `missing`, `malformed` and `error` (of its
     first row; with `once` at the end only for the first download), `gone`. `refuse` says by the number of a try to
-    submit which (status, headers) it gets, `lost` after the batch was started for all that. A batch works until it was
-    looked at `looks` times, or for ever where that is None.
+    submit which (status, headers) it gets; headers of "started" mean that the batch was started for all that. Answers
+    to all tries come after `pause` seconds. A batch works until it was looked at `looks` times, or for ever where that
+    is None.
     """
 
-    def __init__(self, kind: str, *, plan=None, refuse=None, looks: int | None = 1, message: str = "no"):
+    def __init__(self, kind: str, *, plan=None, refuse=None, looks: int | None = 1, pause=0.0, message="no"):
+        self.pause = pause
         self.kind, self.plan, self.refuse, self.looks, self.message = kind, plan or {}, refuse or {}, looks, message
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
@@ -62,6 +65,8 @@ class BatchServer:
                 with outer._lock:
                     outer.paths.append(f"{self.command} {self.path}")
                     status, headers, answer = outer.serve(self.command, self.path, headers, body)
+                if self.command == "POST" and "batch" in self.path.lower() and "cancel" not in self.path:
+                    time.sleep(outer.pause)
                 if status == 0:
                     self.close_connection = True
                     return
