@@ -17,7 +17,7 @@ from .teacher import GivenUp, Reply, Request, RetryOptions
 
 BATCH_SIZE = 5_000  # requests in one batch
 MOST_BATCH_SIZE = 50_000  # of OpenAI; Gemini names no number
-MOST_BATCH_BYTES = 190_000_000  # OpenAI takes files of 200 MB, Gemini of 2 GB
+MOST_BATCH_BYTES = 175_000_000  # before the last row; OpenAI takes files of 200 MB, Gemini of 2 GB
 POLL_SECONDS, SHORTEST_POLL = 60.0, 0.02
 
 # reason codes of what failed in a batch, beside those of replies (blocked_…, truncated, empty)

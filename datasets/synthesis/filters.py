@@ -38,6 +38,8 @@ _CUE = re.compile(
     re.IGNORECASE,
 )
 
+_ROUNDED = 0.006  # metres by which a number with two decimals differs from its box's at most
+
 
 @dataclass(frozen=True)
 class FilterOptions:
@@ -155,18 +157,23 @@ def check_boxes(text: str, boxes_K7: np.ndarray, options: FilterOptions) -> str:
     pointers = find_pointers(text)
     if not pointers:
         return ""
-    # as descriptions write them: headings and digits beyond the second are not there to copy
-    known_K7 = [parse_box(format_box(box_7).removeprefix("<box>").removesuffix("</box>")) for box_7 in boxes_K7]
     for pointer in pointers:
         if isinstance(pointer, int):
             return "box_unknown"
-        if pointer in known_K7:
+        # as descriptions write them: headings and digits beyond the second are not there to copy
+        near_K = (np.abs(boxes_K7[:, :6] - pointer[:6]) < _ROUNDED).all(axis=1)
+        if any(pointer == _as_described(box_7) for box_7 in boxes_K7[near_K]):
             continue
-        if min(pointer[3:6]) <= 0 or not known_K7:
+        if min(pointer[3:6]) <= 0 or not len(boxes_K7):
             return "box_unknown"
         if float(box3d_iou([pointer], boxes_K7.tolist()).max()) < options.min_box_iou:
             return "box_unknown"
     return ""
+
+
+def _as_described(box_7: np.ndarray) -> list[float]:
+    """A box as a description writes it."""
+    return parse_box(format_box(box_7).removeprefix("<box>").removesuffix("</box>"))
 
 
 def check_free(text: str, question: Question, boxes_K7: np.ndarray, options: FilterOptions) -> str:

@@ -47,14 +47,16 @@ class GeminiBatches:
 
     async def upload(self, path: Path) -> str:
         """Give Gemini a file of requests, which it keeps for two days."""
-        with self._teacher.lend() as client:
-            sent = client.aio.files.upload(file=path, config={"display_name": path.name, "mime_type": "jsonl"})
-            try:
-                file = await self._within(sent)
-            except (ValueError, KeyError) as error:
-                if isinstance(error, KeyError) or "upload" in str(error).lower():  # it was cut off on the way
+
+        async def send() -> Any:
+            with self._teacher.lend() as client:
+                try:
+                    config = {"display_name": path.name, "mime_type": "jsonl"}
+                    return await client.aio.files.upload(file=path, config=config)
+                except (ValueError, KeyError):  # how the library says that it was cut off on the way
                     raise TeacherUnavailable("Gemini did not take the whole file of requests") from None
-                raise
+
+        file = await self._within(send())
         if not file.name:
             raise TeacherUnavailable("Gemini's reply about a file has no name")
         return file.name

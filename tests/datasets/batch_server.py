@@ -37,11 +37,11 @@ class BatchServer:
     first row; with `once` at the end only for the first download), `gone`. `refuse` says by the number of a try to
     submit which (status, headers) it gets; headers of "started" mean that the batch was started for all that. Answers
     to all tries come after `pause` seconds. A batch works until it was looked at `looks` times, or for ever where that
-    is None.
+    is None. With `flaky` n every n-th request fails by turns: busy, dropped, cut off; starts of batches do not.
     """
 
-    def __init__(self, kind: str, *, plan=None, refuse=None, looks: int | None = 1, pause=0.0, message="no"):
-        self.pause = pause
+    def __init__(self, kind: str, *, plan=None, refuse=None, looks: int | None = 1, pause=0.0, message="no", flaky=0):
+        self.pause, self.flaky = pause, flaky
         self.kind, self.plan, self.refuse, self.looks, self.message = kind, plan or {}, refuse or {}, looks, message
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
@@ -74,7 +74,10 @@ class BatchServer:
                 self.send_response(status)
                 for name, value in {"Content-Type": "application/json", **headers}.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
+                if "Content-Length" in headers:
+                    self.close_connection = True  # more is promised than sent
+                else:
+                    self.send_header("Content-Length", str(len(content)))
                 try:
                     self.end_headers()
                     self.wfile.write(content)
@@ -111,6 +114,10 @@ class BatchServer:
 
     def serve(self, method: str, path: str, headers: dict, body: bytes) -> Answered:
         place, query = urlsplit(path).path, parse_qs(urlsplit(path).query)
+        starts = method == "POST" and (place == "/v1/batches" or "batchGenerate" in place)
+        if self.flaky and not starts and len(self.paths) % self.flaky == 0:
+            failures = ((503, {}, {}), (0, {}, b""), (200, {"Content-Length": "4000"}, b'{"na'))
+            return failures[len(self.paths) // self.flaky % 3]
         return getattr(self, f"_{self.kind}")(method, place, query, headers, body)
 
     def _openai(self, method, place, query, headers, body) -> Answered:

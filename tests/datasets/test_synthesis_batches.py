@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from threedr1.datasets.synthesis.prices import BATCH_SHARE, Price, find_price
 from threedr1.main import main
 
 from .batch_server import BatchServer, gemini_prompt, make_batches
-from .teacher_server import KEY, KINDS, Server, add_questions, is_check, make_teacher, moody, prompt_of
+from .teacher_server import FAST, KEY, KINDS, Server, add_questions, is_check, make_teacher, moody, prompt_of
 
 PRICE = Price(1e6, 1e6, "test", BATCH_SHARE)  # a dollar a token, and half of that in batches
 
@@ -147,6 +148,18 @@ def test_a_batch_whose_start_failed_is_looked_for_before_it_is_started_again(
     assert files(out) == files(calm_out)
     assert set(server.answered.values()) == {1} and server.answered.total() == expected["requests"]
     assert report["batches"]["submitted"] == len(server.batches)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flaky", [3, 5])
+def test_uploads_looks_and_downloads_that_fail_are_tried_again(kind, flaky, root, tmp_path, calm, monkeypatch):
+    calm_out, expected = calm(kind)
+    out = tmp_path / "out.jsonl"
+    with BatchServer(kind, flaky=flaky) as server:
+        batches = make_batches(kind, server.url, monkeypatch, 20, retries=replace(FAST, attempts=20))
+        synthesize_with(batches, root, out)
+    assert files(out) == files(calm_out)
+    assert set(server.answered.values()) == {1} and server.answered.total() == expected["requests"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
