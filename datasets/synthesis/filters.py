@@ -173,7 +173,7 @@ def check_boxes(text: str, boxes_K7: np.ndarray, options: FilterOptions) -> str:
 
 def _as_described(box_7: np.ndarray) -> list[float]:
     """A box as a description writes it."""
-    return parse_box(format_box(box_7).removeprefix("<box>").removesuffix("</box>"))
+    return parse_box(format_box(box_7.tolist()).removeprefix("<box>").removesuffix("</box>"))
 
 
 def check_free(text: str, question: Question, boxes_K7: np.ndarray, options: FilterOptions) -> str:
