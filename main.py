@@ -29,6 +29,7 @@ if not __package__:  # started as a file: give it its package (PEP 366), so that
 
 
 if TYPE_CHECKING:
+    from .datasets.synthesis.views import ViewsOf
     from .engine.predict import Answered
 
 
@@ -245,13 +246,31 @@ def save_view_sheets(args: argparse.Namespace) -> list[str]:
     return sections
 
 
-def show_samples(args: argparse.Namespace) -> None:
+def chosen_views(args: argparse.Namespace) -> "ViewsOf | None":
+    """Who chooses the views that `synthesize` shows: a trained model; None for evenly spaced frames, or for none."""
+    if args.views_model is None:
+        if args.multiview:
+            raise ValueError("--multiview is for the model of --views-model; name one, or leave it out.")
+        return None
+    from .datasets.synthesis.kept_views import KeptViews
+    from .engine.checkpoint import model_folder
+    from .engine.teacher_views import load_selected_views
+
+    selected = load_selected_views(
+        args.root, args.views_model, count=args.views, longest=args.view_size, multiview=args.multiview, seed=args.seed
+    )
+    folder = model_folder(args.views_model).resolve()
+    by = f"{folder} {selected.count} {args.view_size} {args.seed}"
+    return KeptViews(selected, f"{args.out}.views", by=by, read_only=args.dry_run)
+
+
+def show_samples(args: argparse.Namespace, views_of: "ViewsOf | None") -> None:
     """The page of random records of a `synthesize` run."""
     from .datasets.synthesis import sheet_folder
     from .visualization.samples_page import write_samples
 
     page = sheet_folder(args.out) / "samples.html"
-    write_samples(args.out, page, data_root=args.root, count=args.samples, seed=args.seed)
+    write_samples(args.out, page, data_root=args.root, count=args.samples, seed=args.seed, views_of=views_of)
     say(f"wrote {page}")
 
 
@@ -260,6 +279,7 @@ def run_synthesize(args: argparse.Namespace) -> int:
 
     from .datasets.synthesis import FilterOptions, InputOptions, Operation, synthesize
 
+    views_of = None if args.cancel_batches else chosen_views(args)
     report = synthesize(
         args.root,
         args.out,
@@ -276,16 +296,18 @@ def run_synthesize(args: argparse.Namespace) -> int:
             skipped=tuple(args.skip_filter),
         ),
         operation=Operation(**{field.name: getattr(args, field.name) for field in fields(Operation)}),
-        inputs=InputOptions(tuple(args.sources), args.description, args.views, args.view_size),
+        inputs=InputOptions(
+            tuple(args.sources), args.description, args.views, args.view_size, views_of, args.views_model or ""
+        ),
     )
-    if args.dry_run:
+    if args.dry_run or args.cancel_batches:
         show_table(report)
         return 0
     names = ("questions", "kept", "rejected", "failed", "unasked", "requests", "new_requests", "cost")
     show_table({name: report[name] for name in names if report[name] is not None})
     say(f"wrote {args.out}")
     if args.samples:
-        show_samples(args)
+        show_samples(args, views_of)
     return 0 if report["failed"] == report["unasked"] == 0 else 1
 
 

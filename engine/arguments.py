@@ -46,6 +46,17 @@ def at_least(bound: int) -> Callable[[str], int]:
     return read
 
 
+def seconds(text: str) -> float:
+    """A number of seconds above zero, as an argument's type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value
+
+
 def amount(text: str) -> float:
     """A number that is not negative, as an argument's type."""
     try:
@@ -212,6 +223,27 @@ def _add_operation(synthesize: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="that a whole reply may take (default: %(default)s)",
     )
+    batches = synthesize.add_argument_group("batches", "of gemini and openai (docs/synthesis_operation.md)")
+    batches.add_argument(
+        "--batch",
+        action="store_true",
+        help="ask through the provider's batch interface: half the price, replies within a day",
+    )
+    batches.add_argument(
+        "--batch-size", type=at_least(1), default=5000, metavar="N", help="requests in a batch (default: %(default)s)"
+    )
+    batches.add_argument(
+        "--poll-interval",
+        type=seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="between two looks at a batch (default: 60)",
+    )
+    batches.add_argument(
+        "--cancel-batches",
+        action="store_true",
+        help="end the batches of this output that are under way, keep what they have answered, ask nothing",
+    )
 
 
 def _add_synthesis_inputs(synthesize: argparse.ArgumentParser) -> None:
@@ -231,6 +263,14 @@ def _add_synthesis_inputs(synthesize: argparse.ArgumentParser) -> None:
     )
     synthesize.add_argument(
         "--views", type=at_least(0), default=0, metavar="N", help="frames to show the teacher, 16 at most (default: 0)"
+    )
+    synthesize.add_argument(
+        "--views-model",
+        metavar="DIR",
+        help="a trained model whose view selector chooses the views for each question (default: evenly spaced frames)",
+    )
+    synthesize.add_argument(
+        "--multiview", default="", metavar="FILE", help="HDF5 file of multi-view features, if that model takes them"
     )
     synthesize.add_argument(
         "--view-size",

@@ -11,13 +11,15 @@ from typing import Any
 from ..scene_store import SceneStore
 from . import gemini_teacher, openai_teacher, rule_teacher
 from .asking import build_asker
+from .batches import Batches
 from .budget import build_budget
 from .datasheet import sheet_folder
 from .description import InputOptions
-from .engine import journal_of, synthesize_with
+from .engine import cancel_batches, journal_of, synthesize_with
 from .filters import FilterOptions
 from .gemini_teacher import GeminiTeacher
 from .limits import Estimator, Limits
+from .openai_batches import OpenAIBatches
 from .openai_teacher import OpenAITeacher
 from .operation import WORKERS, Operation, estimate_run
 from .prices import FREE, Price, find_price
@@ -39,10 +41,12 @@ __all__ = [
 ]
 
 
-def check_teacher(name: str, model: str) -> None:
-    """ValueError for an unknown teacher, or a model that it does not have."""
+def check_teacher(name: str, model: str, operation: Operation) -> None:
+    """ValueError for an unknown teacher, or a model or batches that it does not have."""
     if name not in TEACHERS:
         raise ValueError(f"Unknown teacher {name!r}; there are {', '.join(TEACHERS)}.")
+    if name == "rules" and operation.uses_batches:
+        raise ValueError("The rule teacher has no batches; leave --batch out, or name another --teacher.")
     if name == "rules" and model:
         raise ValueError("The rule teacher has no models; leave --model out, or name another --teacher.")
 
@@ -62,12 +66,22 @@ def build_teacher(
     Raises:
         ValueError: unknown name, no key, or a package is missing.
     """
-    check_teacher(name, model)
+    check_teacher(name, model, Operation())
     if name == "gemini":
         return GeminiTeacher(model, thinking_budget=thinking_budget, timeout=timeout, limits=limits, seed=seed)
     if name == "openai":
         return OpenAITeacher(model, timeout=timeout, limits=limits, seed=seed)
     return RuleTeacher(store.index)
+
+
+def build_batches(teacher: Teacher, operation: Operation) -> Batches:
+    """The batch interface of the provider that a teacher asks; rules have none."""
+    if isinstance(teacher, OpenAITeacher):
+        return Batches(OpenAIBatches(teacher), operation.batch_size, operation.poll_interval)
+    assert isinstance(teacher, GeminiTeacher)
+    from .gemini_batches import GeminiBatches
+
+    return Batches(GeminiBatches(teacher), operation.batch_size, operation.poll_interval)
 
 
 def identity_and_price(name: str, model: str, thinking_budget: int, operation: Operation) -> tuple[str, Price | None]:
@@ -113,7 +127,8 @@ def synthesize(
         seed: order of the questions, which decides those that `limit` leaves, and the jitter of retries.
         thinking_budget: Gemini's hidden thought in tokens, -1 for its own choice.
         options: thresholds of the filters, and those to skip.
-        operation: pace, budget, prices; with `dry_run` nothing is asked and the estimate is returned.
+        operation: pace, budget, prices, batches; with `dry_run` nothing is asked and the estimate is returned, with
+            `cancel_batches` the counts of what was ended.
         inputs: sources of questions, and what the teacher is told and shown.
 
     Returns:
@@ -124,7 +139,7 @@ def synthesize(
             dollars on a model without a price.
     """
     operation, options, inputs = operation or Operation(), options or FilterOptions(), inputs or InputOptions()
-    check_teacher(teacher, model)
+    check_teacher(teacher, model, operation)
     identity, price = identity_and_price(teacher, model, thinking_budget, operation)
     store = SceneStore(Path(root) / "prepared")
     if operation.dry_run:
@@ -133,12 +148,14 @@ def synthesize(
             questions,
             build_asker(root, store, questions, split=split, inputs=inputs),
             journal_of(Path(out)),
+            index=store.index,
             identity=identity,
             price=price,
             options=options,
             operation=operation,
         )
-    budget = build_budget(price, model, max_cost=operation.max_cost, max_tokens=operation.max_tokens)
+    caps: dict[str, Any] = {"max_cost": operation.max_cost, "max_tokens": operation.max_tokens}
+    budget = build_budget(price, model, batched=operation.batch, **caps)
     estimator = Estimator()
     limits = Limits(operation.requests_per_minute, operation.tokens_per_minute, estimator=estimator)
     built = build_teacher(
@@ -150,8 +167,10 @@ def synthesize(
         limits=limits,
         seed=seed,
     )
+    if operation.cancel_batches:
+        return cancel_batches(Path(out), build_batches(built, operation), budget)
     return synthesize_with(
-        built,
+        build_batches(built, operation) if operation.batch else built,
         root,
         out,
         split=split,

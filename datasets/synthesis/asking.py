@@ -1,13 +1,15 @@
-"""The first request about a question: prompt, description and views. A run and its estimate make it alike."""
+"""The two requests about a question: prompt, description and views, then the check. All runs make them alike."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-from ..scene_store import SceneStore
+from ...utils.text import parse_response
+from ..scene_store import SceneInfo, SceneStore
 from .description import Describer, InputOptions, caption_lists, join_captions
-from .prompts import answer_prompt
+from .filters import FilterOptions, check_free
+from .prompts import answer_prompt, check_prompt
 from .sources import Question
-from .teacher import Request
+from .teacher import Reply, Request
 from .views import UniformViews, ViewsOf, within_limits
 
 
@@ -47,3 +49,19 @@ def build_asker(
         views_of.require(question.scene_id for question in questions)
     captions = join_captions(caption_lists(root, split))
     return Asker(Describer(store.index, captions, inputs.description), views_of)
+
+
+def reject(question: Question, reply: Reply, info: SceneInfo, options: FilterOptions) -> str:
+    """The reason to reject a first reply that needs no second one; "" where there is none."""
+    return reply.reason or check_free(reply.text, question, info.to_model(info.boxes_K7), options)
+
+
+def check_of(question: Question, reply: Reply | None, info: SceneInfo, options: FilterOptions) -> Request | None:
+    """The request that checks a first reply; None where it is rejected already, or checks are left out.
+
+    Of a reply that is still to come it is the request around its thought, to estimate by.
+    """
+    if not options.applies("inconsistent") or (reply is not None and reject(question, reply, info, options)):
+        return None
+    think = parse_response(reply.text).think if reply is not None else ""
+    return Request(question, check_prompt(question, think), think)

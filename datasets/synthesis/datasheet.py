@@ -188,7 +188,7 @@ def sheet_text(name: str, counts: Counts, report: Mapping[str, Any], pictures: I
     """The datasheet as Markdown."""
     settings = report.get("settings", {})
     # the counts stand above, and where the data lay is nobody's business
-    elsewhere = ("rejected", "kept_by_source", "settings.root", "settings.filters")
+    elsewhere = ("rejected", "kept_by_source", "settings.root", "settings.filters", "settings.inputs.views_by")
     run = [(key, value) for key, value in scalars(report) if not key.startswith(elsewhere)]
     by = [table((title, "records"), counter.most_common()) for title, counter in counts.by.items()]
     scenes = counts.scenes.most_common()

@@ -27,7 +27,8 @@ class InputOptions:
 
     `sources` are names out of sources.SOURCES, empty for those of the paper that are there. `description` is full
     (caption and boxes), objects (the boxes alone) or none. `views` are uniform frames to show, 0 for none, their
-    longest side `view_size` pixels; `views_of` gives other pictures instead, by scene and question.
+    longest side `view_size` pixels; `views_of` gives other pictures instead, by scene and question, and `views_by`
+    says for the report who that is.
     """
 
     sources: tuple[str, ...] = ()
@@ -35,6 +36,7 @@ class InputOptions:
     views: int = 0
     view_size: int = 768
     views_of: ViewsOf | None = None
+    views_by: str = ""
 
 
 def caption_lists(root: str | Path, split: str = "") -> dict[str, list[str]]:

@@ -12,18 +12,20 @@ import orjson
 
 from ...utils.text import parse_response
 from ..scene_store import SceneInfo, SceneStore
-from .asking import Asker, build_asker
+from .asking import Asker, build_asker, reject
+from .batch_run import BatchRun
+from .batches import Batches, JournalTeacher
 from .budget import Budget, BudgetSpent
 from .datasheet import write_datasheet
 from .description import InputOptions, caption_lists
-from .filters import FilterOptions, check_boxes, check_consistency, check_gold, check_response
+from .filters import FilterOptions, check_consistency
 from .journal import Journal, request_key
 from .limits import Estimator
 from .operation import WORKERS, Progress, make_report
 from .outcomes import FAILED, Outcome, OutcomeSpool, to_record, to_reject
 from .prompts import check_prompt
 from .sources import Question, load_questions
-from .teacher import Reply, Request, Teacher, TeacherUnavailable
+from .teacher import GivenUp, Reply, Request, Teacher, TeacherUnavailable
 
 FAILURES_IN_A_ROW = 20  # after so many questions without any answer the teacher is taken to be gone
 _log = logging.getLogger(__name__)
@@ -61,7 +63,6 @@ class Engine:
         self.index, self.ask_about = index, ask_about
         self.options, self.workers = options, workers
         self.budget, self.estimator = budget or Budget(), estimator or Estimator()
-        self.budget.add(journal.input_tokens, journal.output_tokens)
         self.new_requests = 0
         self._slots = asyncio.Semaphore(workers)
         self._failures_in_a_row = 0
@@ -89,7 +90,7 @@ class Engine:
         ask_about = self.ask_about
         first = await asyncio.to_thread(ask_about, question) if ask_about.reads_files else ask_about(question)
         reply = await self._ask(first)
-        reason = reply.reason or check_response(reply.text, question, self.options)
+        reason = reject(question, reply, self.index[question.scene_id], self.options)
         outcome = Outcome(
             question,
             reason,
@@ -111,16 +112,14 @@ class Engine:
             )
             reason = f"check_{again.reason}" if again.reason else ""
             reason = reason or check_consistency(response.answer, parse_response(again.text).answer, self.options)
-        info = self.index[question.scene_id]
-        reason = reason or check_gold(response.answer, question, self.options)
-        reason = reason or check_boxes(reply.text, info.to_model(info.boxes_K7), self.options)
         return replace(outcome, reason=reason, think=response.think, answer=response.answer)
 
     async def _judge_or_fail(self, question: Question) -> Outcome:
         try:
             outcome = await self.judge(question)
         except TeacherUnavailable as error:
-            self._failures_in_a_row += 1
+            if not isinstance(error, GivenUp):
+                self._failures_in_a_row += 1
             _log.warning("%s: no answer: %s.", question.question_id, error)
             if self._failures_in_a_row >= FAILURES_IN_A_ROW:
                 raise ValueError(
@@ -190,10 +189,10 @@ def journal_of(out: Path) -> Path:
 
 
 def as_plain(options: FilterOptions | InputOptions) -> dict[str, Any]:
-    """Options as they stand in the report: tuples as lists, no functions."""
+    """Options as they stand in the report: tuples as lists, no functions, and who chose views only where one did."""
     values = {field.name: getattr(options, field.name) for field in fields(options)}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return {name: value for name, value in plain.items() if name != "views_of"}
+    return {name: value for name, value in plain.items() if name != "views_of" and (name != "views_by" or value)}
 
 
 def ask_all(engine: Engine, questions: Sequence[Question], spool: OutcomeSpool) -> None:
@@ -212,8 +211,52 @@ def ask_all(engine: Engine, questions: Sequence[Question], spool: OutcomeSpool) 
         progress.close(spool.tally)
 
 
+def fill_by_batches(run: BatchRun, questions: Sequence[Question]) -> Teacher:
+    """Ask about every question in batches; who answers for what the journal does not hold then."""
+    try:
+        asyncio.run(run.run(questions))
+    except KeyboardInterrupt:
+        _log.warning(
+            "Stopped; %d replies are kept in %s. %d batches go on at the provider: the same command fetches what they "
+            "answer, --cancel-batches ends them.",
+            len(run.journal),
+            run.journal.path,
+            len(run.open),
+        )
+        raise
+    return JournalTeacher(run.service.identity, run.given_up)
+
+
+def charge(budget: Budget, journal: Journal) -> None:
+    """Count what earlier runs took."""
+    batched = journal.batched_input_tokens, journal.batched_output_tokens
+    budget.add(*batched, batched=True)
+    budget.add(journal.input_tokens - batched[0], journal.output_tokens - batched[1])
+
+
+def cancel_batches(out: Path, batches: Batches, budget: Budget) -> dict[str, Any]:
+    """End the batches of an output file that are under way, and keep what they have answered; the counts."""
+    with Journal(journal_of(out)) as journal:
+        nothing: dict[str, Any] = {"index": {}, "ask_about": Asker(lambda _: ""), "options": FilterOptions()}
+        run = BatchRun(batches, journal, budget=budget, estimator=Estimator(), **nothing)
+        charge(budget, journal)
+        cancelled = asyncio.run(run.cancel())
+        cost = round(budget.spent, 6) if budget.price else None
+        return {"cancelled": cancelled, "new_requests": run.new_requests, "received": len(journal), "cost": cost}
+
+
+def require_no_batches(journal: Journal, identity: str) -> None:
+    """ValueError where a batch of the same teacher is under way: asking one by one would pay for it twice."""
+    count = sum(note.identity == identity for note in journal.open_batches.values())
+    if count:
+        raise ValueError(
+            f"{count} batches of this teacher are under way ({journal.path}); fetch them with --batch, or end them "
+            "with --cancel-batches."
+        )
+
+
 def synthesize_with(
-    teacher: Teacher,
+    teacher: Teacher | Batches,
     root: str | Path,
     out: str | Path,
     *,
@@ -227,23 +270,24 @@ def synthesize_with(
     budget: Budget | None = None,
     estimator: Estimator | None = None,
 ) -> dict[str, Any]:
-    """`synthesize` with a teacher at hand; see there. `store` saves reading the scenes' index again."""
+    """`synthesize` with a teacher, or with batches, at hand; see there. `store` saves reading the index again."""
     out, options, inputs = Path(out), options or FilterOptions(), inputs or InputOptions()
+    budget, estimator = budget or Budget(), estimator or Estimator()
     journal_path = journal_of(out)
     store = store or SceneStore(Path(root) / "prepared")
     questions, left_out = load_questions(root, store, split=split, seed=seed, limit=limit, sources=inputs.sources)
     ask_about = build_asker(root, store, questions, split=split, inputs=inputs)
     with Journal(journal_path) as journal, OutcomeSpool(out.parent) as spool:
-        engine = Engine(
-            teacher,
-            journal,
-            index=store.index,
-            ask_about=ask_about,
-            options=options,
-            workers=workers,
-            budget=budget,
-            estimator=estimator,
-        )
+        charge(budget, journal)
+        shared: dict[str, Any] = {"index": store.index, "ask_about": ask_about, "options": options}
+        shared |= {"budget": budget, "estimator": estimator}
+        run = None
+        if isinstance(teacher, Batches):
+            run = BatchRun(teacher, journal, seed=seed, **shared)
+            teacher = fill_by_batches(run, questions)
+        else:
+            require_no_batches(journal, teacher.identity)
+        engine = Engine(teacher, journal, workers=workers, **shared)
         ask_all(engine, questions, spool)
         settings = {"root": str(root), "split": split, "seed": seed, "limit": limit}
         settings |= {"identity": teacher.identity, "filters": as_plain(options), "inputs": as_plain(inputs)}
@@ -251,6 +295,9 @@ def synthesize_with(
             spool.tally, engine.budget, questions=len(questions), left_out=left_out, settings=settings
         )
         report["new_requests"] = engine.new_requests
+        if run is not None:
+            report["new_requests"] = run.new_requests
+            report["batches"] = {"submitted": run.submitted, "failures": dict(sorted(run.failures.items()))}
         rejects = (to_reject(outcome) for outcome in spool.all(questions) if outcome.reason)
         records = (to_record(outcome, teacher.identity) for outcome in spool.all(questions) if not outcome.reason)
         write_lines(beside(out, ".rejects.jsonl"), rejects)

@@ -1,7 +1,8 @@
-"""The filters of Scene-30K, in the paper's order, then ours. Pure functions that return a reason code or "".
+"""The filters of Scene-30K. Pure functions that return a reason code or "".
 
-Order: FILTERS. Ours are the last three: the answer agrees with the benchmark's own (gold_answer, gold_box or
-gold_description by task), every box mentioned is an object's, and near_duplicate over all that is left.
+Order: FILTERS. The paper's six keep its order. Ours stand where they save most: that the answer agrees with the
+benchmark's own (gold_answer, gold_box or gold_description by task) and that every box mentioned is an object's is
+looked at before the consistency check, which has to be paid for; near_duplicate goes over all that is left.
 """
 
 import re
@@ -24,9 +25,9 @@ FILTERS = (
     "answer_short",
     "few_steps",
     "target_unnamed",
-    "inconsistent",
     "gold",
     "box_unknown",
+    "inconsistent",
     "near_duplicate",
 )
 
@@ -36,6 +37,8 @@ _CUE = re.compile(
     r"(step\s+\d+|first(?:ly)?|second(?:ly)?|third(?:ly)?|next(?!\s+to\b)|then|last(?:ly)?|finally|conclusion)\b",
     re.IGNORECASE,
 )
+
+_ROUNDED = 0.006  # metres by which a number with two decimals differs from its box's at most
 
 
 @dataclass(frozen=True)
@@ -154,18 +157,37 @@ def check_boxes(text: str, boxes_K7: np.ndarray, options: FilterOptions) -> str:
     pointers = find_pointers(text)
     if not pointers:
         return ""
-    # as descriptions write them: headings and digits beyond the second are not there to copy
-    known_K7 = [parse_box(format_box(box_7).removeprefix("<box>").removesuffix("</box>")) for box_7 in boxes_K7]
     for pointer in pointers:
         if isinstance(pointer, int):
             return "box_unknown"
-        if pointer in known_K7:
+        # as descriptions write them: headings and digits beyond the second are not there to copy
+        near_K = (np.abs(boxes_K7[:, :6] - pointer[:6]) < _ROUNDED).all(axis=1)
+        if any(pointer == _as_described(box_7) for box_7 in boxes_K7[near_K]):
             continue
-        if min(pointer[3:6]) <= 0 or not known_K7:
+        if min(pointer[3:6]) <= 0 or not len(boxes_K7):
             return "box_unknown"
         if float(box3d_iou([pointer], boxes_K7.tolist()).max()) < options.min_box_iou:
             return "box_unknown"
     return ""
+
+
+def _as_described(box_7: np.ndarray) -> list[float]:
+    """A box as a description writes it."""
+    return parse_box(format_box(box_7.tolist()).removeprefix("<box>").removesuffix("</box>"))
+
+
+def check_free(text: str, question: Question, boxes_K7: np.ndarray, options: FilterOptions) -> str:
+    """Every filter that needs no second request, in the order of FILTERS. The first reason, or "".
+
+    Args:
+        text: the teacher's reply.
+        boxes_K7: the scene's boxes in the model frame, metres.
+    """
+    return (
+        check_response(text, question, options)
+        or check_gold(parse_response(text).answer, question, options)
+        or check_boxes(text, boxes_K7, options)
+    )
 
 
 def is_near_duplicate(first: tuple[Question, str], second: tuple[Question, str], options: FilterOptions) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import sys
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from .limits import Limits
@@ -94,7 +95,7 @@ class GeminiTeacher(NetworkTeacher):
         except ImportError:
             raise ValueError('The Gemini teacher needs the package: pip install "google-genai>=1.40".') from None
         self._key = check_key(os.environ[variable], variable)
-        self.model = model or DEFAULT_MODEL
+        self.model, self.thinking_budget = model or DEFAULT_MODEL, thinking_budget
         library = http_library()
         pool = library.Limits(max_connections=None, max_keepalive_connections=POOL_SIZE)
         options = types.HttpOptions(
@@ -109,13 +110,13 @@ class GeminiTeacher(NetworkTeacher):
             for checking in (False, True)
         }
         self._part = types.Part.from_bytes
-        self._api_error: type[Exception] = errors.APIError
-        self._unread: tuple[type[Exception], ...] = (
+        self.api_error: type[Exception] = errors.APIError
+        self.unread: tuple[type[Exception], ...] = (
             errors.UnknownApiResponseError,
             json.JSONDecodeError,
             ValidationError,
         )
-        self._lost = _transport_errors()
+        self.lost = _transport_errors()
 
     async def ask_once(self, request: Request) -> Reply:
         """One attempt."""
@@ -125,15 +126,20 @@ class GeminiTeacher(NetworkTeacher):
                 response = await client.aio.models.generate_content(
                     model=self.model, contents=[*pictures, request.prompt], config=self._configs[bool(request.think)]
                 )
-        except self._api_error as error:
-            raise self._translate(error) from None
-        except self._unread as error:
+        except self.api_error as error:
+            raise self.translate(error) from None
+        except self.unread as error:
             raise TeacherUnavailable(f"Gemini's reply was cut off ({type(error).__name__})") from None
-        except self._lost as error:
+        except self.lost as error:
             raise TeacherUnavailable(f"The connection to Gemini failed ({type(error).__name__})") from None
         return read_response(response)
 
-    def _translate(self, error: Any) -> Exception:
+    def lend(self) -> AbstractContextManager[Any]:
+        """A client of Google's library."""
+        return self._clients.lend()
+
+    def translate(self, error: Any) -> Exception:
+        """An error of Google's library as every teacher's."""
         message = str(error.message or "")
         if error.code in RETRIED_STATUS:
             headers = getattr(error.response, "headers", None) or {}
@@ -156,7 +162,7 @@ def read_response(response: "types.GenerateContentResponse") -> Reply:
     TeacherUnavailable for what holds neither a candidate, nor a reason, nor a count: no model wrote that.
     """
     usage = response.usage_metadata
-    tokens = {
+    tokens: dict[str, Any] = {
         "input_tokens": (usage.prompt_token_count or 0) if usage else 0,
         "output_tokens": (usage.candidates_token_count or 0) + (usage.thoughts_token_count or 0) if usage else 0,
     }

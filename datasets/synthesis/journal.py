@@ -6,12 +6,15 @@ import hashlib
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import orjson
 
+from .limits import Usage
 from .teacher import Reply, Request
 
 MERGE_EVERY = 8192  # new rows that are looked up in a dictionary before they join the arrays
@@ -55,12 +58,27 @@ class RowIndex:
         return int(self._starts_R[row]), int(self._lengths_R[row])
 
 
+@dataclass
+class BatchNote:
+    """A batch that is not done with: noted before it is submitted, named once the provider has given it an id.
+
+    `token` is our own name for it, which the provider keeps; `keys` are those of its requests, `estimate` what they
+    may take.
+    """
+
+    token: str
+    identity: str
+    keys: tuple[str, ...]
+    estimate: Usage
+    batch_id: str = ""
+
+
 class Journal:
     """Replies by request key, one JSON object a line, written as they come and synced many at a time.
 
     A row cut off by a kill or a full disk is dropped when the file is opened again; the rest is kept. The file is
     locked while it is open, so that two runs cannot pay for the same answers. Replies stay on the disk; memory holds
-    where they lie.
+    where they lie. Rows about batches say which requests are at a provider: `open_batches` are those without an end.
 
     Args:
         path: the file; made where it is absent.
@@ -73,6 +91,8 @@ class Journal:
     def __init__(self, path: str | Path, *, read_only: bool = False):
         self.path = Path(path)
         self.input_tokens = self.output_tokens = 0
+        self.batched_input_tokens = self.batched_output_tokens = 0  # of these, those of batches
+        self.open_batches: dict[str, BatchNote] = {}
         self._index = RowIndex()
         self._size = self._synced = 0  # bytes written, bytes known to be on the disk
         self._file = self._open(read_only)
@@ -109,20 +129,37 @@ class Journal:
                     break
                 try:
                     row = orjson.loads(line)
-                    key = _short(row.pop("key"))
-                    reply = Reply(**row)
-                    self.input_tokens += reply.input_tokens
-                    self.output_tokens += reply.output_tokens
+                    if "batch" in row:
+                        self._note(row)
+                    else:
+                        self._index.add(_short(row.pop("key")), self._size, len(line))
+                        self._count(Reply(**row))
                 except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError):
                     raise ValueError(
                         f"{self.path}, row {number}: not a row of a journal; delete that line, or move the file away."
                     ) from None
-                self._index.add(key, self._size, len(line))
                 self._size += len(line)
         if not read_only:
             os.ftruncate(self._file, self._size)
             os.fsync(self._file)  # rows that a killed run wrote and did not sync count as received from here on
         self._synced = self._size
+
+    def _count(self, reply: Reply) -> None:
+        self.input_tokens += reply.input_tokens
+        self.output_tokens += reply.output_tokens
+        if reply.batched:
+            self.batched_input_tokens += reply.input_tokens
+            self.batched_output_tokens += reply.output_tokens
+
+    def _note(self, row: dict[str, Any]) -> None:
+        token = row["batch"]
+        if "ended" in row:
+            self.open_batches.pop(token, None)
+        elif "id" in row:
+            self.open_batches[token].batch_id = row["id"]
+        else:
+            note = BatchNote(token, row["identity"], tuple(row["keys"]), Usage(*row["estimate"]))
+            self.open_batches[token] = note
 
     def get(self, key: str) -> Reply | None:
         """The reply to a request, where it was received."""
@@ -136,18 +173,42 @@ class Journal:
         """Store a reply. It is written at once, so that a kill of this process cannot undo it; on return it is synced,
         so that a power cut cannot either. Callers who wait together share one sync.
         """
-        row = {
+        row: dict[str, Any] = {
             "key": key,
             "text": reply.text,
             "reason": reply.reason,
             "input_tokens": reply.input_tokens,
             "output_tokens": reply.output_tokens,
         }
+        if reply.batched:
+            row["batched"] = True
         start = self._size
         self._write(orjson.dumps(row) + b"\n")
         self._index.add(_short(key), start, self._size - start)
-        self.input_tokens += reply.input_tokens
-        self.output_tokens += reply.output_tokens
+        self._count(reply)
+        await self._sync()
+
+    async def open_batch(self, note: BatchNote) -> None:
+        """Note a batch before it is submitted; on return the row is synced."""
+        estimate = [note.estimate.input_tokens, note.estimate.output_tokens]
+        await self._add_note(
+            {"batch": note.token, "identity": note.identity, "keys": list(note.keys), "estimate": estimate}
+        )
+
+    async def name_batch(self, token: str, batch_id: str) -> None:
+        """Note the id that a provider gave a batch."""
+        await self._add_note({"batch": token, "id": batch_id})
+
+    async def end_batch(self, token: str, how: str) -> None:
+        """Note that nothing more is to come of a batch; every reply of it is in the journal by now."""
+        await self._add_note({"batch": token, "ended": how})
+
+    async def _add_note(self, row: dict[str, Any]) -> None:
+        self._write(orjson.dumps(row) + b"\n")
+        self._note(row)
+        await self._sync()
+
+    async def _sync(self) -> None:
         written = self._size
         async with self._turn:
             if self._synced < written:

@@ -25,6 +25,9 @@ class Usage:
         """Of prompt and reply."""
         return self.input_tokens + self.output_tokens
 
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(self.input_tokens + other.input_tokens, self.output_tokens + other.output_tokens)
+
 
 class Estimator:
     """How many tokens a request will take, learnt from the replies so far: running means for thoughts and checks."""
@@ -43,9 +46,12 @@ class Estimator:
 
     def learn(self, request: Request, reply: Reply) -> None:
         """Take in what a reply counted; those without counts teach nothing."""
-        checking = bool(request.think)
+        self.learn_from(len(request.prompt), bool(request.think), reply)
+
+    def learn_from(self, characters: int, checking: bool, reply: Reply) -> None:
+        """The same of a prompt that is known by its length and kind alone."""
         if reply.input_tokens > 0:
-            newest = len(request.prompt) / reply.input_tokens
+            newest = characters / reply.input_tokens
             self._per_token[checking] += _MEMORY * (newest - self._per_token[checking])
         if reply.output_tokens > 0:
             self._output[checking] += _MEMORY * (reply.output_tokens - self._output[checking])

@@ -2,6 +2,7 @@
 
 import base64
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -60,52 +61,60 @@ class OpenAITeacher(NetworkTeacher):
     ):
         super().__init__(identity_of(model), timeout=timeout, retries=retries, limits=limits, seed=seed)
         url = (base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL).rstrip("/")
-        self._key = check_key(os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE)
-        self._server = server_name(url)
-        if url == DEFAULT_URL and not self._key:
+        self.key = check_key(os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE)
+        self.server, self.base = server_name(url), url
+        if url == DEFAULT_URL and not self.key:
             raise ValueError(
                 "The OpenAI teacher needs an API key; set OPENAI_API_KEY, or OPENAI_BASE_URL to a server of your own."
             )
         if url != DEFAULT_URL and not model:
-            raise ValueError(f"Name the model that {self._server} serves with --model.")
+            raise ValueError(f"Name the model that {self.server} serves with --model.")
         self.model = model or DEFAULT_MODEL
         self._url = f"{url}/chat/completions"
         library = http_library()
         self._lost: type[Exception] = library.RequestError
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
+        plain = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers = {"Content-Type": "application/json", "Accept": "application/json", **plain}
         pool = library.Limits(max_connections=None, max_keepalive_connections=POOL_SIZE)
         context = ssl_context(library)
         self._clients = Clients(
             lambda: library.AsyncClient(headers=headers, timeout=timeout, limits=pool, verify=context)
         )
+        self._plain = Clients(lambda: library.AsyncClient(headers=plain, timeout=timeout, limits=pool, verify=context))
 
-    async def ask_once(self, request: Request) -> Reply:
-        """One attempt."""
+    def body(self, request: Request) -> dict[str, Any]:
+        """What is sent."""
         message = {"role": "user", "content": message_content(request)}
         body: dict[str, Any] = {"model": self.model, "messages": [message]}
         if request.think:
             body["temperature"] = 0.0
+        return body
+
+    def lend_plain(self) -> AbstractContextManager[Any]:
+        """A client for what is no completion."""
+        return self._plain.lend()
+
+    async def ask_once(self, request: Request) -> Reply:
+        """One attempt."""
         try:
             with self._clients.lend() as client:
-                response = await client.post(self._url, content=orjson.dumps(body))
+                response = await client.post(self._url, content=orjson.dumps(self.body(request)))
         except self._lost as error:
-            raise TeacherUnavailable(f"The connection to {self._server} failed ({type(error).__name__})") from None
+            raise TeacherUnavailable(f"The connection to {self.server} failed ({type(error).__name__})") from None
         if response.status_code in RETRIED_STATUS:
             wait = parse_retry_after(response.headers.get("Retry-After"))
-            raise TeacherUnavailable(f"{self._server} is busy (status {response.status_code})", wait)
+            raise TeacherUnavailable(f"{self.server} is busy (status {response.status_code})", wait)
         if response.status_code != 200:
-            raise refusal(self._server, response.status_code, self.model, response.text[:4096], self._key)
+            raise refusal(self.server, response.status_code, self.model, response.text[:4096], self.key)
         try:
             content = orjson.loads(response.content)
         except orjson.JSONDecodeError:
-            raise TeacherUnavailable(f"The reply of {self._server} was cut off or is not JSON") from None
+            raise TeacherUnavailable(f"The reply of {self.server} was cut off or is not JSON") from None
         return read_completion(content)
 
     async def close(self) -> None:
         """Close the connections."""
-        for client in self._clients.all():
+        for client in [*self._clients.all(), *self._plain.all()]:
             await client.aclose()
 
 
@@ -143,7 +152,7 @@ def read_completion(content: Any) -> Reply:
         message = choice["message"]
         text = str(message.get("content") or "")
         usage = content.get("usage") or {}
-        tokens = {
+        tokens: dict[str, Any] = {
             "input_tokens": int(usage.get("prompt_tokens") or 0),
             "output_tokens": int(usage.get("completion_tokens") or 0),
         }

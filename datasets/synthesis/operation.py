@@ -1,21 +1,22 @@
 """How a run of the engine is operated: pace, budget, progress bar, and an estimate without asking."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ...utils.text import parse_response
+from ..scene_store import SceneInfo
+from .asking import check_of
+from .batches import BATCH_SIZE, MOST_BATCH_SIZE, POLL_SECONDS, SHORTEST_POLL
 from .budget import Budget
-from .filters import FilterOptions, check_response
+from .filters import FilterOptions
 from .journal import Journal, request_key
 from .limits import Estimator, Usage
 from .outcomes import FAILED, Tally
 from .prices import Price
-from .prompts import check_prompt
 from .sources import Question
 from .teacher import Request
 
@@ -33,6 +34,13 @@ class Operation:
         input_price, output_price: dollars for a million tokens.
         timeout: seconds that one reply may take.
         dry_run: estimate and ask nothing.
+        batch: ask through the provider's batch interface.
+        batch_size: requests in a batch at most.
+        poll_interval: seconds between two looks at a batch.
+        cancel_batches: end the batches under way, keep what is answered, and ask nothing.
+
+    Raises:
+        ValueError: a batch size or an interval that cannot be.
     """
 
     requests_per_minute: int = 0
@@ -43,6 +51,21 @@ class Operation:
     output_price: float | None = None
     timeout: float = 300.0
     dry_run: bool = False
+    batch: bool = False
+    batch_size: int = BATCH_SIZE
+    poll_interval: float = POLL_SECONDS
+    cancel_batches: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch_size <= MOST_BATCH_SIZE:
+            raise ValueError(f"A batch takes 1 to {MOST_BATCH_SIZE} requests, not {self.batch_size}.")
+        if self.poll_interval < SHORTEST_POLL:
+            raise ValueError(f"Batches are looked at every {SHORTEST_POLL:g} seconds at most; raise --poll-interval.")
+
+    @property
+    def uses_batches(self) -> bool:
+        """Whether the provider's batch interface is needed."""
+        return self.batch or self.cancel_batches
 
 
 class Progress:
@@ -106,8 +129,10 @@ def make_report(
 
 
 def price_fields(price: Price | None) -> dict[str, Any] | None:
-    """A price as it is reported: dollars for a million tokens, and its source."""
-    return None if price is None else {"input": price.input, "output": price.output, "source": price.source}
+    """A price as it is reported: dollars for a million tokens, the share of them that batches cost, and its source."""
+    if price is None:
+        return None
+    return {"input": price.input, "output": price.output, "batch_share": price.batch_share, "source": price.source}
 
 
 def estimate_run(
@@ -115,6 +140,7 @@ def estimate_run(
     ask_about: Callable[[Question], Request],
     journal_path: Path,
     *,
+    index: Mapping[str, SceneInfo],
     identity: str,
     price: Price | None,
     options: FilterOptions,
@@ -123,7 +149,8 @@ def estimate_run(
     """What a run would ask, without asking: requests at most, tokens, dollars, and minutes at the rate limits.
 
     Replies that earlier runs received are not counted again, and teach how long replies are. A check is counted for
-    every question that has no reply yet, as if its first reply were to pass the filters.
+    every question that has no reply yet, as if its first reply were to pass the filters. Requests in batches that are
+    under way are counted as if they were still to be asked.
     """
     estimator = Estimator()
     requests, characters = {False: 0, True: 0}, {False: 0, True: 0}
@@ -131,24 +158,18 @@ def estimate_run(
         for question in questions:
             first = ask_about(question)
             reply = journal.get(request_key(identity, first))
-            think = ""
             if reply is None:
                 requests[False] += 1
                 characters[False] += len(first.prompt)
             else:
                 estimator.learn(first, reply)
-                if reply.reason or check_response(reply.text, question, options):
-                    continue
-                think = parse_response(reply.text).think
-                check = Request(question, check_prompt(question, think), think)
-                again = journal.get(request_key(identity, check))
-                if again is not None:
-                    estimator.learn(check, again)
-                    continue
-            if not options.applies("inconsistent"):
-                continue
-            requests[True] += 1
-            characters[True] += len(check_prompt(question, think))
+            check = check_of(question, reply, index[question.scene_id], options)
+            again = journal.get(request_key(identity, check)) if check is not None and reply is not None else None
+            if check is not None and again is not None:
+                estimator.learn(check, again)
+            elif check is not None:
+                requests[True] += 1
+                characters[True] += len(check.prompt)
         received = len(journal)
     usages = [estimator.estimate_many(requests[kind], characters[kind], checking=kind) for kind in (False, True)]
     # the thoughts that checks repeat are as long as the replies they come from
@@ -157,15 +178,17 @@ def estimate_run(
         usages[0].input_tokens + usages[1].input_tokens + thoughts, usages[0].output_tokens + usages[1].output_tokens
     )
     total = sum(requests.values())
-    minutes = [total / operation.requests_per_minute] if operation.requests_per_minute else []
-    minutes += [expected.total / operation.tokens_per_minute] if operation.tokens_per_minute else []
+    minutes = [total / operation.requests_per_minute] if operation.requests_per_minute and not operation.batch else []
+    if operation.tokens_per_minute and not operation.batch:
+        minutes.append(expected.total / operation.tokens_per_minute)
+    cost = price.cost(expected.input_tokens, expected.output_tokens, batched=operation.batch) if price else None
     return {
         "questions": len(questions),
         "received": received,
         "requests": total,
         "input_tokens": round(expected.input_tokens),
         "output_tokens": round(expected.output_tokens),
-        "cost": round(price.cost(expected.input_tokens, expected.output_tokens), 2) if price else None,
+        "cost": round(cost, 2) if cost is not None else None,
         "price": price_fields(price),
         "minutes_at_limits": round(max(minutes), 1) if minutes else None,
     }

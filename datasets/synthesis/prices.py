@@ -21,19 +21,27 @@ SOURCES = {
     "gemini": "ai.google.dev/gemini-api/docs/pricing, March 2026",
     "gpt": "platform.openai.com/docs/pricing, April 2025",
 }
+# Of both makers: ai.google.dev/gemini-api/docs/batch-api ("50% of the standard cost") and OpenAI's Batch API FAQ
+# (help.openai.com, article 9197833: half the price of the synchronous interface), both for prompt and reply.
+BATCH_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars for a million tokens, and where the numbers come from."""
+    """Dollars for a million tokens, and where the numbers come from.
+
+    `batch_share` is the part of them that the provider's batch interface costs.
+    """
 
     input: float
     output: float
     source: str
+    batch_share: float = 1.0
 
-    def cost(self, input_tokens: float, output_tokens: float) -> float:
+    def cost(self, input_tokens: float, output_tokens: float, *, batched: bool = False) -> float:
         """Dollars."""
-        return (input_tokens * self.input + output_tokens * self.output) / 1e6
+        share = self.batch_share if batched else 1.0
+        return share * (input_tokens * self.input + output_tokens * self.output) / 1e6
 
 
 FREE = Price(0.0, 0.0, "needs no paid server")
@@ -41,6 +49,8 @@ FREE = Price(0.0, 0.0, "needs no paid server")
 
 def find_price(model: str, input_price: float | None = None, output_price: float | None = None) -> Price | None:
     """The price of a model: what the user says, else the table's; None where neither knows it.
+
+    The user's own price holds for batches as it is.
 
     Raises:
         ValueError: only one of the two prices is given, or one is negative.
@@ -55,4 +65,4 @@ def find_price(model: str, input_price: float | None = None, output_price: float
     if name not in _TABLE:
         return None
     source = next(text for maker, text in SOURCES.items() if name.startswith(maker))
-    return Price(*_TABLE[name], source)
+    return Price(*_TABLE[name], source, BATCH_SHARE)

@@ -35,12 +35,16 @@ def media_type(image: bytes) -> str:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back. `reason` says why there is no usable text: blocked, truncated, cannot_tell, …"""
+    """What came back. `reason` says why there is no usable text: blocked, truncated, cannot_tell, …
+
+    `batched` replies came through a provider's batch interface, at its price.
+    """
 
     text: str
     reason: str = ""
     input_tokens: int = 0
     output_tokens: int = 0
+    batched: bool = False
 
 
 class Teacher(Protocol):
@@ -66,6 +70,10 @@ class TeacherUnavailable(Exception):
     def __init__(self, message: str, retry_after: float | None = None):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class GivenUp(TeacherUnavailable):
+    """A request that was tried as often as it is tried. It says nothing about the requests after it."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +125,16 @@ def check_key(key: str, variable: str) -> str:
     return key
 
 
+def without_key(message: str, key: str) -> str:
+    """The beginning of a server's message on one line, without the key that some servers repeat."""
+    return " ".join((message.replace(key, "***") if key else message).split())[:300]
+
+
 def refusal(server: str, status: int, model: str, message: str, key: str) -> ValueError:
     """The error for a status that no retry mends, without the key that some servers repeat in their messages."""
     if status in (401, 403):
         return ValueError(f"{server} refused the API key (status {status}); set the right one in the environment.")
     if status == 404:
         return ValueError(f"{server} has no model {model!r} (status 404); name another one with --model.")
-    shown = " ".join((message.replace(key, "***") if key else message).split())[:300]
+    shown = without_key(message, key)
     return ValueError(f"{server} refused the request (status {status}): {shown or 'it gave no reason'}.")

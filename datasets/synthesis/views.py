@@ -20,7 +20,7 @@ ViewsOf = Callable[[str, str], Sequence[bytes]]
 MOST_VIEWS = 16
 # Gemini takes 20 MB a request with its pictures inside; base64 makes four bytes of three.
 MOST_BYTES = 14_000_000
-_KEPT_SCENES = 32
+_KEPT_BYTES = 512_000_000  # 6 views of some 1,200 scans
 
 
 def shrink(picture: Image.Image, longest: int) -> bytes:
@@ -67,7 +67,10 @@ def no_pictures(scene_id: str) -> ValueError:
 
 
 class UniformViews:
-    """A `ViewsOf` of uniform frames; the latest scenes' pictures are kept. Threads may share it.
+    """A `ViewsOf` of uniform frames; the latest scenes' pictures are kept, half a gigabyte of them.
+
+    Questions come in any order, so that one scene's are far apart, and a run that goes on needs the pictures of every
+    question again to know what it has asked. Threads may share it.
 
     Args:
         store: prepared scenes.
@@ -85,6 +88,7 @@ class UniformViews:
             raise ValueError(f"Views are 64 to 2048 pixels on their longest side, not {longest}.")
         self._store, self._count, self._longest = store, count, longest
         self._recent: OrderedDict[str, tuple[bytes, ...]] = OrderedDict()
+        self._size = 0
         self._lock = threading.Lock()
 
     def require(self, scene_ids: Iterable[str]) -> None:
@@ -103,9 +107,10 @@ class UniformViews:
         """The same pictures for every question about a scene."""
         with self._lock:
             if scene_id not in self._recent:
-                self._recent[scene_id] = read_uniform(self._store[scene_id], self._count, self._longest)
-                if len(self._recent) > _KEPT_SCENES:
-                    self._recent.popitem(last=False)
+                self._recent[scene_id] = views = read_uniform(self._store[scene_id], self._count, self._longest)
+                self._size += sum(map(len, views))
+                while self._size > _KEPT_BYTES and len(self._recent) > 1:
+                    self._size -= sum(map(len, self._recent.popitem(last=False)[1]))
             self._recent.move_to_end(scene_id)
             return self._recent[scene_id]
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -101,6 +102,27 @@ def test_blocked_replies_are_final_and_keep_their_reason(root, tmp_path):
     report = synthesize_with(Blocked(), root, tmp_path / "out.jsonl")
     assert report["kept"] == 0 and report["rejected"] == {"blocked_safety": report["questions"]}
     assert synthesize_with(Blocked(), root, tmp_path / "out.jsonl")["new_requests"] == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [("It is nothing.", "gold_"), ("{gold} <box>9, 9, 9, 1, 1, 1</box>", "box_unknown")],
+)
+def test_what_a_free_filter_rejects_is_not_asked_again(root, tmp_path, said, reason):
+    class Wrong(CountingTeacher):
+        async def ask(self, request: Request) -> Reply:
+            reply = await super().ask(request)
+            think, _, answer = reply.text.partition("<answer>")
+            gold = answer.removesuffix("</answer>")
+            return replace(reply, text=f"{think}<answer>{said.format(gold=gold)}</answer>")
+
+    teacher = Wrong()
+    report = synthesize_with(teacher, root, tmp_path / "out.jsonl")
+    assert all(code.startswith(reason) for code in report["rejected"]) and report["kept"] == 0
+    assert len(teacher.prompts) == report["requests"] == report["questions"]
+    skipping = FilterOptions(skipped=("gold", "box_unknown"))
+    again = synthesize_with(Wrong(), root, tmp_path / "out.jsonl", options=skipping)
+    assert again["requests"] == 2 * again["questions"]
 
 
 def add(journal: Journal, key: str, reply: Reply) -> None:

@@ -21,18 +21,20 @@ from threedr1.datasets.synthesis.prompts import check_prompt
 from threedr1.datasets.synthesis.sources import load_questions
 from threedr1.datasets.synthesis.teacher import Request
 
-from .teacher_server import GOOD, THINK, Server, add_questions, make_teacher, moody, prompt_of
+from .batch_server import BatchServer, make_batches
+from .teacher_server import GOOD, KEY, KINDS, THINK, Server, add_questions, make_teacher, moody, prompt_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Run:
-    """`main.py synthesize` with the OpenAI teacher, as a process."""
+    """`main.py synthesize` with a network teacher, as a process."""
 
-    def __init__(self, root: Path, out: Path, url: str, workers: int):
+    def __init__(self, root: Path, out: Path, url: str, *options: str, kind: str = "openai"):
         command = [sys.executable, str(ROOT / "main.py"), "synthesize", "--root", str(root), "--out", str(out)]
-        command += ["--teacher", "openai", "--model", "some-model", "--workers", str(workers)]
-        environment = {**os.environ, "OPENAI_API_KEY": "k", "OPENAI_BASE_URL": f"{url}/v1", "no_proxy": "*"}
+        command += ["--teacher", kind, "--model", "some-model", *options]
+        environment = {**os.environ, "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": f"{url}/v1", "no_proxy": "*"}
+        environment |= {"GEMINI_API_KEY": KEY, "GOOGLE_GEMINI_BASE_URL": url}
         self.process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
@@ -88,7 +90,7 @@ def kill_and_compare(root: Path, folder: Path, monkeypatch, *, kills: int, worke
             received = journal_keys(journal)
             before = len(server.requests)
             goal = whole["requests"] * (number + 1) // (kills + 2) - len(received)
-            run = Run(root, out, server.url, workers)
+            run = Run(root, out, server.url, "--workers", str(workers))
             assert run.wait_for(lambda b=before, g=goal: len(server.requests) - b >= max(g, 1)), run.end(0)
             time.sleep(rng.uniform(0, 2 * delay))
             run.end(signal.SIGKILL)
@@ -137,7 +139,7 @@ def test_ctrl_c_stops_within_a_second_and_keeps_what_was_received(root, tmp_path
         return answers(number, body)
 
     with Server(script) as server:
-        run = Run(root, out, server.url, 16)
+        run = Run(root, out, server.url, "--workers", "16")
         assert run.wait_for(lambda: len(server.requests) >= 56 and len(journal_keys(journal)) >= 40)
         start = time.monotonic()
         run.process.send_signal(signal.SIGINT)
@@ -153,3 +155,57 @@ def test_ctrl_c_stops_within_a_second_and_keeps_what_was_received(root, tmp_path
     assert stopped < 1.0 and ended < 5.0, (stopped, ended)
     assert run.process.returncode == 130 and "40 replies are kept" in said and "Traceback" not in said
     assert len(journal_keys(journal)) == 40 and not out.exists()
+
+
+BATCHES = ("--batch", "--batch-size", "9", "--poll-interval", "0.05", "--thinking-budget", "128")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_around_a_batch_it_pays_for_no_answer_twice(kind, kills, root, tmp_path, monkeypatch):
+    """Kills after the provider started a batch and before it said so, while batches work, and while replies come."""
+    add_questions(root, 40)
+    out, whole_out, rng = tmp_path / "out.jsonl", tmp_path / "whole.jsonl", random.Random(3)
+    with BatchServer(kind) as server:
+        whole = synthesize_with(make_batches(kind, server.url, monkeypatch), root, whole_out)
+    with BatchServer(kind, looks=None, pause=1.0) as server:
+        for _ in range(kills):  # the id never arrives
+            run, before = Run(root, out, server.url, *BATCHES, kind=kind), len(server.batches)
+            assert run.wait_for(lambda b=before: len(server.batches) > b), run.end(0)
+            run.end(signal.SIGKILL)
+            assert "id" not in json.loads((tmp_path / "out.jsonl.journal.jsonl").read_bytes().splitlines()[-1])
+        server.pause = 0.0
+        run = Run(root, out, server.url, *BATCHES, kind=kind)  # all first requests are in batches, which work on
+        assert run.wait_for(lambda: len(server.keys) >= whole["questions"]), run.end(0)
+        run.end(signal.SIGKILL)
+        assert len(server.keys) == len(set(server.keys)) == whole["questions"] and not out.exists()
+        server.looks = 12
+        for _ in range(kills):
+            run, before = Run(root, out, server.url, *BATCHES, kind=kind), len(server.paths)
+            if not run.wait_for(lambda b=before: len(server.paths) > b):
+                break
+            time.sleep(rng.uniform(0.0, 0.3))
+            run.end(signal.SIGKILL)
+        server.looks = 1
+        report = synthesize_with(make_batches(kind, server.url, monkeypatch, 9), root, out)
+    assert set(server.answered.values()) == {1} and server.answered.total() == whole["requests"]
+    assert len(server.keys) == len(set(server.keys)) == whole["requests"]
+    for ending in ("", ".rejects.jsonl"):
+        first, second = (path.with_name(path.name + ending).read_bytes() for path in (out, whole_out))
+        assert first == second
+    assert report["kept"] == whole["kept"] > 0 and report["failed"] == 0
+    assert not list(tmp_path.glob(".*batch-*"))
+
+
+def test_ctrl_c_leaves_batches_at_work_and_says_how_to_come_back(root, tmp_path):
+    out = tmp_path / "out.jsonl"
+    with BatchServer("openai", looks=None) as server:
+        run = Run(root, out, server.url, *BATCHES[:3], "--poll-interval", "60")
+        assert run.wait_for(lambda: len(server.paths) >= 2 and server.batches)
+        time.sleep(0.5)
+        start = time.monotonic()
+        said = run.end(signal.SIGINT)
+    assert time.monotonic() - start < 5.0
+    assert run.process.returncode == 130 and "Traceback" not in said
+    assert "1 batches go on at the provider" in said and "--cancel-batches" in said
+    assert not any("cancel" in path for path in server.paths) and KEY not in said

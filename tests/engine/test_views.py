@@ -1,5 +1,7 @@
 """`view --views`: the candidate views of a scene with their scores and the choice, by a model and by an encoder."""
 
+import io
+import json
 import logging
 
 import numpy as np
@@ -9,6 +11,8 @@ from PIL import Image
 
 from threedr1 import main as cli
 from threedr1.datasets.scene_store import SceneStore
+from threedr1.datasets.synthesis.rule_teacher import RuleTeacher
+from threedr1.engine.teacher_views import SelectedViews, load_selected_views
 from threedr1.engine.views import find_scene, score_views
 from threedr1.models.dual_encoder import DualEncoder
 from threedr1.models.scene_vlm import SceneVLM
@@ -143,3 +147,82 @@ def test_a_report_of_predictions_takes_the_sheet_in(dual, rooms_root, room_path,
     text = page.read_text(encoding="utf-8")
     assert "Examples" in text and "Views for: Where is it?" in text
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["views-0.png"]
+
+
+# ---- views for the data engine's teacher
+
+
+@pytest.fixture(scope="module")
+def blind(tmp_path_factory, rooms_root):
+    """An untrained model that takes no views."""
+    folder = tmp_path_factory.mktemp("runs") / "blind"
+    settings = [f"run.dir={folder}", "run.steps=0", f"data.root={rooms_root}", "data.num_points=512"]
+    settings += ["data.datasets=scanqa", f"model.language.model={rooms_root}/tiny", "model.language.dtype=float32"]
+    settings += ["model.language.train=full", "model.views.source=none"]
+    settings += [f"model.encoder.{setting}" for setting in ENCODER.split()]
+    assert cli.main(["sft", "--set", *settings]) == 0
+    return folder
+
+
+def test_the_teacher_is_shown_what_the_selector_chooses(run, rooms_root, room_path):
+    views_of = load_selected_views(rooms_root, run, longest=200)
+    question = "Where is the chair?"
+    (found,) = score_views(room_path, [question], model_path=run)
+    views = [np.asarray(Image.open(io.BytesIO(view))) for view in views_of(room_path.stem, question)]
+    assert len(views) == len(found.chosen) == 2
+    scene = SceneStore(rooms_root / "prepared")[room_path.stem]
+    for row, shown_HW3 in zip(found.chosen, views, strict=True):
+        kind, number = found.names[row].split()
+        if kind == "frame":
+            with Image.open(scene.frames[int(number)].color_path) as picture:
+                expected = picture.convert("RGB")
+                expected.thumbnail((200, 200), Image.Resampling.LANCZOS)
+        else:
+            expected = Image.fromarray(found.images_VHW3[row])
+        assert shown_HW3.shape[:2] == expected.size[::-1]
+        assert np.abs(shown_HW3.astype(int) - np.asarray(expected)).mean() < 8  # JPEG
+    assert views_of(room_path.stem, question) == views_of(room_path.stem, question)
+    assert len(load_selected_views(rooms_root, run, count=5)(room_path.stem, question)) == 5
+
+
+def test_synthesize_shows_the_views_of_a_model_and_keeps_them(run, rooms_root, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    command = ["synthesize", "--root", str(rooms_root), "--out", str(out), "--limit", "6", "--views-model", str(run)]
+    prompts: dict[tuple[str, str], tuple] = {}
+    real = RuleTeacher.ask
+
+    async def ask(self, request):
+        if not request.think:
+            prompts[request.question.scene_id, request.question.text] = (request.prompt, request.images)
+        return await real(self, request)
+
+    monkeypatch.setattr(RuleTeacher, "ask", ask)
+    assert cli.main([*command, "--dry-run"]) == 0 and list(tmp_path.iterdir()) == []
+    assert cli.main(command) == 0
+    views_of = load_selected_views(rooms_root, run)
+    assert len(prompts) == 6
+    for (scene_id, text), (prompt, images) in prompts.items():
+        assert "The 2 pictures show the scene" in prompt and images == views_of(scene_id, text)
+    report = json.loads((tmp_path / "out.jsonl.report.json").read_text())
+    assert report["settings"]["inputs"]["views_by"] == str(run)
+    assert (tmp_path / "out.sheet" / "samples.html").is_file()
+    assert str(run) not in (tmp_path / "out.sheet" / "README.md").read_text()
+    # the second time nothing is chosen, and nothing asked
+    monkeypatch.setattr(SelectedViews, "__call__", lambda *_: pytest.fail("chosen again"))
+    assert cli.main(command) == 0
+    assert json.loads((tmp_path / "out.jsonl.report.json").read_text())["new_requests"] == 0
+
+
+def test_models_that_choose_no_views_for_a_teacher_are_one_sentence(blind, run, rooms_root, tmp_path, capsys):
+    command = ["synthesize", "--root", str(rooms_root), "--out", str(tmp_path / "out.jsonl")]
+    for asked, said in (
+        (["--views-model", str(blind)], "takes no views, so it chooses none; name one that was trained with"),
+        (["--views-model", str(tmp_path / "gone")], "There is no model at"),
+        (["--views-model", str(run), "--views", "17"], "A teacher is shown 1 to 16 views, not 17; set --views"),
+        (["--views-model", str(run), "--multiview", "x.h5"], "x.h5 is named as the file of multi-view features"),
+        (["--multiview", "x.h5"], "--multiview is for the model of --views-model"),
+    ):
+        assert cli.main([*command, *asked]) == 1
+        error = capsys.readouterr().err
+        assert said in error and "Traceback" not in error, error
+    assert list(tmp_path.iterdir()) == []
