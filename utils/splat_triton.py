@@ -208,8 +208,8 @@ def _mix_kernel(
 
 @functools.lru_cache(maxsize=8)
 def _discs(radii: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of discs of `radii` pixels, on `device`: pixels [K, 3] int32 (rows down, columns right, the sum of their squares),
-    first pixel of each [S + 1] int32, (radius + 1/2)^2 [S] float64 (infinite for one pixel), `size_limits` [S - 1].
+    """Of discs of `radii` pixels, on `device`: pixels [K, 3] int32 (rows down, columns right, sum of squares), first
+    pixel of each [S + 1] int32, (radius + 1/2)^2 [S] float64 (infinite for one pixel), `size_limits` [S - 1].
     """
     pixels, starts = [], [0]
     for radius in radii:
