@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from threedr1.utils import projection
 from threedr1.utils.camera import NEAR_PLANE
@@ -57,3 +58,20 @@ class TestVisiblePoints:
     def test_maps_of_another_size(self):
         with pytest.raises(ValueError, match=r"view 1 is \(33, 25\)"):
             visible_points(np.ones((1, 3)), [front_camera()] * 2, [np.ones((25, 33)), np.ones((33, 25))])
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_a_gpu_sees_what_a_cpu_sees(self):
+        generator = np.random.default_rng(4)
+        points = generator.uniform(-2, 2, (50_000, 3))
+        cameras = [
+            Camera(look_at((np.cos(a), np.sin(a), 0.2), (0, 0, 0)), pinhole(60, 40, 75), 60, 40)
+            for a in np.linspace(0, 6, 7)
+        ]
+        depths = [generator.uniform(0, 4, (40, 60)) for _ in cameras]
+        found = visible_points(points, cameras, depths, device="cuda")
+        wanted = visible_points(points, cameras, depths)
+        assert wanted.mean() > 0.02
+        assert (
+            found == wanted
+        ).mean() > 0.9999  # the last bit of a sum may move a point over the border of two pixels
