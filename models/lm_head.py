@@ -18,16 +18,13 @@ Shapes: T tokens, D width, V vocabulary, C tokens of a chunk, W vocabulary rows 
 maximum), total (sum of exp(logit - top)), weighted (sum of exp(logit - top) * logit) and picked (the target's logit).
 """
 
-import functools
-import importlib.util
-import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..utils.kernels import takes_triton
 from . import lm_head_torch
 
 VARIABLE = "THREEDR1_LM_HEAD"
@@ -37,8 +34,6 @@ VARIABLE = "THREEDR1_LM_HEAD"
 CPU_TILE, GPU_TILE = (1024, 16384), (4096, 16896)
 # tokens that `cross_entropy` takes at a time, with all their logits
 CPU_LOSS_CHUNK, GPU_LOSS_CHUNK = 256, 1024
-
-_log = logging.getLogger(__name__)
 
 
 class TokenLogprobs(NamedTuple):
@@ -156,25 +151,11 @@ def _tiling(hidden_TD: Tensor, scale: float, chunk_size: int, vocab_chunk_size: 
 
 def _tile_passes(on_gpu: bool, dtype: torch.dtype) -> tuple[Callable[..., None], Callable[..., Tensor]]:
     """The fold and the gradient of a tile: Triton's or plain."""
-    choice = os.environ.get(VARIABLE, "")
-    if choice not in ("", "torch", "triton"):
-        raise ValueError(f"{VARIABLE}={choice} is not known; set it to torch or triton, or unset it.")
-    wanted = choice == "triton" or (on_gpu and not choice)
-    if choice and wanted and not _has_triton():
-        raise ValueError(f"{VARIABLE}={choice}, but Triton is not installed; pip install triton, or unset it.")
-    if wanted and dtype == torch.float32 and _has_triton():
+    if takes_triton(VARIABLE, on_gpu) and dtype == torch.float32:
         from . import lm_head_triton as passes
     else:
         passes = lm_head_torch
     return passes.fold_tile, passes.gradient_tile
-
-
-@functools.cache
-def _has_triton() -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        _log.warning("Triton is not installed: the LM head takes plain PyTorch, which is slower on a GPU.")
-    return found
 
 
 class _TokenLogprobs(torch.autograd.Function):

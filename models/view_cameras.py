@@ -165,10 +165,11 @@ def most_telling(seen_VN: np.ndarray, weight_N: np.ndarray, count: int) -> list[
     Ties go to the lower index; result in the order of choice.
     """
     value_N = weight_N.astype(np.float64).copy()
+    seen = torch.from_numpy(seen_VN).double()  # for products by PyTorch, whose threads can be limited
     chosen: list[int] = []
     left = np.ones(len(seen_VN), dtype=bool)
     for _ in range(min(count, len(seen_VN))):
-        gain_V = np.where(left, seen_VN @ value_N, -1.0)
+        gain_V = np.where(left, (seen @ torch.from_numpy(value_N)).numpy(), -1.0)
         best = int(gain_V.argmax())
         chosen.append(best)
         left[best] = False

@@ -15,6 +15,7 @@ from ..datasets.frames import read_depth
 from ..datasets.scene import Frame, Scene
 from ..utils.boxes import points_in_boxes
 from ..utils.render import Camera, pinhole, splat_batch, visible_points
+from ..utils.threads import one_thread
 from .view_cameras import FIELD_OF_VIEW, place_cameras, ring_poses, splat_tolerance, top_poses
 from .view_frames import choose_frames, is_usable, unreadable
 from .view_kinds import kinds_of, share_out
@@ -54,6 +55,7 @@ class ViewPool:
         return _shares(self.seen_VN, points_in_boxes(self.points_N3, boxes_K7).numpy())
 
 
+@one_thread()
 def build_view_pool(
     scene: Scene,
     *,
@@ -107,7 +109,7 @@ def build_view_pool(
     cameras = [camera for _, _, camera in pictures] + [camera for _, camera in placed]
     measured_V = np.array([depth is not None for _, depth, _ in pictures] + [False] * len(placed), dtype=bool)
     images, depths = _look(scene, cameras, [picture[:2] for picture in pictures], device)
-    seen_VN = _seen(points_N3[visible], cameras, depths, measured_V)
+    seen_VN = _seen(points_N3[visible], cameras, depths, measured_V, device)
     return ViewPool(
         images_VHW3=np.stack(images) if images else np.zeros((0, *image_size, 3), dtype=np.uint8),
         cameras=cameras,
@@ -216,14 +218,18 @@ def _subsample(size: int, limit: int) -> np.ndarray:
 
 
 def _seen(
-    points_N3: np.ndarray, cameras: list[Camera], depths: list[np.ndarray], measured_V: np.ndarray
+    points_N3: np.ndarray,
+    cameras: list[Camera],
+    depths: list[np.ndarray],
+    measured_V: np.ndarray,
+    device: str | torch.device,
 ) -> np.ndarray:
     """Which points each view sees, bool [V, N]; a room's splatted depth is given more tolerance than measured."""
     seen_VN = np.zeros((len(cameras), len(points_N3)), dtype=bool)
     for measured, tolerance in ((True, _MEASURED_TOLERANCE), (False, splat_tolerance(points_N3))):
         rows = np.nonzero(measured_V == measured)[0]
         some, maps = [cameras[row] for row in rows], [depths[row] for row in rows]
-        seen_VN[rows] = visible_points(points_N3, some, maps, tolerance=tolerance)
+        seen_VN[rows] = visible_points(points_N3, some, maps, tolerance=tolerance, device=device)
     return seen_VN
 
 
@@ -239,4 +245,6 @@ def _equal_weights(member_NK: np.ndarray) -> np.ndarray:
 def _shares(seen_VN: np.ndarray, member_NK: np.ndarray) -> np.ndarray:
     """Share of each box's points that each view sees, float32 [V, K]."""
     count_K = member_NK.sum(0, dtype=np.float32)
-    return seen_VN.astype(np.float32) @ member_NK.astype(np.float32) / np.maximum(count_K, 1)
+    # by PyTorch, whose threads can be limited; counts below 2^24 are exact in float32, in any order
+    seen_VK = torch.from_numpy(seen_VN).float() @ torch.from_numpy(member_NK).float()
+    return seen_VK.numpy() / np.maximum(count_K, 1)

@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .camera import NEAR_PLANE, Camera, Render, look_at, pinhole
-from .splat import EMPTY, splat, splat_batch, visible_points
+from .projection import visible_points
+from .splat import EMPTY, splat, splat_batch
 
 __all__ = [
     "NEAR_PLANE",

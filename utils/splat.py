@@ -5,28 +5,37 @@ nearest to it on the screen and not the one nearest to the camera. Discs of one 
 differ only in depth, so the nearest stands for all of them; what is left is a min-dilation of one z-buffer a radius.
 That costs the same for 40 thousand points as for a million.
 
+On a GPU the kernels of `splat_triton.py` make the same pictures, elsewhere the operations here. The environment
+variable THREEDR1_SPLAT chooses: `torch` takes the operations everywhere, `triton` the kernels, on a CPU too (for
+Triton's interpreter).
+
 Shapes: C cameras, N points, H rows, W columns, S pixel radii. World frame, metres.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .camera import NEAR_PLANE, Camera, Render
+from .camera import Camera, Render
+from .kernels import takes_triton
+from .projection import PROJECTED, homogeneous, inside, project, world_to_picture
+from .threads import one_thread
 
+VARIABLE = "THREEDR1_SPLAT"
 EMPTY = torch.iinfo(torch.int64).max
-_STEPS = 1e4  # steps of the depth half of a key a metre
-_FARTHEST = (1 << 28) - 1  # steps, 27 km; what is farther away counts as there
+STEPS = 1e4  # steps of the depth half of a key a metre
+FARTHEST = (1 << 28) - 1  # steps, 27 km; what is farther away counts as there
 _BLANK = 1 << 62  # above every key and what a disc's rim adds to it, with room for that above itself
 _CELL = 0.15  # metres; cells in which the density of points is measured
 _GRID = 1 << 24  # such cells, at most, to count in a table (64 MB); beyond that they are sorted
 _CPU_PLANE = 1 << 16  # pixels of all views drawn at a time on a CPU: one z-buffer of them (512 KB) stays in its cache
-_PROJECTED = 1 << 24  # points times cameras at a time (400 MB of coordinates)
 _GPU_BUFFER = 1 << 24  # int64 cells of z-buffer at a time on a GPU (128 MB)
 _RADII = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # pixel radii that are drawn; others are rounded to the nearest
+FILL_ROUNDS = 8
 
 
 def splat(
@@ -84,25 +93,66 @@ def splat_batch(
     if not cameras:
         return []
     device = torch.device(device)
-    points_N3t = torch.from_numpy(points).to(device, non_blocking=True)
-    colors_N3t = torch.from_numpy(colors).to(device, non_blocking=True)
-    points_4N = _homogeneous(points_N3t)
+    with one_thread() if device.type == "cpu" else nullcontext():
+        return _render(points, colors, cameras, radius, max_pixels, fill_holes, smooth, background, device)
+
+
+def _render(
+    points: np.ndarray,
+    colors: np.ndarray,
+    cameras: Sequence[Camera],
+    radius: float | None,
+    max_pixels: int | None,
+    fill_holes: bool,
+    smooth: bool,
+    background: tuple[int, int, int],
+    device: torch.device,
+) -> list[Render]:
+    """What `splat_batch` says, of arrays that `_check` let pass."""
+    points_N3 = torch.from_numpy(points).to(device, non_blocking=True)
+    colors_N3 = torch.from_numpy(colors).to(device, non_blocking=True)
     if radius is None:
-        radius_N = point_radii(points_N3t)
+        radius_N = point_radii(points_N3)
     else:
         radius_N = torch.full((len(points),), float(radius), device=device)
-    rise = min(2 * float(radius_N.median()) * _STEPS, float(_FARTHEST))
+    middle = _median(radius_N) if radius is None else radius_N[0]
     width, height = cameras[0].width, cameras[0].height
     limit = max(width, height) // 16 if max_pixels is None else max_pixels
     radii = [size for size in _RADII if size <= max(limit, 0)]
     step = _cameras_at_once(device, (width + 2 * radii[-1]) * (height + 2 * radii[-1]), len(radii), len(points))
+    some = [cameras[first : first + step] for first in range(0, len(cameras), step)]
+    style = {"fill_holes": fill_holes, "smooth": smooth, "background": background}
+    if takes_triton(VARIABLE, device.type == "cuda"):
+        from .splat_triton import draw_views
+
+        parts = [draw_views(points_N3, colors_N3, radius_N, middle, part, radii, **style) for part in some]
+    else:
+        parts = _draw_views(points_N3, colors_N3, radius_N, middle, some, radii, **style)
+    return [render for part in parts for render in _to_host(*part)]
+
+
+def _draw_views(
+    points_N3: Tensor,
+    colors_N3: Tensor,
+    radius_N: Tensor,
+    middle: Tensor,
+    cameras: Sequence[Sequence[Camera]],
+    radii: list[int],
+    *,
+    fill_holes: bool,
+    smooth: bool,
+    background: tuple[int, int, int],
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Colours, depth and points of each list of cameras, as `_shade` has them; `middle` is the median radius."""
+    points_4N = homogeneous(points_N3)
+    rise = min(2 * float(middle) * STEPS, float(FARTHEST))
     parts = []
-    for first in range(0, len(cameras), step):
-        key_CHW, depth_CN = _splat_keys(points_4N, radius_N, rise, cameras[first : first + step], radii)
+    for some in cameras:
+        key_CHW, depth_CN = _splat_keys(points_4N, radius_N, rise, some, radii)
         if fill_holes:
             key_CHW = _fill(key_CHW)
-        parts.append(_shade(key_CHW, depth_CN, colors_N3t, smooth, background))
-    return [render for part in parts for render in _to_host(*part)]
+        parts.append(_shade(key_CHW, depth_CN, colors_N3, smooth, background))
+    return parts
 
 
 def _check(points_N3: np.ndarray, colors_N3: np.ndarray, cameras: Sequence[Camera]) -> tuple[np.ndarray, np.ndarray]:
@@ -140,48 +190,25 @@ def point_radii(points_N3: Tensor) -> Tensor:
         _, inverse_N, count_U = torch.unique(flat_N, return_inverse=True, return_counts=True)
         number_N = count_U[inverse_N].float()
     # cells that a surface only grazes hold few points: never thinner than twice the usual density suggests
-    return _CELL / number_N.maximum(number_N.median() / 4).sqrt()
+    return _CELL / number_N.maximum(_median(number_N) / 4).sqrt()
+
+
+def _median(values_N: Tensor) -> Tensor:
+    """The lower median, which `Tensor.median` finds on a GPU by some twenty walks of one core over all values."""
+    if values_N.device.type == "cpu":
+        return values_N.median()
+    return values_N.sort().values[(len(values_N) - 1) // 2]
 
 
 def _cameras_at_once(device: torch.device, cells: int, num_radii: int, num_points: int) -> int:
     """Cameras, of so many cells a z-buffer, to draw together: few and large tasks for a GPU, small ones for a CPU."""
     drawn = _CPU_PLANE // cells if device.type == "cpu" else _GPU_BUFFER // (num_radii * cells)
-    return max(1, min(drawn, _PROJECTED // num_points))
+    return max(1, min(drawn, PROJECTED // num_points))
 
 
 def _radii_at_once(device: torch.device) -> int:
     """Pixel radii to draw together, likewise."""
     return 1 if device.type == "cpu" else len(_RADII)
-
-
-def _homogeneous(points_N3: Tensor) -> Tensor:
-    """Points as columns (x, y, z, 1), float64 [4, N]: what `_project` takes."""
-    columns_4N = torch.ones(4, len(points_N3), dtype=torch.float64, device=points_N3.device)
-    columns_4N[:3] = points_N3.T
-    return columns_4N
-
-
-def _project(points_4N: Tensor, cameras: Sequence[Camera]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounded columns and rows [C, N] (whole float32) and depth [C, N] (float32, metres) of points in every camera.
-
-    Those of points nearer than the near plane mean nothing. The product is taken in float64: in float32 a GPU may run
-    it in TF32, off by pixels, and every device and library rounds it otherwise.
-    """
-    pose_C44 = np.linalg.inv(np.stack([np.asarray(camera.pose_44, dtype=np.float64) for camera in cameras]))
-    matrix_C33 = np.stack([np.asarray(camera.intrinsics_33, dtype=np.float64) for camera in cameras])
-    world_C34 = torch.from_numpy(matrix_C33 @ pose_C44[:, :3]).to(points_4N.device, non_blocking=True)
-    image_C3N = (world_C34.flatten(0, 1) @ points_4N).float().view(len(cameras), 3, -1)
-    depth_CN = image_C3N[:, 2]
-    scale_C1N = 1 / depth_CN[:, None].clamp(min=NEAR_PLANE)
-    limit = float(1 << 20)
-    uv_C2N = (image_C3N[:, :2] * scale_C1N).add_(0.5).floor_().clamp_(-limit, limit)
-    return uv_C2N[:, 0], uv_C2N[:, 1], depth_CN
-
-
-def _inside(column_CN: Tensor, row_CN: Tensor, depth_CN: Tensor, camera: Camera, pad: int) -> Tensor:
-    """Which points [C, N] lie before the near plane and in the picture or within `pad` pixels of it."""
-    across_CN = (column_CN >= -pad) & (column_CN < camera.width + pad)
-    return across_CN & (row_CN >= -pad) & (row_CN < camera.height + pad) & (depth_CN >= NEAR_PLANE)
 
 
 def _constant(values: Sequence[float] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -194,12 +221,12 @@ def _splat_keys(
 ) -> tuple[Tensor, Tensor]:
     """Z-buffers [C, H, W] of int64 keys (biased depth above, point below) and depth [C, N] of the points."""
     width, height, device = cameras[0].width, cameras[0].height, points_4N.device
-    column_CN, row_CN, depth_CN = _project(points_4N, cameras)
+    column_CN, row_CN, depth_CN = project(points_4N, world_to_picture(cameras))
     pad = radii[-1]  # discs whose centre lies outside the picture still reach into it
     wide, tall = width + 2 * pad, height + 2 * pad
     key_CHW = torch.full((len(cameras), tall, wide), EMPTY, dtype=torch.int64, device=device)
     inside_CHW = key_CHW[:, pad : pad + height, pad : pad + width]
-    at_L = torch.nonzero(_inside(column_CN, row_CN, depth_CN, cameras[0], pad).view(-1))[:, 0]
+    at_L = torch.nonzero(inside(column_CN, row_CN, depth_CN, width, height, pad).view(-1))[:, 0]
     if not len(at_L):
         return inside_CHW, depth_CN
     camera_L = torch.div(at_L, len(radius_N), rounding_mode="floor")
@@ -211,7 +238,7 @@ def _splat_keys(
     plane_L = torch.add(camera_L, size_L - smallest, alpha=len(cameras))
     pixel_L = torch.add(column_CN.take(at_L), row_CN.take(at_L), alpha=wide).long() + (pad * wide + pad)
     cell_L = torch.add(pixel_L, plane_L, alpha=tall * wide)
-    steps_L = (depth_L.double() * _STEPS).clamp_(max=_FARTHEST).long()
+    steps_L = (depth_L.double() * STEPS).clamp_(max=FARTHEST).long()
     key_SCHW = torch.full((largest - smallest + 1, *key_CHW.shape), _BLANK, dtype=torch.int64, device=device)
     key_SCHW.view(-1).scatter_reduce_(0, cell_L, torch.add(point_L, steps_L, alpha=1 << 32), "amin")
     used, together = radii[smallest : largest + 1], _radii_at_once(device)
@@ -225,8 +252,12 @@ def _splat_keys(
 
 def _disc_sizes(pixels_L: Tensor, radii: list[int]) -> Tensor:
     """Index into `radii` of the radius nearest to each of `pixels_L`; the smaller one half way between two."""
-    middles = [(low + high) / 2 for low, high in zip(radii, radii[1:], strict=False)]
-    return torch.bucketize(pixels_L, _constant(middles, pixels_L.device))
+    return torch.bucketize(pixels_L, _constant(size_limits(radii), pixels_L.device))
+
+
+def size_limits(radii: Sequence[int]) -> list[float]:
+    """The largest pixel radius that is drawn as each of `radii` but the last."""
+    return [(low + high) / 2 for low, high in zip(radii, radii[1:], strict=False)]
 
 
 def disc_rise(radius: int, rise: float) -> int:
@@ -282,7 +313,7 @@ def _minimum(target: Tensor, other: Tensor) -> None:
     torch.minimum(target, other, out=target)
 
 
-def _fill(key_CHW: Tensor, rounds: int = 8) -> Tensor:
+def _fill(key_CHW: Tensor) -> Tensor:
     """Fill empty pixels, rim first, each with its farthest neighbour where four or more of the eight are filled."""
     empty_CHW = key_CHW == EMPTY
     padded_CHW = F.pad(key_CHW.masked_fill(empty_CHW, -1), (1, 1, 1, 1), value=-1)
@@ -293,7 +324,7 @@ def _fill(key_CHW: Tensor, rounds: int = 8) -> Tensor:
     offsets = [down * wide + right for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0)]
     around_8P = hole_P + _constant(offsets, hole_P.device)[:, None]
     needed_P, nothing_1 = torch.full_like(hole_P, 4), hole_P.new_full((1,), -1)
-    for _ in range(rounds):
+    for _ in range(FILL_ROUNDS):
         near_8P = flat_M.take(around_8P)
         ready_P = (near_8P >= 0).sum(0) >= needed_P
         # asking a GPU would make the host wait in every round
@@ -321,6 +352,11 @@ def _shade(
     return color_CHW3, depth_CHW, index_CHW.masked_fill_(empty_CHW, -1).int()
 
 
+def mixing_steps(height: int, width: int) -> list[int]:
+    """How many pixels apart neighbours are in each round of smoothing: 1, 2 at 224; 1, 2, 4, 8 at 640."""
+    return [1 << power for power in range(max(height, width).bit_length() - 6)]
+
+
 def _smooth(color_C3HW: Tensor, depth_CHW: Tensor) -> Tensor:
     """Colours, float32, mixed with neighbouring pixels whose depth (0 for none) says that they lie on one surface."""
     height, width = depth_CHW.shape[1:]
@@ -328,8 +364,7 @@ def _smooth(color_C3HW: Tensor, depth_CHW: Tensor) -> Tensor:
     mixed_C4HW = torch.ones(len(depth_CHW), 4, height, width, device=depth_CHW.device)
     mixed_C4HW[:, :3] = color_C3HW
     limit_C1HW = 0.03 + 0.03 * depth_CHW[:, None]  # metres
-    steps = [1 << power for power in range(max(height, width).bit_length() - 6)]  # 1, 2 at 224; 1, 2, 4, 8 at 640
-    for step in steps:
+    for step in mixing_steps(height, width):
         for axis in (2, 3):
             keep, first, last = mixed_C4HW.shape[axis] - step, (axis, 0), (axis, step)
             if keep < 1:
@@ -352,30 +387,3 @@ def _to_host(*pictures_CHW: Tensor) -> list[Render]:
         here.copy_(there, non_blocking=True)
     torch.cuda.current_stream(pictures_CHW[0].device).synchronize()
     return [Render(*view) for view in zip(*(picture.numpy() for picture in fetched), strict=True)]
-
-
-def visible_points(
-    points_N3: np.ndarray,
-    cameras: Sequence[Camera],
-    depths: Sequence[np.ndarray],
-    *,
-    tolerance: float = 0.08,
-    device: str | torch.device = "cpu",
-) -> np.ndarray:
-    """Which points each view sees, bool [C, N].
-
-    A point is seen where it falls into the picture and lies no more than `tolerance` metres (plus 2 % of its depth)
-    behind the depth map's surface. `depths` are metres along z, one map [H, W] a camera, 0 where nothing was
-    measured; a point that falls there counts as not seen.
-    """
-    points = torch.from_numpy(np.ascontiguousarray(points_N3, dtype=np.float32)).to(device)
-    points_4N = _homogeneous(points)
-    seen = np.zeros((len(cameras), len(points)), dtype=bool)
-    for row, (camera, depth_HW) in enumerate(zip(cameras, depths, strict=True)):
-        column_1N, row_1N, depth_1N = _project(points_4N, [camera])
-        point_L = torch.nonzero(_inside(column_1N, row_1N, depth_1N, camera, 0)[0])[:, 0]
-        surface_HW = torch.from_numpy(np.ascontiguousarray(depth_HW, dtype=np.float32)).to(device)
-        surface_L = surface_HW[row_1N[0, point_L].long(), column_1N[0, point_L].long()]
-        kept_L = (surface_L > 0) & (depth_1N[0, point_L] <= surface_L * 1.02 + tolerance)
-        seen[row, point_L[kept_L].cpu().numpy()] = True
-    return seen

@@ -5,6 +5,7 @@ import torch
 
 from threedr1.models import lm_head, lm_head_torch
 from threedr1.models.lm_head import cross_entropy, token_logprobs
+from threedr1.utils import kernels
 
 T, D, V = 11, 5, 23
 
@@ -289,7 +290,7 @@ def test_the_variable_chooses_the_passes(monkeypatch):
     passes = (lm_head_torch.fold_tile, lm_head_torch.gradient_tile)
     monkeypatch.setenv("THREEDR1_LM_HEAD", "torch")
     assert lm_head._tile_passes(True, torch.float32) == passes
-    monkeypatch.setattr(lm_head, "_has_triton", lambda: False)
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
     monkeypatch.setenv("THREEDR1_LM_HEAD", "triton")
     with pytest.raises(ValueError, match="pip install triton"):
         lm_head._tile_passes(True, torch.float32)
