@@ -14,19 +14,20 @@ from ..models.attention import use_packed_attention
 from ..models.inputs import IMAGE, pad_rows
 from ..models.scene_vlm import SceneVLM
 
-ROWS = 4  # of a padded forward pass
+SAMPLES = 8  # of a step, at most: peers take seconds for each
 
 
 class Peer(NamedTuple):
     """One way to train with transformers + peft."""
 
     title: str
+    rows: int = 4  # of a padded forward pass
     checkpointing: bool = False
     liger: bool = False
 
 
 PEERS = {
-    "peft": Peer("transformers + peft"),
+    "peft": Peer("transformers + peft", rows=2),
     "peft_checkpointing": Peer("transformers + peft, gradient checkpointing", checkpointing=True),
     "liger": Peer("transformers + peft + Liger", liger=True),
 }
@@ -68,8 +69,8 @@ class PeerStep:
             config: Any = part.config
             config._attn_implementation = "sdpa"
         self.set_checkpointing(self.model, self.peer.checkpointing)
-        rows = self.written()
-        self._batches = [self._batch(rows[start : start + ROWS]) for start in range(0, len(rows), ROWS)]
+        rows, count = self.written()[:SAMPLES], self.peer.rows
+        self._batches = [self._batch(rows[start : start + count]) for start in range(0, len(rows), count)]
         self.tokens = sum(len(entry.row.token_ids) for entry in rows)
         self.targets = sum(len(entry.row.labels) - entry.row.labels.count(-100) for entry in rows)
         return self

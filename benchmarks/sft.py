@@ -4,7 +4,8 @@ A step is what the training loop does: prepared rooms are read and encoded, view
 through the vision tower, samples packed (6 views, 192 layout tokens and up to 64 named objects, a thought of 60 to 240
 words), back-propagated, and AdamW's update. Scenes are dropped before they come again, so that nothing but the view
 cache is warm. Weights are random, of the shape of Qwen2.5-VL-7B on a GPU. Tokens are those of the samples, never
-padding. Peers get the very rows and adapters, in memory already, padded four at a time: no loading is in their time.
+padding. Peers get such rows and the very adapters, padded two or four at a time, in memory already: no loading is in
+their time.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from ..engine.config import SftConfig, load_config
 from ..engine.data import ObservationCache
 from ..engine.optim import Optimizer
 from ..engine.runtime import Runtime, pick_device, seed_everything
-from ..engine.sft import Taught, accumulate_gradients, load_model, prepare_batch, speed_up
+from ..engine.sft import accumulate_gradients, load_model, speed_up
+from ..engine.sft_data import Batches, Taught
 from ..engine.throughput import mfu, peak_flops, training_flops
 from ..models.dual_encoder import DualEncoder
 from ..models.scene_vlm import SceneVLM
@@ -93,22 +95,22 @@ class Steps:
             SceneStore(Path(config.data.root) / "prepared", capacity=1), model, seed=0, capacity=1, cache_views=True
         )
         self.optimizer = Optimizer(model.trainable_parameters(), config.optim, 1000, runtime)
-        self.upcoming: list[Taught] = []
+        self.batches = Batches(model, self._choose, self.observations, pointers="name", num_steps=1_000_000)
         self.done = 0
         self.tokens = 0
 
-    def prepared(self) -> list[Taught]:
-        """The batch of the next step."""
+    def _choose(self, step: int) -> list[Sample]:
         size = self.config.run.batch_size
-        rows = range(self.done * size, (self.done + 1) * size)
-        samples = [self.samples[row % len(self.samples)] for row in rows]
-        return prepare_batch(self.model, samples, self.observations, self.config, self.done)
+        return [self.samples[row % len(self.samples)] for row in range(step * size, (step + 1) * size)]
+
+    def next_batch(self) -> list[Taught]:
+        """The rows of the next step."""
+        self.done += 1
+        return self.batches[self.done - 1]
 
     def __call__(self) -> None:
-        taught = self.upcoming or self.prepared()
+        taught = self.next_batch()
         _, counts = accumulate_gradients(self.model, taught, self.config, self.optimizer)
-        self.done += 1
-        self.upcoming = self.prepared()  # as the training loop does, while the GPU computes
         self.optimizer.step(self.done, divisor=counts["tokens"])
         self.tokens = counts["sequence_tokens"]
 
@@ -177,10 +179,10 @@ def measure_peers(steps: Steps, ours: float, arguments: argparse.Namespace) -> l
     model = steps.model
     for name in arguments.peers:
         try:
-            with PeerStep(name, model, steps.optimizer, steps.prepared, set_checkpointing) as step:
-                found, peak = rate(step, arguments.repeats, model.device, warm=1)
-        except torch.OutOfMemoryError:
-            print(f"{PEERS[name].title}: does not fit", flush=True)
+            with PeerStep(name, model, steps.optimizer, steps.next_batch, set_checkpointing) as step:
+                found, peak = rate(step, max(1, arguments.repeats - 1), model.device, warm=1)
+        except (torch.OutOfMemoryError, ImportError) as error:
+            print(f"{PEERS[name].title}: {'does not fit' if 'memory' in str(error) else error}", flush=True)
             continue
         print(f"{PEERS[name].title}: {found:,.0f} tokens/s, peak {peak:.1f} GiB", flush=True)
         row = Row(f"sft.tokens_per_s_vs_{name}", ours, "tokens/s", PEERS[name].title, found, better="higher")
@@ -217,8 +219,7 @@ def main(argv: Sequence[str] = ()) -> int:
         speed_up(model, arguments.blocks)
         steps = Steps(model, make_samples(folder), config, runtime)
         for _ in range(-(-ROOMS // arguments.samples)):  # fills the view cache
-            steps.prepared()
-            steps.done += 1
+            steps.next_batch()
         rates, rows = measure_ours(steps, arguments)
         best = max(rates.values())
         rows.append(Row("sft.tokens_per_s", best, "tokens/s", better="higher", note=f"rank {arguments.rank}"))

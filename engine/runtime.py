@@ -103,8 +103,8 @@ _side_streams: dict[torch.device, torch.cuda.Stream] = {}
 def beside(device: torch.device) -> Iterator[None]:
     """Run a block's GPU work on a stream of its own, so that to wait for it is not to wait for all that is queued.
 
-    What follows on the current stream waits for it. Until the current stream has done what it was told before, what
-    that reads must be kept alive: memory that is freed here is used again at once.
+    Before its results are used, `wait_for_beside`. Until other streams have done what they were told, what they read
+    must be kept alive: memory that is freed here is used again at once.
     """
     if device.type != "cuda":
         yield
@@ -115,7 +115,12 @@ def beside(device: torch.device) -> Iterator[None]:
     side = _side_streams[device]
     with torch.cuda.stream(side):
         yield
-    torch.cuda.current_stream(device).wait_stream(side)
+
+
+def wait_for_beside(device: torch.device) -> None:
+    """Let the current stream wait for what `beside` has been told so far."""
+    if device in _side_streams:
+        torch.cuda.current_stream(device).wait_stream(_side_streams[device])
 
 
 def torch_stream(device: torch.device | str, *keys: int) -> torch.Generator:

@@ -6,16 +6,13 @@ where the data has no thought. The loss is the mean over all taught tokens of th
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from ..datasets.prompts import build_target, training_mode
 from ..datasets.scene import Sample
-from ..models.inputs import Row, plan_packs
+from ..models.inputs import plan_packs
 from ..models.lm_head import cross_entropy
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
@@ -25,40 +22,12 @@ from .config import SftConfig
 from .data import ObservationCache, fingerprint, load_split
 from .optim import Optimizer
 from .run_folder import open_run
-from .runtime import Runtime, batch_indices, beside, close_runtime, init_runtime, log, seed_everything
+from .runtime import Runtime, batch_indices, close_runtime, init_runtime, log, seed_everything
 from .saving import Checkpoints
+from .sft_data import Batches, Taught
 from .tracking import Tracker
 
 _MULTIPLE = 128  # of tokens in a pack on a GPU: its matrix products come in tiles
-
-
-class Taught(NamedTuple):
-    """A sample as a row that teaches its target."""
-
-    sample: Sample
-    observation: Observation
-    row: Row
-    views: list[int]
-
-
-def write_targets(
-    model: SceneVLM, samples: Sequence[Sample], observations: Sequence[Observation], *, pointers: str
-) -> list[Taught]:
-    """Rows with the targets that the samples teach.
-
-    Args:
-        observations: the samples' scenes, encoded.
-        pointers: "name" teaches `<obj12>` for a box that a proposal covers; "box" always teaches numbers.
-    """
-    model.expect(samples)
-    rows = []
-    for sample, observation in zip(samples, observations, strict=True):
-        mode = training_mode(sample)
-        target = build_target(sample, mode)
-        if pointers == "name":
-            target = model.with_names(target, observation)
-        rows.append(Taught(sample, observation, *model.write_row(sample, observation, mode, target)))
-    return rows
 
 
 def sft_loss(
@@ -143,21 +112,6 @@ def cut_encodings(observations: Sequence[Observation]) -> list[tuple[torch.Tenso
     return pairs
 
 
-def looks_ahead(model: SceneVLM) -> bool:
-    """Whether a batch can be made before the step before it is done: not where that moves what makes it."""
-    selector = model.view_selector
-    return not (model.train_scene_encoder or (selector is not None and selector.learns))
-
-
-def prepare_batch(
-    model: SceneVLM, samples: Sequence[Sample], observations: ObservationCache, config: SftConfig, step: int
-) -> list[Taught]:
-    """This rank's part of a step's batch: scenes read and encoded, views chosen, rows written."""
-    with beside(model.device) if looks_ahead(model) else nullcontext():
-        seen = observations.resampled(samples, seed=step) if model.train_scene_encoder else observations.of(samples)
-        return write_targets(model, samples, seen, pointers=config.pointers)
-
-
 def accumulate_gradients(
     model: SceneVLM, taught: Sequence[Taught], config: SftConfig, optimizer: Optimizer
 ) -> tuple[torch.Tensor, dict[str, int]]:
@@ -225,22 +179,20 @@ def train(config: SftConfig, resume: bool = False) -> Path:
         cache_views=config.data.cache_views,
     )
 
-    def prepare(step: int) -> list[Taught]:
+    def choose(step: int) -> list[Sample]:
         rows = batch_indices(len(samples), step, run.batch_size, run.seed, runtime)
-        return prepare_batch(model, [samples[row] for row in rows], observations, config, step)
+        return [samples[row] for row in rows]
 
-    upcoming: list[Taught] | None = None
+    batches = Batches(model, choose, observations, pointers=config.pointers, num_steps=run.steps)
     checkpoints = Checkpoints(
         runtime, config, samples=Counter(sample.dataset for sample in samples), fresh=last is None
     )
     tracker = Tracker(run.dir, "sft", run.steps, first_step=first_step, sinks=run.trackers, enabled=runtime.is_main)
-    with tracker, checkpoints:
+    with tracker, checkpoints, batches:
         for step in range(first_step, run.steps):
             seed_everything(run.seed, step, runtime.rank)
-            taught = upcoming or prepare(step)
+            taught = batches[step]
             loss_sum, counts = accumulate_gradients(model, taught, config, optimizer)
-            # the GPU computes meanwhile; `taught` keeps what it reads alive
-            upcoming = prepare(step + 1) if looks_ahead(model) and step + 1 < run.steps else None
             sums = dict(zip(counts, runtime.total(*counts.values()), strict=True))
             tokens = max(sums["tokens"], 1.0)
             metrics = optimizer.step(step, divisor=tokens)

@@ -26,12 +26,13 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch._dynamo import maybe_mark_dynamic
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Documents, attend_documents
 
-_COLUMNS = 64  # P is a multiple: products come in tiles of it
+_COLUMNS = 16  # P is a multiple: rows of the matrix begin at whole 32 bytes
 
 
 # One product -------------------------------------------------------------------------------------------------------
@@ -75,6 +76,7 @@ class Joined:
             start = rows.stop
         has_bias = bases[0].bias is not None
         self.bias = torch.cat([base.bias.detach() for base in bases]) if has_bias else None
+        self._loaded: list[tuple[int, int, float]] = []
 
     def _adapters(self) -> set[str]:
         return {name for layer in self.layers if isinstance(layer, LoraLayer) for name in layer.lora_A}
@@ -103,7 +105,11 @@ class Joined:
         return [layer.scaling[layer.active_adapters[0]] for layer in loras]
 
     def load(self, up: Sequence[Tensor], scales: Sequence[float]) -> None:
-        """Put s B of an adapter into its columns."""
+        """Put s B of an adapter into its columns, where it is not there yet."""
+        wanted = [(factor.data_ptr(), factor._version, scale) for factor, scale in zip(up, scales, strict=False)]
+        if wanted == self._loaded:
+            return
+        self._loaded = wanted
         for rows, columns, factor, scale in self._blocks(up, scales):
             torch.mul(
                 factor, scale, out=self.weight[rows, self.num_inputs + columns.start : self.num_inputs + columns.stop]
@@ -155,8 +161,8 @@ class Joined:
     def back_up(self, grad_TN: Tensor, thin_TR: Tensor, up: Sequence[Tensor], scales: Sequence[float]) -> list[Tensor]:
         """Gradients of each B."""
         return [
-            (grad_TN[:, rows].T @ thin_TR[:, columns]).mul_(scale)
-            for rows, columns, _, scale in self._blocks(up, scales)
+            torch.addmm(factor, grad_TN[:, rows].T, thin_TR[:, columns], beta=0, alpha=scale)
+            for rows, columns, factor, scale in self._blocks(up, scales)
         ]
 
 
@@ -175,7 +181,14 @@ def _compiled_on_gpu(function: Callable) -> Callable:
         return torch.compile(function)
 
     def call(first: Tensor, *others: Any) -> Any:
-        return (compiled() if first.is_cuda else function)(first, *others)
+        if not first.is_cuda:
+            return function(first, *others)
+        # what autograd knows of a tensor, and the number of tokens, would each call for another compilation
+        arguments = [value.detach() if isinstance(value, Tensor) else value for value in (first, *others)]
+        for value in arguments:
+            if isinstance(value, Tensor) and value.dim() > 1:
+                maybe_mark_dynamic(value, 0)
+        return compiled()(*arguments)
 
     return call
 
@@ -231,17 +244,22 @@ def gate_into(gate_up_TF: Tensor, out_TF: Tensor) -> None:
     out_TF.copy_(F.silu(_wide(gate)).to(gate.dtype) * up)
 
 
-@_compiled_on_gpu
 def gate_back(gate_up_TF: Tensor, grad_TF: Tensor) -> Tensor:
     """Gradient of [gate, up]; silu(gate) * up is written over `grad_TF`."""
+    result_TF = torch.empty_like(gate_up_TF)
+    _gate_back_into(gate_up_TF, grad_TF, *result_TF.chunk(2, dim=1))
+    return result_TF
+
+
+@_compiled_on_gpu
+def _gate_back_into(gate_up_TF: Tensor, grad_TF: Tensor, grad_gate_TF: Tensor, grad_up_TF: Tensor) -> None:
     gate, up = (_wide(half) for half in gate_up_TF.chunk(2, dim=1))
     grad = _wide(grad_TF)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
-    grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-    result = torch.cat([grad_gate, grad * silu], dim=1).to(gate_up_TF.dtype)
+    grad_gate_TF.copy_(grad * up * (sigmoid + silu * (1 - sigmoid)))
+    grad_up_TF.copy_(grad * silu)
     grad_TF.copy_(silu.to(grad_TF.dtype) * up.to(grad_TF.dtype))
-    return result
 
 
 # The two halves of a block, before and after attention -------------------------------------------------------------

@@ -12,6 +12,7 @@ from threedr1.engine.checkpoint import latest_checkpoint, list_checkpoints
 from threedr1.engine.data import ObservationCache, load_split
 from threedr1.engine.run_folder import open_run
 from threedr1.engine.runtime import init_runtime
+from threedr1.engine.sft_data import write_targets
 from threedr1.engine.tracking import read_metrics
 from threedr1.models.relaxed_top_k import soft_top_k
 from threedr1.models.scene_vlm import SceneVLM
@@ -103,11 +104,11 @@ def test_reinforcement_learning_keeps_them_frozen(learned_run, rooms_root, tmp_p
 
 def test_the_value_of_the_loss_is_that_of_fixed_weights(asked):
     model, samples, observations = asked
-    learned, _ = sft.sft_loss(model, sft.write_targets(model, samples, observations, pointers="name"))
+    learned, _ = sft.sft_loss(model, write_targets(model, samples, observations, pointers="name"))
     learned.backward()
     assert model.view_selector.w_text.grad != 0 != model.view_selector.w_image.grad
     model.view_selector.train_weights(False)
-    fixed, _ = sft.sft_loss(model, sft.write_targets(model, samples, observations, pointers="name"))
+    fixed, _ = sft.sft_loss(model, write_targets(model, samples, observations, pointers="name"))
     assert torch.equal(learned, fixed)
 
 

@@ -20,7 +20,8 @@ from threedr1.engine.checkpoint import latest_checkpoint
 from threedr1.engine.config import load_config
 from threedr1.engine.predict import infer
 from threedr1.engine.rollout import completion_row, roll_out
-from threedr1.engine.sft import sft_loss, write_targets
+from threedr1.engine.sft import sft_loss
+from threedr1.engine.sft_data import write_targets
 from threedr1.models.inputs import SCENE, SCENE_PLACEHOLDER, pad_rows
 from threedr1.models.observation import asked_objects
 from threedr1.models.scene_vlm import SceneVLM

@@ -16,7 +16,8 @@ from threedr1.engine.build import build_model
 from threedr1.engine.checkpoint import latest_checkpoint, list_checkpoints
 from threedr1.engine.config import load_config
 from threedr1.engine.rollout import completion_row, roll_out
-from threedr1.engine.sft import sft_loss, write_targets
+from threedr1.engine.sft import sft_loss
+from threedr1.engine.sft_data import write_targets
 from threedr1.engine.tracking import read_metrics
 from threedr1.models.inputs import SCENE, VIEW_DEPTH, VIEW_IMAGE
 from threedr1.models.scene_vlm import SceneVLM
