@@ -331,6 +331,13 @@ def run_tiny(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_export(args: argparse.Namespace) -> int:
+    from .engine.export import export_model
+
+    say(f"wrote {export_model(args.model, args.out, merge=args.merge, dtype=args.dtype)}")
+    return 0
+
+
 def run_dual(args: argparse.Namespace) -> int:
     from .engine.dual import train_dual
 
@@ -391,6 +398,7 @@ FUNCTIONS = {
     "eval": run_loop,
     "score": run_score,
     "infer": run_infer,
+    "export": run_export,
     "view": run_view,
     "doctor": run_doctor,
     "bench": run_bench,

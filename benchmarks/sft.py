@@ -5,11 +5,12 @@ through the vision tower, samples packed (6 views, 192 layout tokens and up to 6
 words), back-propagated, and AdamW's update. Scenes are dropped before they come again, so that nothing but the view
 cache is warm. Weights are random, of the shape of Qwen2.5-VL-7B on a GPU. Tokens are those of the samples, never
 padding. Peers get such rows and the very adapters, padded two or four at a time, in memory already: no loading is in
-their time.
+their time. Under torchrun the first process is measured alone, then all together; that is the scaling.
 """
 
 import argparse
 import gc
+import os
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from ..datasets.scene_store import SceneStore
 from ..engine.config import SftConfig, load_config
 from ..engine.data import ObservationCache
 from ..engine.optim import Optimizer
-from ..engine.runtime import Runtime, pick_device, seed_everything
+from ..engine.runtime import Runtime, close_runtime, init_runtime, seed_everything
 from ..engine.sft import accumulate_gradients, load_model, speed_up
 from ..engine.sft_data import Batches, Taught
 from ..engine.throughput import mfu, peak_flops, training_flops
@@ -94,14 +95,16 @@ class Steps:
         self.observations = ObservationCache(
             SceneStore(Path(config.data.root) / "prepared", capacity=1), model, seed=0, capacity=1, cache_views=True
         )
+        self.runtime = runtime
         self.optimizer = Optimizer(model.trainable_parameters(), config.optim, 1000, runtime)
         self.batches = Batches(model, self._choose, self.observations, pointers="name", num_steps=1_000_000)
         self.done = 0
         self.tokens = 0
 
     def _choose(self, step: int) -> list[Sample]:
-        size = self.config.run.batch_size
-        return [self.samples[row % len(self.samples)] for row in range(step * size, (step + 1) * size)]
+        size, ranks = self.config.run.batch_size, self.runtime.world_size
+        first = (step * ranks + self.runtime.rank) * size
+        return [self.samples[row % len(self.samples)] for row in range(first, first + size)]
 
     def next_batch(self) -> list[Taught]:
         """The rows of the next step."""
@@ -190,6 +193,25 @@ def measure_peers(steps: Steps, ours: float, arguments: argparse.Namespace) -> l
     return rows
 
 
+def measure_scaling(steps: Steps, arguments: argparse.Namespace) -> list[Row]:
+    """Tokens a second of all processes together and of the first one alone."""
+    runtime, device = steps.runtime, steps.model.device
+    steps.config = replace(steps.config, token_budget=arguments.budgets[0])
+    together_optimizer, alone = steps.optimizer, 0.0
+    if runtime.is_main:
+        steps.optimizer = Optimizer(steps.model.trainable_parameters(), steps.config.optim, 1000, Runtime(device))
+        alone, _ = rate(steps, 2 * arguments.repeats, device, warm=4)
+        steps.optimizer = together_optimizer
+    runtime.barrier()
+    own, _ = rate(steps, 2 * arguments.repeats, device, warm=4)
+    (total,) = runtime.total(own)
+    ranks, note = runtime.world_size, f"budget {arguments.budgets[0]:,}; one process alone: {alone:,.0f} tokens/s"
+    return [
+        Row(f"sft.tokens_per_s_ddp{ranks}", total, "tokens/s", better="higher", note=note),
+        Row(f"sft.ddp{ranks}_scaling", total / alone if alone else 0.0, "x", better="higher", note=note),
+    ]
+
+
 def main(argv: Sequence[str] = ()) -> int:
     """Print the table; the exit status says whether a GPU reaches the target."""
     parser = measuring_parser("sft", __doc__, repeats=3)
@@ -205,14 +227,18 @@ def main(argv: Sequence[str] = ()) -> int:
         "--blocks", choices=("auto", "plain", "compiled", "fused"), default="auto", help="as in recipes"
     )
     parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=list(PEERS), help="default: all")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="keep model and rooms there, to measure again soon")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="keep model and rooms there; torchrun needs it")
     arguments = parser.parse_args(list(argv))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments.folder is None:
+        parser.error("processes share model and rooms: name a --folder for them")
     arguments.shape = arguments.shape or ("tiny" if arguments.device == "cpu" else "7b")
     load = Load(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
-        runtime = Runtime(pick_device(arguments.device))
-        prepare(folder, arguments)
+        runtime = init_runtime(arguments.device)
+        if runtime.is_main:
+            prepare(folder, arguments)
+        runtime.barrier()
         config = configure(arguments, folder)
         seed_everything(0)
         model = load_model(config, None, runtime)
@@ -220,6 +246,12 @@ def main(argv: Sequence[str] = ()) -> int:
         steps = Steps(model, make_samples(folder), config, runtime)
         for _ in range(-(-ROOMS // arguments.samples)):  # fills the view cache
             steps.next_batch()
+        if runtime.world_size > 1:
+            rows = measure_scaling(steps, arguments)
+            if runtime.is_main:
+                report("sft", rows, arguments, load, argv=argv, packages=("transformers", "peft"))
+            close_runtime(runtime)
+            return 0
         rates, rows = measure_ours(steps, arguments)
         best = max(rates.values())
         rows.append(Row("sft.tokens_per_s", best, "tokens/s", better="higher", note=f"rank {arguments.rank}"))

@@ -327,6 +327,18 @@ def _add_loop_commands(add: AddCommand) -> None:
     tiny.add_argument("--layers", type=at_least(1), metavar="N", help="blocks of the decoder, if not the shape's own")
     tiny.add_argument("--seed", type=at_least(0), default=0, help="of the random weights (default: %(default)s)")
 
+    export = add("export", "write a trained model for others to use: as it is, or its adapter merged into the base")
+    export.add_argument("--model", required=True, metavar="DIR", help="run, checkpoint or model folder")
+    export.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
+    export.add_argument(
+        "--merge", action="store_true", help="add the adapter to the language model and write that whole"
+    )
+    export.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the merged language model; in bfloat16 small updates are rounded away (default: the model's own)",
+    )
+
     dual = add("dual", "train a small text and picture encoder on generated rooms, in place of CLIP or SigLIP")
     dual.add_argument("--out", required=True, metavar="DIR", help="folder to write; the encoder's name in recipes")
     dual.add_argument(

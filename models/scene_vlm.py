@@ -33,6 +33,7 @@ from .language_model import (
     LanguageModel,
     load_language_model,
     load_lora,
+    merge_lora,
     save_language_model,
 )
 from .model_files import FORMAT, lasting, load_connector, read_description
@@ -354,6 +355,16 @@ class SceneVLM(SceneObserver):
         weights = {name: value.contiguous() for name, value in self.connector.state_dict().items()}
         save_file(weights, folder / "connector.safetensors")
         (folder / "scene_vlm.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+
+    def merge_adapter(self) -> None:
+        """Add the adapter to the language model's weights, which `save_pretrained` then writes whole.
+
+        ValueError where there is no adapter.
+        """
+        if not self.language.has_adapter:
+            raise ValueError("This model has no adapter to merge: its language model is whole already.")
+        merge_lora(self.language)
+        self.full_language_model = True
 
     @classmethod
     def from_pretrained(

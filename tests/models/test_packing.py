@@ -139,9 +139,14 @@ def loss_and_gradients(language, rows, scene_tokens, image_tokens, packs, **layo
 @pytest.mark.parametrize("attention", ["packed", "sdpa", "eager", "flex_attention"])
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_packed_equals_padded_and_one_by_one(tiny_qwen, rows_and_images, attention, train):
-    if attention == "flex_attention" and not torch.cuda.is_available():
-        pytest.skip("FlexAttention has no gradient on a CPU")
-    language = load_language_model(tiny_qwen, dtype="float32", attention=attention)
+    device = "cpu"
+    if attention == "flex_attention":
+        if not torch.cuda.is_available():
+            pytest.skip("FlexAttention has no gradient on a CPU")
+        device = "cuda"
+    language = load_language_model(tiny_qwen, dtype="float32", attention=attention).to(device)
+    rows, scene_tokens, image_tokens = rows_and_images
+    rows_and_images = rows, [tokens.to(device) for tokens in scene_tokens], image_tokens.to(device)
     assert language.attention == attention
     if train == "lora":
         add_lora(language, "policy", rank=4, alpha=8)
