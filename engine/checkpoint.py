@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..utils.files import readable_as_its_folder
 from .background import advice, disk_error
 from .config import save_config
 from .optim import Optimizer
@@ -79,6 +80,7 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> Path:
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         fill(partial)
+        readable_as_its_folder(partial)
         _sync(partial)
         if final.exists():
             final.rename(replaced)

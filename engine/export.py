@@ -1,11 +1,10 @@
 """A trained model as a folder for others: as it is, or with its adapter merged into the language model."""
 
-import os
 import shutil
 from pathlib import Path
 
 from ..models.scene_vlm import SceneVLM
-from .checkpoint import model_folder
+from .checkpoint import model_folder, write_folder
 from .model_card import CARD
 
 
@@ -25,16 +24,16 @@ def export_model(source: str | Path, out: str | Path, *, merge: bool = False, dt
         raise ValueError(f"{out} is there already; name a new folder.")
     if dtype and not merge:
         raise ValueError("A dtype is for the merged language model; add --merge, or leave --dtype out.")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if merge:
-        model = SceneVLM.from_pretrained(folder, dtype=dtype)
+    model = SceneVLM.from_pretrained(folder, dtype=dtype) if merge else None
+    if model is not None:
         model.merge_adapter()
+
+    def fill(partial: Path) -> None:
+        if model is None:
+            shutil.copytree(folder, partial, dirs_exist_ok=True)
+            return
         model.save_pretrained(partial)
         if (folder / CARD).exists():
             shutil.copy(folder / CARD, partial / CARD)
-    else:
-        shutil.copytree(folder, partial)
-    os.replace(partial, out)
-    return out
+
+    return write_folder(out, fill)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from ..datasets.prompts import MODE_INSTRUCTIONS, SYSTEM_PROMPT, TASK_TEMPLATES
+from ..utils.files import readable_as_its_folder
 
 # Qwen2.5's special tokens, in its order.
 SPECIAL_TOKENS = (
@@ -225,4 +226,5 @@ def build_tiny(
             indent=2,
         )
     )
+    readable_as_its_folder(out)
     return out

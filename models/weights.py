@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..utils.files import readable_as_its_folder
+
 
 def save_module(module: nn.Module, config: Mapping[str, Any], folder: str | Path, names: tuple[str, str]) -> None:
     """Write the configuration (JSON) and the weights (safetensors) under `names`, each atomically."""
@@ -21,6 +23,7 @@ def save_module(module: nn.Module, config: Mapping[str, Any], folder: str | Path
     partial = folder / (config_name + ".partial")
     partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / config_name)
+    readable_as_its_folder(folder)
 
 
 def load_module(module: nn.Module, path: Path, missing: str) -> None:

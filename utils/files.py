@@ -1,5 +1,6 @@
-"""Text files that people hand in: read whole, or refused in one sentence that names the file."""
+"""Text files that people hand in: read whole, or refused in one sentence that names the file. Who may read ours."""
 
+import stat
 from pathlib import Path
 
 
@@ -21,3 +22,12 @@ def read_text(path: str | Path, missing: str) -> str:
         raise ValueError(f"{path} is a folder where a file is expected; name the file itself.") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text file in UTF-8; save it as one, or copy it again.") from None
+
+
+def readable_as_its_folder(folder: str | Path) -> None:
+    """Let whoever may read a folder read the files in it: safetensors writes files that only their owner can read."""
+    folder = Path(folder)
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)

@@ -37,7 +37,9 @@ def test_a_merged_model_is_whole_and_equal(rooms_root, lora_run, tmp_path):
     assert trained.language.has_adapter and not model.language.has_adapter
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert not list(merged.rglob("adapter*")) and (merged / "language_model" / "config.json").exists()
-    assert (merged / "README.md").exists() and not (tmp_path / "merged.partial").exists()
+    assert (merged / "README.md").exists() and [path.name for path in tmp_path.iterdir()] == ["merged"]
+    modes = {path.stat().st_mode & 0o777 for path in merged.rglob("*") if path.is_file()}
+    assert modes == {merged.stat().st_mode & 0o666}, "others may read the weights where they may read the folder"
     base = load_file(rooms_root / "tiny" / "model.safetensors")
     found = load_file(merged / "language_model" / "model.safetensors")
     moved = [name for name, value in base.items() if not torch.equal(value, found[name])]
