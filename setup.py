@@ -142,8 +142,8 @@ setup(
     options={"bdist_wheel": {"plat_name": sysconfig.get_platform()}} if building_ops() else {},
     entry_points={"console_scripts": ["threedr1 = threedr1.main:main"]},
     install_requires=[
-        "torch>=2.6",
-        "transformers>=5,<6",
+        "torch>=2.11",
+        "transformers>=5.17,<6",
         "peft>=0.18",
         "accelerate>=1.10",
         "safetensors>=0.5",

@@ -156,7 +156,8 @@ def measure_ours(steps: Steps, arguments: argparse.Namespace) -> tuple[dict[int,
                 found, peak = rate(steps, arguments.repeats, device)
             except torch.OutOfMemoryError:
                 print(f"budget {budget:,}{suffix}: does not fit", flush=True)
-                steps.optimizer.adam.zero_grad(set_to_none=True)
+                for parameter in steps.model.parameters():
+                    parameter.grad = None
                 continue
             print(f"budget {budget:,}{suffix}: {found:,.0f} tokens/s, peak {peak:.1f} GiB", flush=True)
             rates[budget] = max(found, rates.get(budget, 0.0))
@@ -253,6 +254,8 @@ def main(argv: Sequence[str] = ()) -> int:
             close_runtime(runtime)
             return 0
         rates, rows = measure_ours(steps, arguments)
+        if not rates:
+            raise ValueError("No token budget fits on this device; name smaller --budgets.")
         best = max(rates.values())
         rows.append(Row("sft.tokens_per_s", best, "tokens/s", better="higher", note=f"rank {arguments.rank}"))
         if peak_flops(runtime.device):

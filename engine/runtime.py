@@ -113,7 +113,8 @@ def beside(device: torch.device) -> Iterator[None]:
         _side_streams[device] = torch.cuda.Stream(device, priority=-1)
         _side_streams[device].wait_stream(torch.cuda.current_stream(device))
     side = _side_streams[device]
-    with torch.cuda.stream(side):
+    # each thread has a current GPU of its own, the first at the start
+    with torch.cuda.device(device), torch.cuda.stream(side):
         yield
 
 

@@ -52,6 +52,7 @@ class Batches:
     Args:
         choose: the samples of a step.
         num_steps: of the run.
+        ahead: whether the thread is used; None decides.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Batches:
         *,
         pointers: str,
         num_steps: int,
+        ahead: bool | None = None,
     ):
         self.model = model
         self.choose = choose
@@ -70,7 +72,8 @@ class Batches:
         self.num_steps = num_steps
         selector = model.view_selector
         moved = model.train_scene_encoder or (selector is not None and selector.learns)
-        ahead = model.device.type == "cuda" and not moved
+        if ahead is None:
+            ahead = model.device.type == "cuda" and not moved
         self._thread = ThreadPoolExecutor(1) if ahead else None
         self._coming: tuple[int, Future[list[Taught]]] | None = None
 

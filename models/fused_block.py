@@ -17,20 +17,19 @@ Shapes: T tokens, D width, F width of the MLP, H query heads, G key and value he
 K inputs, N outputs, R rows of all its adapters' first factors, P columns that the matrix has for them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch._dynamo import maybe_mark_dynamic
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Documents, attend_documents
+from .block_parts import gate_back, gate_into, normalize_back, normalize_into, rotate_, rotate_back
 
 _COLUMNS = 16  # P is a multiple: rows of the matrix begin at whole 32 bytes
 
@@ -40,10 +39,11 @@ _COLUMNS = 16  # P is a multiple: rows of the matrix begin at whole 32 bytes
 
 @dataclass
 class Factors:
-    """The active adapter of each projection of a product."""
+    """The active adapter of each projection of a product; nothing where there is none."""
 
-    down_RK: Tensor | None  # A of all, one under the other; None where the product has no adapter
-    up: list[Tensor]  # B [its N, its rank]
+    down_RK: Tensor | None = None  # A of all, one under the other
+    up: list[Tensor] = field(default_factory=list)  # B [its N, its rank]
+    scales: list[float] = field(default_factory=list)  # s
 
 
 class Joined:
@@ -76,7 +76,7 @@ class Joined:
             start = rows.stop
         has_bias = bases[0].bias is not None
         self.bias = torch.cat([base.bias.detach() for base in bases]) if has_bias else None
-        self._loaded: list[tuple[int, int, float]] = []
+        self._loaded: list[tuple[Tensor, int, float]] = []  # B that its columns hold, as of which change, and s
 
     def _adapters(self) -> set[str]:
         return {name for layer in self.layers if isinstance(layer, LoraLayer) for name in layer.lora_A}
@@ -86,30 +86,32 @@ class Joined:
 
     def factors(self) -> Factors:
         """The factors of the adapter that is active now."""
-        down, up = [], []
-        for layer in self.layers:
-            if not isinstance(layer, LoraLayer) or layer.disable_adapters:
-                continue
+        loras = [layer for layer in self.layers if isinstance(layer, LoraLayer) and not layer.disable_adapters]
+        if not loras:
+            return Factors()
+        if len(loras) < len(self.layers):
+            raise ValueError("Of the projections of one input some have an adapter; set blocks to compiled or plain.")
+        down, up, scales = [], [], []
+        for layer in loras:
             (name,) = layer.active_adapters
-            if not isinstance(layer.lora_dropout[name], nn.Identity):
-                raise ValueError("Fused blocks have no dropout in adapters; set blocks to compiled or plain.")
+            _check_adapter(layer, name, self.weight.dtype)
             down.append(layer.lora_A[name].weight)
             up.append(layer.lora_B[name].weight)
-        if down and len(down) < len(self.layers):
-            raise ValueError("Of the projections of one input some have an adapter; set blocks to compiled or plain.")
-        return Factors(torch.cat(down) if len(down) > 1 else down[0] if down else None, up)
-
-    def scales(self) -> list[float]:
-        """s of the active adapter of each projection."""
-        loras = [layer for layer in self.layers if isinstance(layer, LoraLayer)]
-        return [layer.scaling[layer.active_adapters[0]] for layer in loras]
+            scales.append(layer.scaling[name])
+        if self.num_inputs + sum(map(len, down)) > self.weight.shape[1]:
+            raise ValueError("An adapter came after the blocks were fused; fuse them again.")
+        return Factors(torch.cat(down) if len(down) > 1 else down[0], up, scales)
 
     def load(self, up: Sequence[Tensor], scales: Sequence[float]) -> None:
         """Put s B of an adapter into its columns, where it is not there yet."""
-        wanted = [(factor.data_ptr(), factor._version, scale) for factor, scale in zip(up, scales, strict=False)]
-        if wanted == self._loaded:
+        wanted = [(factor, factor._version, scale) for factor, scale in zip(up, scales, strict=True)]
+        held = self._loaded
+        if len(held) == len(wanted) and all(
+            mine[0] is its[0] and mine[1:] == its[1:] for mine, its in zip(held, wanted, strict=True)
+        ):
             return
         self._loaded = wanted
+        self.weight[:, self.num_inputs :] = 0  # another adapter's columns may be more
         for rows, columns, factor, scale in self._blocks(up, scales):
             torch.mul(
                 factor, scale, out=self.weight[rows, self.num_inputs + columns.start : self.num_inputs + columns.stop]
@@ -118,7 +120,7 @@ class Joined:
     def _blocks(self, up: Sequence[Tensor], scales: Sequence[float]) -> list[tuple[slice, slice, Tensor, float]]:
         """Rows, columns (counted from K), B and s of each projection's block."""
         blocks, start = [], 0
-        for rows, factor, scale in zip(self.rows, up, scales, strict=False):
+        for rows, factor, scale in zip(self.rows[: len(up)], up, scales, strict=True):
             columns = slice(start, start + factor.shape[1])
             blocks.append((rows, columns, factor, scale))
             start = columns.stop
@@ -166,100 +168,24 @@ class Joined:
         ]
 
 
+def _check_adapter(layer: LoraLayer, name: str, dtype: torch.dtype) -> None:
+    """ValueError for an adapter that does more than y + s (x A^T) B^T, or was merged."""
+    known = {
+        "with dropout": not isinstance(layer.lora_dropout[name], nn.Identity),
+        "merged into the weights": layer.merged,
+        "of another kind (DoRA)": bool(layer.lora_variant.get(name)),
+        "with a bias": layer.lora_bias.get(name, False),
+        f"in another precision than {dtype}": layer.lora_A[name].weight.dtype != dtype,
+    }
+    for what, found in known.items():
+        if found:
+            raise ValueError(f"Fused blocks take no adapter {what}; set blocks to compiled or plain.")
+
+
 def _base(layer: nn.Module) -> nn.Linear:
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
     assert isinstance(base, nn.Linear)
     return base
-
-
-# Pointwise parts ---------------------------------------------------------------------------------------------------
-
-
-def _compiled_on_gpu(function: Callable) -> Callable:
-    @lru_cache(maxsize=1)
-    def compiled() -> Callable:
-        return torch.compile(function)
-
-    def call(first: Tensor, *others: Any) -> Any:
-        if not first.is_cuda:
-            return function(first, *others)
-        # what autograd knows of a tensor, and the number of tokens, would each call for another compilation
-        arguments = [value.detach() if isinstance(value, Tensor) else value for value in (first, *others)]
-        for value in arguments:
-            if isinstance(value, Tensor) and value.dim() > 1:
-                maybe_mark_dynamic(value, 0)
-        return compiled()(*arguments)
-
-    return call
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-@_compiled_on_gpu
-def normalize_into(x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tensor) -> None:
-    """RMSNorm, written into `out_TD`."""
-    wide_TD = _wide(x_TD)
-    scale_T1 = torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + epsilon)
-    out_TD.copy_(weight_D * (wide_TD * scale_T1).to(x_TD.dtype))
-
-
-@_compiled_on_gpu
-def normalize_back(x_TD: Tensor, weight_D: Tensor, epsilon: float, grad_TD: Tensor, add_TD: Tensor | None) -> Tensor:
-    """Gradient of RMSNorm's input, plus `add_TD`."""
-    wide_TD = _wide(x_TD)
-    scale_T1 = torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + epsilon)
-    through_TD = _wide(grad_TD) * _wide(weight_D)
-    along_T1 = (through_TD * wide_TD).mean(-1, keepdim=True) * scale_T1.square()
-    result_TD = scale_T1 * (through_TD - wide_TD * along_T1)
-    if add_TD is not None:
-        result_TD = result_TD + _wide(add_TD)
-    return result_TD.to(x_TD.dtype)
-
-
-def _turn(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    first, second = _wide(x_THE).chunk(2, dim=-1)
-    turned = _wide(x_THE) * _wide(cos_TE)[:, None] + torch.cat([-second, first], dim=-1) * _wide(sin_TE)[:, None]
-    return turned.to(x_THE.dtype)
-
-
-@_compiled_on_gpu
-def rotate_(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> None:
-    """Rotary embedding, in place."""
-    x_THE.copy_(_turn(x_THE, cos_TE, sin_TE))
-
-
-@_compiled_on_gpu
-def rotate_back(grad_THE: Tensor, grad_TGE: Tensor, value_TGE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Gradients of queries, keys and values before the rotary embedding, side by side: [T, (H + 2 G) E]."""
-    parts = [_turn(grad_THE, cos_TE, -sin_TE), _turn(grad_TGE, cos_TE, -sin_TE), value_TGE]
-    return torch.cat(parts, dim=1).flatten(1)
-
-
-@_compiled_on_gpu
-def gate_into(gate_up_TF: Tensor, out_TF: Tensor) -> None:
-    """silu(gate) * up of [gate, up] [T, 2 F], written into `out_TF`."""
-    gate, up = gate_up_TF.chunk(2, dim=1)
-    out_TF.copy_(F.silu(_wide(gate)).to(gate.dtype) * up)
-
-
-def gate_back(gate_up_TF: Tensor, grad_TF: Tensor) -> Tensor:
-    """Gradient of [gate, up]; silu(gate) * up is written over `grad_TF`."""
-    result_TF = torch.empty_like(gate_up_TF)
-    _gate_back_into(gate_up_TF, grad_TF, *result_TF.chunk(2, dim=1))
-    return result_TF
-
-
-@_compiled_on_gpu
-def _gate_back_into(gate_up_TF: Tensor, grad_TF: Tensor, grad_gate_TF: Tensor, grad_up_TF: Tensor) -> None:
-    gate, up = (_wide(half) for half in gate_up_TF.chunk(2, dim=1))
-    grad = _wide(grad_TF)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    grad_gate_TF.copy_(grad * up * (sigmoid + silu * (1 - sigmoid)))
-    grad_up_TF.copy_(grad * silu)
-    grad_TF.copy_(silu.to(grad_TF.dtype) * up.to(grad_TF.dtype))
 
 
 # The two halves of a block, before and after attention -------------------------------------------------------------
@@ -269,17 +195,16 @@ class _Heads(Function):
     """Norm, queries, keys and values, rotary embedding: [T, D] -> [T, H, E], [T, G, E], [T, G, E]."""
 
     @staticmethod
-    def forward(ctx, x_TD, block, cos_TE, sin_TE, down_RK, *up):
+    def forward(ctx, x_TD, block, cos_TE, sin_TE, scales, down_RK, *up):
         product = block.qkv
         x_TK = product.room(x_TD)
         normalize_into(x_TD, block.norm_in.weight, block.epsilon, x_TK[:, : product.num_inputs])
         thin_TR = product.extend(x_TK, down_RK)
-        ctx.scales = product.scales()
-        product.load(up, ctx.scales)
+        product.load(up, scales)
         heads_TJE = product(x_TK).unflatten(1, (-1, block.head_width))
         turned = block.num_heads + block.num_kv_heads
         rotate_(heads_TJE[:, :turned], cos_TE, sin_TE)
-        ctx.block = block
+        ctx.block, ctx.scales = block, scales
         ctx.save_for_backward(x_TD, cos_TE, sin_TE, thin_TR.clone(), down_RK, *up)
         return heads_TJE.split([block.num_heads, block.num_kv_heads, block.num_kv_heads], dim=1)
 
@@ -291,23 +216,23 @@ class _Heads(Function):
         grad_TN = rotate_back(*grads, cos_TE, sin_TE)
         grad_norm_TD, grad_TR = product.back(grad_TN, down_RK, up, ctx.scales)
         grad_down, grad_up = None, [None] * len(up)
-        if down_RK is not None and ctx.needs_input_grad[4]:
+        if any(ctx.needs_input_grad[5:]):
             again_TD = torch.empty_like(x_TD)
             normalize_into(x_TD, block.norm_in.weight, block.epsilon, again_TD)
             grad_down = grad_TR.T @ again_TD
             grad_up = product.back_up(grad_TN, thin_TR, up, ctx.scales)
         grad_x = normalize_back(x_TD, block.norm_in.weight, block.epsilon, grad_norm_TD, None)
-        return grad_x, None, None, None, grad_down, *grad_up
+        return grad_x, None, None, None, None, grad_down, *grad_up
 
 
 class _Rest(Function):
     """Output projection and MLP, each added to what came in: attention's [T, D] and the block's input [T, D]."""
 
     @staticmethod
-    def forward(ctx, attended_TD, x_TD, block, counts, *factors):
+    def forward(ctx, attended_TD, x_TD, block, scales, *factors):
+        counts = [len(its) for its in scales]
         down, ups = factors[:3], _grouped(factors[3:], counts)
         out, gate_up, mlp = products = (block.out, block.gate_up, block.down)
-        scales = [product.scales() for product in products]
         for product, its_ups, its_scales in zip(products, ups, scales, strict=True):
             product.load(its_ups, its_scales)
 
@@ -334,7 +259,8 @@ class _Rest(Function):
         (grad_TD,) = grads
         attended_TD, mid_TD, gate_up_TF, thin_out, thin_gate, thin_mlp, *factors = ctx.saved_tensors
         block, down, ups = ctx.block, factors[:3], _grouped(factors[3:], ctx.counts)
-        learns = [value is not None and needed for value, needed in zip(down, ctx.needs_input_grad[4:7], strict=True)]
+        needed = ctx.needs_input_grad[4:]
+        learns = [one or any(its) for one, its in zip(needed[:3], _grouped(needed[3:], ctx.counts), strict=True)]
         grad_down: list[Tensor | None] = [None] * 3
         grad_ups: list[list[Any]] = [[None] * count for count in ctx.counts]
 
@@ -360,7 +286,7 @@ class _Rest(Function):
         return grad_attended_TD, grad_mid_TD, None, None, *grad_down, *flat
 
 
-def _grouped(values: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
+def _grouped(values: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
     rest = list(values)
     return [[rest.pop(0) for _ in range(count)] for count in counts]
 
@@ -370,8 +296,8 @@ class FusedBlock:
 
     def __init__(self, layer: Any):
         attention, mlp = layer.self_attn, layer.mlp
-        if layer.mlp.act_fn.__class__.__name__ not in ("SiLU", "SiLUActivation"):
-            raise ValueError("Fused blocks gate by SiLU; set blocks to compiled or plain.")
+        if layer.mlp.act_fn.__class__.__name__ not in ("SiLU", "SiLUActivation") or attention.sliding_window:
+            raise ValueError("Fused blocks gate by SiLU and attend to all; set blocks to compiled or plain.")
         self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = Joined([attention.o_proj])
         self.gate_up = Joined([mlp.gate_proj, mlp.up_proj])
@@ -384,15 +310,13 @@ class FusedBlock:
 
     def __call__(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, documents: Documents) -> Tensor:
         qkv = self.qkv.factors()
-        heads: Any = _Heads.apply(x_TD, self, cos_TE, sin_TE, qkv.down_RK, *qkv.up)
+        heads: Any = _Heads.apply(x_TD, self, cos_TE, sin_TE, qkv.scales, qkv.down_RK, *qkv.up)
         query_THE, key_TGE, value_TGE = heads
         attended_THE = attend_documents(query_THE, key_TGE, value_TGE, *documents, causal=True, scale=self.scale)
         rest = [product.factors() for product in (self.out, self.gate_up, self.down)]
-        counts = [len(factors.up) for factors in rest]
-        ups = [value for factors in rest for value in factors.up]
-        result: Any = _Rest.apply(
-            attended_THE.flatten(1), x_TD, self, counts, *[factors.down_RK for factors in rest], *ups
-        )
+        scales = [factors.scales for factors in rest]
+        down, up = [factors.down_RK for factors in rest], [value for factors in rest for value in factors.up]
+        result: Any = _Rest.apply(attended_THE.flatten(1), x_TD, self, scales, *down, *up)
         return result
 
 

@@ -33,7 +33,7 @@ from .fused_block import FusedBlocks
 from .inputs import ModelInputs
 from .view_pixels import Grid, tower_arguments
 
-_FULL = "full_attention"
+_FULL = "full_attention"  # the only kind of layer there is in Qwen2.5-VL: transformers keeps a mask for each kind
 
 # Its bars for loading weights would tear ours apart.
 transformers_logging.disable_progress_bar()
@@ -248,7 +248,7 @@ def _check_complete(report: Any) -> None:
 def save_language_model(language: LanguageModel, folder: str | Path) -> None:
     """Write the whole model without its adapters, with tokenizer and image processor, as transformers does."""
     weights = {
-        name.replace(".base_layer.", "."): value
+        name.replace(".base_layer.", "."): value.contiguous()  # of fused blocks they are parts of larger ones
         for name, value in language.base.state_dict().items()
         if ".lora_" not in name
     }
@@ -271,6 +271,7 @@ def add_lora(language: LanguageModel, name: str, *, rank: int, alpha: int, last_
     It has the model's own precision: the optimizer keeps float32 masters, and in float32 its small products would take
     longer than the large ones.
     """
+    language.fused = None  # it knows the layers as they were
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -287,6 +288,7 @@ def add_lora(language: LanguageModel, name: str, *, rank: int, alpha: int, last_
 
 def load_lora(language: LanguageModel, name: str, folder: str | Path, *, trainable: bool) -> None:
     """Load a saved adapter under a name."""
+    language.fused = None  # it knows the layers as they were
     if isinstance(language.model, PeftModel):
         language.model.load_adapter(
             str(folder), adapter_name=name, is_trainable=trainable, autocast_adapter_dtype=False
@@ -305,6 +307,7 @@ def merge_lora(language: LanguageModel) -> None:
     a weight, so to train on, or to answer exactly as in training, keep the adapter.
     """
     assert isinstance(language.model, PeftModel)
+    language.fused = None  # it would add the adapter once more
     with torch.no_grad():
         for layer in language.model.modules():
             if isinstance(layer, LoraLayer):

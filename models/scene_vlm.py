@@ -155,7 +155,10 @@ class SceneVLM(SceneObserver):
 
     def view_patches(self, shown: Sequence[tuple[Observation, int]]) -> torch.Tensor:
         """Patches [P, C] of all views, one after the other, on the model's device."""
-        images = [observation.pool.images_VHW3[view] for observation, view in shown if observation.pool is not None]
+        images = []
+        for observation, view in shown:
+            assert observation.pool is not None
+            images.append(observation.pool.images_VHW3[view])
         parts = []
         for shape, group in groupby(zip(shown, images, strict=True), key=lambda entry: entry[1].shape):
             entries = list(group)
@@ -176,7 +179,7 @@ class SceneVLM(SceneObserver):
         if new:
             with torch.no_grad():
                 for (observation, view), tokens in zip(new, self._look(new), strict=True):
-                    observation.image_tokens[view] = tokens
+                    observation.image_tokens[view] = tokens.clone()  # a part would keep the whole batch in memory
         return [observation.image_tokens[view] for observation, view in shown]
 
     def _look(self, shown: Sequence[tuple[Observation, int]]) -> list[torch.Tensor]:

@@ -37,7 +37,7 @@ class PatchSettings:
     def of(cls, processor: Any) -> "PatchSettings":
         """The settings of a loaded processor; ValueError where it leaves a step out."""
         if not (processor.do_rescale and processor.do_normalize):
-            raise ValueError("The image processor neither rescales nor normalises; take Qwen2.5-VL's own.")
+            raise ValueError("The image processor does not rescale or not normalise; take Qwen2.5-VL's own.")
         size = processor.size
         limits = [size[name] if isinstance(size, dict) else getattr(size, name) for name in _LIMITS]
         return cls(

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from threedr1.models.fused_block import (
-    Joined,
-    gate_back,
-    gate_into,
-    normalize_back,
-    normalize_into,
-    rotate_,
-    rotate_back,
-)
+from threedr1.models.block_parts import gate_back, gate_into, normalize_back, normalize_into, rotate_, rotate_back
+from threedr1.models.fused_block import Joined
 from threedr1.models.inputs import IGNORE, Row, assemble
-from threedr1.models.language_model import active_adapter, add_lora, copy_lora, load_language_model
+from threedr1.models.language_model import (
+    active_adapter,
+    add_lora,
+    copy_lora,
+    load_language_model,
+    merge_lora,
+    save_language_model,
+)
 from threedr1.models.lm_head import cross_entropy
 
 
@@ -70,10 +70,10 @@ def assert_same(ours, theirs, tolerance):
         torch.testing.assert_close(ours[2][name], gradient, atol=tolerance * scale, rtol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("last_blocks", [0, 1])
+@pytest.mark.parametrize(("last_blocks", "rank"), [(0, 4), (1, 4), (0, 1), (0, 17)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_values_and_gradients_equal_plain_blocks(tiny_qwen, last_blocks, checkpointing):
-    language = lora_model(tiny_qwen, last_blocks=last_blocks).train()
+def test_values_and_gradients_equal_plain_blocks(tiny_qwen, last_blocks, rank, checkpointing):
+    language = lora_model(tiny_qwen, last_blocks=last_blocks, rank=rank).train()
     rows = text_rows(language)
     plain = run(language, rows)
     weights = {name: value.detach().clone() for name, value in language.named_parameters()}
@@ -127,6 +127,56 @@ def test_another_adapter_counts_while_it_is_active(tiny_qwen):
         torch.testing.assert_close(run(language, rows, backward=False), base, atol=2e-5, rtol=2e-5)
 
 
+def test_adapters_of_two_ranks_take_turns(tiny_qwen):
+    language = lora_model(tiny_qwen, rank=8)
+    add_lora(language, "small", rank=3, alpha=3)
+    for name, parameter in language.named_parameters():
+        if "lora_B.small" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(3))
+    rows = text_rows(language)
+    language.fuse_blocks()
+    for name in ("policy", "small", "policy", "small"):
+        with active_adapter(language, name):
+            ours = run(language, rows, backward=False)
+            fused, language.fused = language.fused, None
+            torch.testing.assert_close(ours, run(language, rows, backward=False), atol=2e-5, rtol=2e-5)
+            language.fused = fused
+
+
+def test_only_the_second_factors_may_learn(tiny_qwen):
+    language = lora_model(tiny_qwen)
+    for name, parameter in language.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    rows = text_rows(language)
+    plain = run(language, rows)
+    language.fuse_blocks()
+    assert_same(run(language, rows), plain, 2e-5)
+    assert not any("lora_A" in name for name in plain[2])
+
+
+def test_an_adapter_that_comes_goes_or_is_merged_is_not_missed(tiny_qwen, tmp_path):
+    language = lora_model(tiny_qwen)
+    rows = text_rows(language)
+    language.fuse_blocks()
+    before = run(language, rows, backward=False)
+    save_language_model(language, tmp_path / "whole")
+    again = load_language_model(tmp_path / "whole", dtype="float32")
+    with language.model.disable_adapter():
+        base = run(language, rows, backward=False)
+    torch.testing.assert_close(run(again, rows, backward=False), base, atol=2e-5, rtol=2e-5)
+    fused = language.fused
+    add_lora(language, "large", rank=12, alpha=12)
+    assert language.fused is None
+    with pytest.raises(ValueError, match="came after the blocks were fused"):
+        fused.blocks[0].qkv.factors()
+    language.model.set_adapter("policy")
+    language.fuse_blocks()
+    merge_lora(language)
+    assert language.fused is None and not language.has_adapter
+    torch.testing.assert_close(run(language, rows, backward=False), before, atol=1e-4, rtol=1e-4)
+
+
 def test_what_cannot_be_fused_is_said(tiny_qwen):
     language = load_language_model(tiny_qwen, dtype="float32")
     with pytest.raises(ValueError, match="weights that learn cannot be fused; set blocks to compiled or plain"):
@@ -135,6 +185,11 @@ def test_what_cannot_be_fused_is_said(tiny_qwen):
     joined = Joined(layers)
     assert joined.weight.shape == (8, 4), "without adapters there are no columns for them"
     assert joined.factors().down_RK is None and joined.factors().up == []
+    merged = lora_model(tiny_qwen)
+    merged.fuse_blocks()
+    merged.model.merge_adapter()
+    with pytest.raises(ValueError, match="take no adapter merged into the weights"):
+        run(merged, text_rows(merged), backward=False)
 
 
 # Pointwise parts against autograd in float64 -----------------------------------------------------------------------
