@@ -51,7 +51,7 @@ class RunConfig:
     log_every: int = 10
     save_every: int = 200
     keep_checkpoints: int = 2
-    eval_every: int = 0  # 0: only at the end
+    eval_every: int = 0  # steps between evaluations, the last at the end; 0: detect only at the end, sft never
     best_metric: str = ""  # what makes a model the best one, kept in <run>/best; "" takes the command's own
     best_mode: str = "max"  # max, min: which values of it are better
     device: str = "auto"  # auto, cpu, cuda
@@ -77,6 +77,9 @@ class DataConfig:
     cached_scenes: int = 128  # scenes kept with their points, encoding and views; more is faster and takes memory
     cache_views: bool = True  # keep views and their embeddings on disk, in <root>/prepared/views
     max_samples: int = 0  # per data set, chosen by seed; 0 takes all
+    weights: dict[str, float] = field(
+        default_factory=dict
+    )  # data set: turns of each sample in an epoch of sft or grpo
     workers: int = 0  # processes that make the detector's batches ahead of the loop; 0: the loop makes them
     multiview: str = ""  # HDF5 file of multi-view features, where the encoder takes them
 
@@ -85,6 +88,9 @@ class DataConfig:
         _one_of(self, missing=("error", "skip"))
         if not self.datasets:
             raise ValueError("datasets is empty; name one or more, for instance scene30k.")
+        for name, weight in self.weights.items():
+            if weight < 0:
+                raise ValueError(f"weights.{name} is {weight}; it must not be below 0.")
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,7 @@ class LanguageConfig:
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     dtype: str = "bfloat16"
     attention: str = "packed"  # models/attention.py; or transformers' own: sdpa, flex_attention, eager
-    train: str = "lora"  # lora, or full for small models with random weights
+    train: str = "lora"  # lora; full; none: it stays as it is
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_last_blocks: int = 0  # adapt only the last n blocks; 0 adapts all
@@ -196,7 +202,7 @@ class LanguageConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
-        _one_of(self, dtype=("bfloat16", "float16", "float32"), train=("lora", "full"))
+        _one_of(self, dtype=("bfloat16", "float16", "float32"), train=("lora", "full", "none"))
         _at_least(self, lora_rank=1, lora_alpha=1, lora_last_blocks=0, num_proposals=0, num_layout_tokens=0)
 
 
@@ -208,7 +214,14 @@ class ModelConfig:
     views: ViewsConfig = field(default_factory=ViewsConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
+    # what learns besides model.language.train and model.views.weights
+    train_connector: bool = True
     train_scene_encoder: bool = False
+    train_vision_tower: bool | None = None  # null: where the language model is trained in full
+
+
+# Parts of the model whose learning rates optim.lr_factors may change.
+PARTS = ("language", "vision_tower", "connector", "scene_encoder")
 
 
 @dataclass(frozen=True)
@@ -224,6 +237,19 @@ class OptimConfig:
     schedule: str = "cosine"  # cosine, constant
     max_grad_norm: float = 1.0
     max_skipped_steps: int = 5  # consecutive non-finite steps before the run aborts
+    lr_factors: dict[str, float] = field(default_factory=dict)  # sft: part of the model (PARTS): factor on lr, min_lr
+
+    def __post_init__(self):
+        for name, factor in self.lr_factors.items():
+            if name not in PARTS:
+                raise ValueError(f"lr_factors names {name!r}; the parts are {', '.join(PARTS)}.")
+            if factor < 0:
+                raise ValueError(f"lr_factors.{name} is {factor}; it must not be below 0.")
+
+
+def _one_rate(config: Any) -> None:
+    if config.optim.lr_factors:
+        raise ValueError("optim.lr_factors is for sft; here one thing learns, at optim.lr. Leave it out.")
 
 
 @dataclass(frozen=True)
@@ -277,6 +303,7 @@ class DetectConfig:
     def __post_init__(self):
         _one_of(self, precision=("float32", "bfloat16"))
         _at_least(self, queries_per_object=1)
+        _one_rate(self)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1.")
 
@@ -293,10 +320,17 @@ class SftConfig:
     pointers: str = "name"  # name: boxes covered by a proposal are taught as <obj12>; box: always as numbers
     token_budget: int = 8192  # tokens of samples packed into one forward pass
     blocks: str = "auto"  # plain; compiled; fused: LoRA in fewer products. auto: plain on a CPU, else the fastest
+    eval_samples: int = 256  # of data.eval_split at most, every data set alike, where run.eval_every is above 0
+    eval_answers: int = 0  # of them at most are answered as well, and scored as `eval` does; 0: none
+    eval_new_tokens: int = 256  # of such an answer at most
 
     def __post_init__(self):
         _one_of(self, pointers=("name", "box"), blocks=("auto", "plain", "compiled", "fused"))
-        _at_least(self, token_budget=1)
+        _at_least(self, token_budget=1, eval_samples=1, eval_answers=0, eval_new_tokens=1)
+        if self.run.best_metric and not self.run.eval_every:
+            raise ValueError("run.best_metric is set, but nothing is evaluated; set run.eval_every too.")
+        if "loss" in self.run.best_metric and self.run.best_mode == "max":
+            raise ValueError(f"run.best_metric is {self.run.best_metric}, best where low; set run.best_mode=min.")
 
 
 @dataclass(frozen=True)
@@ -359,6 +393,7 @@ class GrpoConfig:
 
     def __post_init__(self):
         _at_least(self, updates_per_rollout=1, lora_rank=1, lora_alpha=1)
+        _one_rate(self)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Samples and observed scenes for the loops."""
 
 import hashlib
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ def load_split(config: DataConfig, split: str, seed: int) -> tuple[list[Sample],
     """
     store = open_store(config)
     read_split(config.root, split)  # a name that no list of scenes stands for is refused
+    for name in config.weights:
+        inputs_of(name, split)  # and so is an unknown data set
     parts = [load_dataset(config, name, split, store, seed, row) for row, name in enumerate(config.datasets)]
     samples = [sample for part in parts for sample in part.samples]
     if not samples:
@@ -118,6 +121,26 @@ def load_evaluated(config: DataConfig, store: SceneStore, seed: int) -> list[Loa
             raise _nothing(config, [name], split, sum(loaded.left_out.values()))
         found.append(loaded)
     return found
+
+
+def load_held_out(config: DataConfig, seed: int, count: int) -> tuple[list[Sample], SceneStore]:
+    """At most `count` samples of the splits that evaluation takes, chosen by seed, of each data set alike.
+
+    Data sets without any there (Scene-30K is about training scenes) are left out; ValueError where all are.
+    """
+    store = open_store(config)
+    shuffled: list[list[Sample]] = []
+    for number, name in enumerate(config.datasets):
+        split = config.eval_splits.get(name, config.eval_split)
+        if name not in config.eval_splits:
+            read_split(config.root, split)
+        its = load_dataset(config, name, split, store, seed, number).samples
+        shuffled.append([its[row] for row in stream(seed, 13, number).permutation(len(its))])
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*shuffled))
+    samples = [sample for sample in turns if sample is not None][:count]
+    if not samples:
+        raise _nothing(config, config.datasets, config.eval_split, 0)
+    return samples, store
 
 
 def open_store(config: DataConfig) -> SceneStore:

@@ -28,11 +28,12 @@ from .checkpoint import model_folder, restore_run
 from .config import GrpoConfig, RewardConfig
 from .data import ObservationCache, fingerprint, load_split
 from .grpo_loss import GrpoLossConfig, Normalizer, group_advantages, group_statistics, grpo_loss, merge_metrics
+from .mixture import Mixture
 from .optim import Optimizer
 from .rewards import RewardResult, RewardSet, build_rewards
 from .rollout import Rollout, completion_row, roll_out
 from .run_folder import open_run
-from .runtime import Runtime, batch_indices, close_runtime, init_runtime, log, seed_everything, torch_stream
+from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything, torch_stream
 from .saving import Checkpoints
 from .tracking import Tracker, append_rows, drop_steps_from
 from .training_state import load_state
@@ -303,6 +304,7 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
         model.trainable_parameters(), config.optim, run.steps, runtime, skipped_dir=Path(run.dir) / "skipped"
     )
     first_step = restore_run(last, optimizer, extra["data"])["step"]
+    mixture = Mixture([sample.dataset for sample in samples], config.data.weights, run.seed)
     observations = ObservationCache(
         store,
         model,
@@ -321,7 +323,7 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
     with tracker, checkpoints:
         for step in range(first_step, run.steps):
             seed_everything(run.seed, step, runtime.rank)
-            rows = batch_indices(len(samples), step, run.batch_size, run.seed, runtime)
+            rows = mixture.rows(step, run.batch_size, runtime)
             rollouts = sample_groups(model, [samples[row] for row in rows], observations, config, step, runtime.rank)
             scored = score_rollouts(rewards, rollouts)
             everyone = gather_scores(scored, runtime)

@@ -138,11 +138,11 @@ def seed_everything(*keys: int) -> None:
     np.random.seed(seed)
 
 
-def batch_indices(num_samples: int, step: int, batch_size: int, seed: int, runtime: Runtime) -> list[int]:
-    """Rows of the data set that this rank takes at one step.
+def batch_positions(step: int, batch_size: int, runtime: Runtime) -> range:
+    """Places in the endless row of samples that this rank takes at one step.
 
-    The data position is a function of the step alone, so resuming needs no sampler state, and the union over ranks
-    is the same for any number of ranks.
+    A function of the step alone, so resuming needs no sampler state, and the union over ranks is the same for any
+    number of ranks.
 
     Args:
         batch_size: of all ranks together; ValueError where they cannot share it evenly.
@@ -151,8 +151,13 @@ def batch_indices(num_samples: int, step: int, batch_size: int, seed: int, runti
     if rest or not own:
         raise ValueError(f"run.batch_size {batch_size} cannot be shared evenly by {runtime.world_size} processes.")
     first = step * batch_size + runtime.rank * own
+    return range(first, first + own)
+
+
+def batch_indices(num_samples: int, step: int, batch_size: int, seed: int, runtime: Runtime) -> list[int]:
+    """Rows of the data set that this rank takes at one step, epoch by epoch."""
     rows = []
-    for position in range(first, first + own):
+    for position in batch_positions(step, batch_size, runtime):
         epoch, offset = divmod(position, num_samples)
         rows.append(int(epoch_order(num_samples, seed, epoch)[offset]))
     return rows

@@ -34,19 +34,27 @@ class Checkpoints:
         config: the command's configuration; `run` says where, how many are kept and which metric makes a model best.
         samples: number of training samples by data set, for the model's card.
         fresh: the run starts from its first step: what an earlier life left of a best model goes.
-        metric: of the best model where run.best_metric names none.
+        metric: of the best model where run.best_metric names none; it then goes by `mode`, max or min.
 
     Raises:
         OSError: on leaving: the last checkpoint, or the best model, could not be written.
     """
 
     def __init__(
-        self, runtime: Runtime, config: Any, *, samples: Mapping[str, int], fresh: bool = False, metric: str = ""
+        self,
+        runtime: Runtime,
+        config: Any,
+        *,
+        samples: Mapping[str, int],
+        fresh: bool = False,
+        metric: str = "",
+        mode: str = "",
     ):
         self.runtime = runtime
         self.config = config
         self.run_dir = Path(config.run.dir)
         self.metric = config.run.best_metric or metric
+        self.mode = config.run.best_mode if config.run.best_metric or not mode else mode
         self.samples = dict(samples)
         self.failures: dict[str, str] = {}  # what could not be written last, by job
         self._writer = Writer()
@@ -188,7 +196,7 @@ class Checkpoints:
     def _better(self, score: float, step: int) -> bool:
         if self._best is None or step == self._best_step:  # done again after a kill, which may have come in between
             return math.isfinite(score)
-        return score > self._best if self.config.run.best_mode == "max" else score < self._best
+        return score > self._best if self.mode == "max" else score < self._best
 
     def _best_on_disk(self) -> tuple[float | None, int]:
         """Score and step of the model in `<run>/best`; None and -1 where none is there that this metric chose."""

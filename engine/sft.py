@@ -5,56 +5,33 @@ where the data has no thought. The loss is the mean over all taught tokens of th
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..datasets.scene import Sample
 from ..models.inputs import plan_packs
-from ..models.lm_head import cross_entropy
+from ..models.model_files import part_of
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
 from .build import build_model, check_settings, give_multiview
 from .checkpoint import model_folder, restore_run
 from .config import SftConfig
 from .data import ObservationCache, fingerprint, load_split
+from .mixture import Mixture
 from .optim import Optimizer
 from .run_folder import open_run
-from .runtime import Runtime, batch_indices, close_runtime, init_runtime, log, seed_everything
+from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything
 from .saving import Checkpoints
 from .sft_data import Batches, Taught
-from .tracking import Tracker
+from .sft_eval import METRIC, HeldOut
+from .sft_log import SftLog, TaskSums
+from .sft_loss import sft_loss
 
 _MULTIPLE = 128  # of tokens in a pack on a GPU: its matrix products come in tiles
-
-
-def sft_loss(
-    model: SceneVLM, taught: Sequence[Taught], *, length: int = 0, temperature: float = 0.5
-) -> tuple[torch.Tensor, int]:
-    """Cross-entropy of the targets of one pack, summed over taught tokens, and their number.
-
-    Args:
-        length: tokens to fill the pack up to; 0: as many as it has.
-        temperature: of the relaxed choice of views, where its weights learn.
-    """
-    observations = [entry.observation for entry in taught]
-    inputs = model.embed_rows(
-        [entry.row for entry in taught],
-        observations,
-        [entry.views for entry in taught],
-        gates=model.view_gates([entry.sample for entry in taught], observations, temperature),
-        packed_length=length,
-    )
-    loss = cross_entropy(
-        model.hidden(inputs).flatten(0, 1)[inputs.predicting_T],
-        model.language.head_weight_VD,
-        inputs.targets_T,
-        ignore_index=None,
-        normalizer=1.0,
-    )
-    return loss, len(inputs.targets_T)
 
 
 def load_model(config: SftConfig, checkpoint: Path | None, runtime: Runtime) -> SceneVLM:
@@ -73,19 +50,26 @@ def load_model(config: SftConfig, checkpoint: Path | None, runtime: Runtime) -> 
     model.to(runtime.device)
     model.set_trainable(
         language=config.model.language.train,
-        connector=True,
+        connector=config.model.train_connector,
         scene_encoder=config.model.train_scene_encoder,
         view_weights=config.model.views.weights == "learned",
+        vision_tower=config.model.train_vision_tower,
     )
     return model.train()
+
+
+def rate_factors(names: Iterable[str], config: SftConfig) -> dict[str, float]:
+    """The factor on the learning rate of each trained parameter: its part's, or that of learned view weights."""
+    factors = {**config.optim.lr_factors, "view_selector": config.model.views.lr_factor}
+    return {name: factors.get(part_of(name), 1.0) for name in names}
 
 
 def speed_up(model: SceneVLM, blocks: str) -> None:
     """Let the language model's blocks run as the configuration says (SftConfig.blocks)."""
     on_gpu = model.device.type == "cuda"
-    frozen = not model.language.head_weight_VD.requires_grad
+    adapted = any("lora_" in name for name in model.trainable_parameters())
     if blocks == "auto":
-        blocks = ("fused" if frozen else "compiled") if on_gpu else "plain"
+        blocks = ("fused" if adapted else "compiled") if on_gpu else "plain"
     if blocks == "compiled" or on_gpu:
         model.language.compile_blocks(decoder=blocks == "compiled")
     if blocks == "fused":
@@ -113,12 +97,19 @@ def cut_encodings(observations: Sequence[Observation]) -> list[tuple[torch.Tenso
 
 
 def accumulate_gradients(
-    model: SceneVLM, taught: Sequence[Taught], config: SftConfig, optimizer: Optimizer
+    model: SceneVLM,
+    taught: Sequence[Taught],
+    config: SftConfig,
+    optimizer: Optimizer,
+    by_task: TaskSums | None = None,
 ) -> tuple[torch.Tensor, dict[str, int]]:
     """Back-propagate this rank's part of a batch, pack by pack. A GPU is told what to do and not waited for.
 
     The pull of learned view weights is added for each token, since gradients are divided by the number of tokens; it
     is not part of the loss that is returned.
+
+    Args:
+        by_task: takes the losses of the tokens.
 
     Returns:
         the summed loss, and the numbers of taught tokens and of all tokens that go through the language model.
@@ -131,10 +122,14 @@ def accumulate_gradients(
     for pack in plan_packs(lengths, config.token_budget, config.run.micro_batch_size):
         total = sum(lengths[row] for row in pack)
         filled = _MULTIPLE * -(-total // _MULTIPLE) if model.device.type == "cuda" else total
-        loss, count = sft_loss(model, [taught[row] for row in pack], length=filled, temperature=views.temperature)
+        rows = [taught[row] for row in pack]
+        loss, losses_T = sft_loss(model, rows, length=filled, temperature=views.temperature)
+        count = len(losses_T)
         pull = views.pull * count * selector.regularizer() if selector is not None and selector.learns else 0.0
         (loss + pull).backward()
-        its = [taught[row].sample for row in pack]
+        if by_task is not None:
+            by_task.add(rows, losses_T)
+        its = [entry.sample for entry in rows]
         optimizer.note([sample.sample_id for sample in its], [sample.task for sample in its], loss)
         loss_sum += loss.detach()
         tokens += count
@@ -157,20 +152,21 @@ def train(config: SftConfig, resume: bool = False) -> Path:
     model = load_model(config, last, runtime)
     give_multiview(model, config.data, samples)
     speed_up(model, config.blocks)
-    selector = model.view_selector
-    factor = config.model.views.lr_factor
+    selector, trained = model.view_selector, model.trainable_parameters()
     optimizer = Optimizer(
-        model.trainable_parameters(),
+        trained,
         config.optim,
         run.steps,
         runtime,
-        lr_factors={"view_selector.w_text": factor, "view_selector.w_image": factor},
+        lr_factors=rate_factors(trained, config),
         skipped_dir=Path(run.dir) / "skipped",
     )
-    extra = {"data": fingerprint([sample.sample_id for sample in samples])}
-    first_step = restore_run(last, optimizer, extra["data"])["step"]
-    num_trained = sum(parameter.numel() for parameter in model.trainable_parameters().values())
+    extra: dict[str, Any] = {"data": fingerprint([sample.sample_id for sample in samples])}
+    state = restore_run(last, optimizer, extra["data"])
+    num_trained = sum(parameter.numel() for parameter in trained.values())
     log.info("%d samples of %s, %.2f M trained parameters", len(samples), config.data.datasets, num_trained / 1e6)
+    held_out = HeldOut(config, model, runtime) if run.eval_every else None
+    mixture = Mixture([sample.dataset for sample in samples], config.data.weights, run.seed)
     observations = ObservationCache(
         store,
         model,
@@ -180,19 +176,24 @@ def train(config: SftConfig, resume: bool = False) -> Path:
     )
 
     def choose(step: int) -> list[Sample]:
-        rows = batch_indices(len(samples), step, run.batch_size, run.seed, runtime)
-        return [samples[row] for row in rows]
+        return [samples[row] for row in mixture.rows(step, run.batch_size, runtime)]
 
     batches = Batches(model, choose, observations, pointers=config.pointers, num_steps=run.steps)
     checkpoints = Checkpoints(
-        runtime, config, samples=Counter(sample.dataset for sample in samples), fresh=last is None
+        runtime,
+        config,
+        samples=Counter(sample.dataset for sample in samples),
+        fresh=last is None,
+        metric=METRIC,
+        mode="min",
     )
-    tracker = Tracker(run.dir, "sft", run.steps, first_step=first_step, sinks=run.trackers, enabled=runtime.is_main)
-    with tracker, checkpoints, batches:
-        for step in range(first_step, run.steps):
+    tasks = sorted({sample.task for sample in samples})
+    log_of_run = SftLog(run, model, tasks, runtime, first_step=state["step"], since=state.get("since_log"))
+    with log_of_run, checkpoints, batches:
+        for step in range(state["step"], run.steps):
             seed_everything(run.seed, step, runtime.rank)
-            taught = batches[step]
-            loss_sum, counts = accumulate_gradients(model, taught, config, optimizer)
+            taught, by_task = batches[step], log_of_run.new_sums()
+            loss_sum, counts = accumulate_gradients(model, taught, config, optimizer, by_task)
             sums = dict(zip(counts, runtime.total(*counts.values()), strict=True))
             tokens = max(sums["tokens"], 1.0)
             metrics = optimizer.step(step, divisor=tokens)
@@ -201,10 +202,15 @@ def train(config: SftConfig, resume: bool = False) -> Path:
             if selector is not None and selector.learns:
                 selector.project()
                 metrics |= {"view_w_text": selector.w_text.item(), "view_w_image": selector.w_image.item()}
-            tracker.advance(loss=metrics["loss"], lr=metrics["lr"])
-            if (step + 1) % run.log_every == 0 or step + 1 == run.steps:
-                tracker.log(step, metrics)
-            if (step + 1) % run.save_every == 0 or step + 1 == run.steps:
+            log_of_run.step(step, metrics, by_task)
+            if held_out is not None and log_of_run.due(step, run.eval_every):
+                batches.settle()
+                with log_of_run.aside():
+                    scores = held_out.evaluate()
+                log_of_run.tracker.log(step, scores)
+                checkpoints.offer_best(step + 1, scores, model)
+            if log_of_run.due(step, run.save_every):
+                extra["since_log"] = log_of_run.means.state()
                 last = checkpoints.save(step + 1, model, optimizer, extra)
         if last is None:
             last = checkpoints.save(0, model, optimizer, extra)

@@ -1,7 +1,7 @@
 """What supervised fine-tuning trains on: rows with their targets, batch by batch, made while the GPU computes."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 from ..datasets.prompts import build_target, training_mode
@@ -102,6 +102,11 @@ class Batches:
         if step + 1 < self.num_steps:
             self._coming = step + 1, self._thread.submit(self._beside, step + 1)
         return batch
+
+    def settle(self) -> None:
+        """Wait until nothing is being made, so that the model may be used for something else."""
+        if self._coming is not None:
+            wait([self._coming[1]])
 
     def __enter__(self) -> "Batches":
         return self

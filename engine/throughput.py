@@ -1,9 +1,14 @@
 """What a run makes of its hardware: floating-point operations a token, and their share of the device's peak."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from ..models.scene_vlm import SceneVLM
+from .runtime import Runtime
 
 # Dense bfloat16 peaks of the makers' data sheets, FLOP/s, by a part of the device's name.
 _PEAKS = {"H200": 989.4e12, "H100": 989.4e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165.2e12}
@@ -36,3 +41,46 @@ def mfu(flops_per_s: float, device: torch.device) -> float:
     if peak is None:
         raise ValueError(f"The bfloat16 peak of {device} is not known; add it to engine/throughput.py.")
     return flops_per_s / peak
+
+
+class Meter:
+    """Tokens a second between two readings, their share of the hardware's peak, and the most memory so far.
+
+    Args:
+        flops: operations of one token, as `training_flops` gives them.
+    """
+
+    def __init__(self, flops: float, runtime: Runtime):
+        self.flops = flops
+        self.runtime = runtime
+        self._tokens = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, tokens: float) -> None:
+        """Tokens of all ranks that went through the language model. The host must have waited for their step."""
+        self._tokens += tokens
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second, of all ranks, since the last reading."""
+        return self._tokens / max(time.perf_counter() - self._started, 1e-9)
+
+    def read(self) -> dict[str, float]:
+        """`tokens_per_s`; `mfu` where the peak is known; `peak_gib` of this process's GPU. The next begins here."""
+        device = self.runtime.device
+        found = {"tokens_per_s": self.rate}
+        if peak_flops(device):
+            found["mfu"] = mfu(self.flops * self.rate / self.runtime.world_size, device)
+        if device.type == "cuda":
+            found["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        self._tokens, self._started = 0.0, time.perf_counter()
+        return found
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in the block does not count."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - begun

@@ -1,4 +1,4 @@
-"""Progress bar and metrics.jsonl, always; other trackers behind the same small interface."""
+"""Progress bar, metrics.jsonl and speed.jsonl, always; other trackers behind the same small interface."""
 
 import contextlib
 import json
@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from .background import advice
 from .runtime import log
+
+SPEED = "speed.jsonl"
 
 
 class Sink(Protocol):
@@ -68,6 +70,7 @@ class Tracker:
         enabled: bool = True,
     ):
         self.path = Path(run_dir) / "metrics.jsonl"
+        self.speed_path = Path(run_dir) / SPEED
         self.enabled = enabled
         self.started = time.perf_counter()
         self.sinks: list[Sink] = []
@@ -77,7 +80,9 @@ class Tracker:
                     raise ValueError(f"Unknown tracker {name!r}; known: {', '.join(SINKS)}.")
                 self.sinks.append(SINKS[name](Path(run_dir)))
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            drop_steps_from(self.path, first_step)
+            for path in (self.path, self.speed_path):
+                if path == self.path or path.exists():
+                    drop_steps_from(path, first_step)
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc=title, disable=not enabled, dynamic_ncols=True, mininterval=1.0
         )
@@ -98,18 +103,30 @@ class Tracker:
     def advance(self, **shown: float) -> None:
         """One step done; `shown` stands beside the bar."""
         if shown:
-            self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+            self.bar.set_postfix({name: _short(value) for name, value in shown.items()}, refresh=False)
         self.bar.update(1)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one row to metrics.jsonl. Non-finite values are written as null, which JSON has."""
+    def log(self, step: int, metrics: Mapping[str, float], *, speed: Mapping[str, float] | None = None) -> None:
+        """Append one row to metrics.jsonl. Non-finite values are written as null, which JSON has.
+
+        Args:
+            speed: what the machine's clock and memory say: a row of speed.jsonl, so that, `seconds` aside,
+                metrics.jsonl has nothing that is not the same again when a run is repeated.
+        """
         if not self.enabled:
             return
-        row = {"step": step, "seconds": round(self.seconds, 3)}
-        row |= {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
-        append_rows(self.path, [row])
+        for path, values in ((self.path, metrics), (self.speed_path, speed)):
+            if values:
+                row = {"step": step, "seconds": round(self.seconds, 3)}
+                row |= {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+                append_rows(path, [row])
         for sink in self.sinks:
-            sink.log(step, {name: value for name, value in metrics.items() if math.isfinite(value)})
+            everything = {**metrics, **(speed or {})}
+            sink.log(step, {name: value for name, value in everything.items() if math.isfinite(value)})
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:

@@ -102,15 +102,30 @@ def cross_entropy(
         keep_T = (targets_T != ignore_index).nonzero()[:, 0]
         hidden_TD, targets_T = hidden_TD[keep_T], targets_T[keep_T]
     count = max(len(targets_T), 1) if normalizer is None else normalizer
+    return summed_loss(hidden_TD, weight_VD, targets_T, chunk_size=chunk_size, bias=bias)[0] / count
+
+
+def summed_loss(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    chunk_size: int | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum of cross-entropies, as `cross_entropy` makes it, and each token's own [T], which has no gradient.
+
+    Both are there at once: nothing is computed or waited for besides. Without gradients the logits come in tiles.
+    """
     inputs = [value for value in (hidden_TD, weight_VD, bias) if value is not None]
     if not (torch.is_grad_enabled() and any(value.requires_grad for value in inputs)):
         found = token_logprobs(hidden_TD, weight_VD, targets_T, chunk_size=chunk_size, bias=bias, with_entropy=False)
-        return -found.logps_T.sum() / count
+        return -found.logps_T.sum(), -found.logps_T
     _check(hidden_TD, weight_VD, targets_T, bias)
     if chunk_size is None:
         chunk_size = GPU_LOSS_CHUNK if hidden_TD.is_cuda else CPU_LOSS_CHUNK
     tiling = _tiling(hidden_TD, 1.0, chunk_size, len(weight_VD))
-    return _SummedLoss.apply(hidden_TD, weight_VD, bias, targets_T.contiguous(), tiling) / count
+    return _SummedLoss.apply(hidden_TD, weight_VD, bias, targets_T.contiguous(), tiling)
 
 
 def _check(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias: Tensor | None) -> None:
@@ -182,24 +197,27 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Sum of -log p(target) over tokens, its gradient made in the forward pass."""
+    """Sum of -log p(target) over tokens, its gradient made in the forward pass; and each token's share of it."""
 
     @staticmethod
     def forward(ctx, hidden_TD, weight_VD, bias, targets_T, tiling):
         inputs = (hidden_TD, weight_VD, bias)
         buffers = _Gradients.zeros(inputs, ctx.needs_input_grad, tiling.dtype)
         loss = hidden_TD.new_zeros((), dtype=tiling.dtype)
+        losses_T = hidden_TD.new_empty(len(hidden_TD), dtype=tiling.dtype)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             for _, tile_VD, bias_V in _weight_tiles(hidden_TD, weight_VD, bias, tiling):  # one, of all rows
                 for span in _spans(len(hidden_TD), tiling.chunk_size):
-                    loss += _chunk_loss(hidden_TD, tile_VD, bias_V, targets_T, span, tiling, buffers)
+                    losses_T[span] = _chunk_losses(hidden_TD, tile_VD, bias_V, targets_T, span, tiling, buffers)
+                    loss += losses_T[span].sum()
         ctx.save_for_backward(*buffers)
         ctx.dtypes = [None if value is None else value.dtype for value in inputs]
-        return loss
+        ctx.mark_non_differentiable(losses_T)
+        return loss, losses_T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         scaled = [
             None if value is None else torch.mul(value, grad, out=torch.empty_like(value, dtype=dtype))
             for value, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -311,7 +329,7 @@ def _unfold(
             del logits_CW
 
 
-def _chunk_loss(
+def _chunk_losses(
     hidden_TD: Tensor,
     weight_VD: Tensor,
     bias: Tensor | None,
@@ -320,14 +338,14 @@ def _chunk_loss(
     tiling: _Tiling,
     buffers: _Gradients,
 ) -> Tensor:
-    """Summed loss of a chunk of tokens, whose gradient is added to the buffers; all the vocabulary is one tile."""
+    """Losses [C] of a chunk of tokens, whose gradient is added to the buffers; all the vocabulary is one tile."""
     logits_CV = _tile_logits(hidden_TD[span], weight_VD, bias, tiling)
     state_4C = _new_state(hidden_TD, len(logits_CV), tiling.dtype)
     tiling.fold_tile(logits_CV, targets_T[span], state_4C, 0)
     lse_C, mean_C, picked_C = _read_state(state_4C)
     per_token = (targets_T[span], lse_C, mean_C, torch.full_like(lse_C, -1), None)
     _add_gradients(buffers, logits_CV, per_token, hidden_TD, weight_VD, span, slice(0, len(weight_VD)), tiling)
-    return (lse_C - picked_C).sum()
+    return lse_C - picked_C
 
 
 def _add_gradients(

@@ -5,12 +5,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import nn
+
 from ..utils.files import read_text
 from .connector import Connector
 from .observation import SceneSettings
 from .weights import load_module
 
 FORMAT = 1
+_CONNECTOR, _TOWER = "connector.safetensors", "vision_tower.safetensors"
 
 _DESCRIBED = {
     "language_model",
@@ -57,6 +61,32 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def load_connector(connector: Connector, path: Path) -> None:
+def part_of(name: str) -> str:
+    """The part that a parameter of the model belongs to, by its name: that of a module, or `vision_tower`."""
+    return "vision_tower" if ".visual." in name else name.partition(".")[0]
+
+
+def save_connector(connector: Connector, folder: Path) -> None:
+    """Write a connector's weights."""
+    _save(connector, folder / _CONNECTOR)
+
+
+def load_connector(connector: Connector, folder: Path) -> None:
     """Load a connector's weights; ValueError where they are missing, broken or of another size."""
+    path = folder / _CONNECTOR
     load_module(connector, path, f"There are no connector weights at {path}; copy the whole model folder again.")
+
+
+def save_vision_tower(tower: nn.Module, folder: Path) -> None:
+    """Write the language model's vision tower, where it was trained and the rest was not."""
+    _save(tower, folder / _TOWER)
+
+
+def load_vision_tower(tower: nn.Module, folder: Path) -> None:
+    """Load a vision tower's weights; ValueError where they are missing, broken or of another size."""
+    path = folder / _TOWER
+    load_module(tower, path, f"There are no weights of the vision tower at {path}; copy the whole model folder again.")
+
+
+def _save(module: nn.Module, path: Path) -> None:
+    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, path)

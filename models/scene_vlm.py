@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ..datasets.prompts import (
@@ -36,7 +35,16 @@ from .language_model import (
     merge_lora,
     save_language_model,
 )
-from .model_files import FORMAT, lasting, load_connector, read_description
+from .model_files import (
+    FORMAT,
+    lasting,
+    load_connector,
+    load_vision_tower,
+    part_of,
+    read_description,
+    save_connector,
+    save_vision_tower,
+)
 from .observation import Answer, EncodedScene, Observation, SceneSettings, asked_objects, point_at
 from .relaxed_top_k import gated_rows
 from .scene_encoder import SceneEncoder
@@ -85,32 +93,47 @@ class SceneVLM(SceneObserver):
         self.patch_settings = PatchSettings.of(language.image_processor)
         self.train_vision_tower = False
         self.full_language_model = False  # whether save_pretrained writes the language model's own weights too
+        self.own_vision_tower = False  # the same of its vision tower alone
 
     # -- what is trained -------------------------------------------------------------------------------------------
 
     def set_trainable(
-        self, *, language: str, connector: bool, scene_encoder: bool, view_weights: bool = False
+        self,
+        *,
+        language: str,
+        connector: bool,
+        scene_encoder: bool,
+        view_weights: bool = False,
+        vision_tower: bool | None = None,
     ) -> None:
         """Choose what learns.
 
         Args:
             language: "lora" (the active adapter), "full", or "none".
             view_weights: the weights of the view selector's terms.
+            vision_tower: the language model's own encoder of views; None: with a language model that learns in full.
         """
         if language not in ("lora", "full", "none"):
             raise ValueError(f"The language model trains as lora, full or none, not {language!r}.")
         if language == "lora" and not self.language.has_adapter:
             raise ValueError("There is no LoRA adapter to train; add one first.")
+        vision_tower = language == "full" if vision_tower is None else vision_tower
         for name, parameter in self.language.named_parameters():
             trains = language == "full" or (language == "lora" and "lora_" in name and f".{POLICY}." in name)
-            parameter.requires_grad_(trains)
+            parameter.requires_grad_(vision_tower if part_of(f"language.{name}") == "vision_tower" else trains)
         self.connector.requires_grad_(connector)
         self.scene_encoder.requires_grad_(scene_encoder)
         self.train_scene_encoder = scene_encoder
-        self.train_vision_tower = language == "full"
+        self.train_vision_tower = vision_tower
+        self.own_vision_tower = self.own_vision_tower or vision_tower
         self.full_language_model = self.full_language_model or language == "full"
         if self.view_selector is not None:
             self.view_selector.train_weights(view_weights)
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """Qwen's own encoder of views."""
+        return self.language.base.model.visual
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that learn, by name."""
@@ -322,7 +345,7 @@ class SceneVLM(SceneObserver):
     def saved_tensors(self) -> Iterator[torch.Tensor]:
         """What `save_pretrained` writes: neither a frozen base nor the encoders of views, which it only names."""
         whole: list[nn.Module] = [self.scene_encoder, self.connector]
-        whole += [self.language] if self.full_language_model else []
+        whole += [self.language] if self.full_language_model else [self.vision_tower] * self.own_vision_tower
         for module in whole:
             yield from module.parameters()
             yield from module.buffers()
@@ -341,6 +364,7 @@ class SceneVLM(SceneObserver):
             "language_layers": self.language.num_layers,
             "dtype": str(self.language.head_weight_VD.dtype).removeprefix("torch."),
             "adapter": self.language.has_adapter,
+            "vision_tower": self.own_vision_tower and not self.full_language_model,
             "connector": {
                 "num_proposals": self.connector.num_proposals,
                 "num_layout_tokens": self.connector.num_layout_tokens,
@@ -352,11 +376,12 @@ class SceneVLM(SceneObserver):
         }
         if self.full_language_model:
             save_language_model(self.language, folder / "language_model")
+        elif self.own_vision_tower:
+            save_vision_tower(self.vision_tower, folder)
         if self.language.has_adapter:
             self.language.model.save_pretrained(folder / "adapter", selected_adapters=[POLICY])  # type: ignore[call-arg]
         self.scene_encoder.save_pretrained(folder / "scene_encoder")
-        weights = {name: value.contiguous() for name, value in self.connector.state_dict().items()}
-        save_file(weights, folder / "connector.safetensors")
+        save_connector(self.connector, folder)
         (folder / "scene_vlm.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
 
     def merge_adapter(self) -> None:
@@ -420,7 +445,7 @@ class SceneVLM(SceneObserver):
         # a description without the key is from before there were object tokens: that model has none
         parts = {"object_token": False, **description["connector"], **token_sizes(view_features)}
         connector = build_connector(language, scene_encoder, **parts)
-        load_connector(connector, folder / "connector.safetensors")
+        load_connector(connector, folder)
         model = cls(
             language,
             source,
@@ -431,4 +456,7 @@ class SceneVLM(SceneObserver):
             view_features,
         )
         model.full_language_model = description["language_model"] == "language_model"
+        if description.get("vision_tower"):
+            load_vision_tower(model.vision_tower, folder)
+            model.own_vision_tower = True
         return model.to(device).eval()
