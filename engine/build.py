@@ -60,8 +60,6 @@ def build_model(config: ModelConfig, data: DataConfig) -> SceneVLM:
             alpha=language_config.lora_alpha,
             last_blocks=language_config.lora_last_blocks,
         )
-    elif language_config.train != "full":
-        raise ValueError(f"model.language.train is {language_config.train!r}; choose lora or full.")
     return SceneVLM(
         language,
         language_config.model,

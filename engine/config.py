@@ -320,6 +320,7 @@ class SftConfig:
     pointers: str = "name"  # name: boxes covered by a proposal are taught as <obj12>; box: always as numbers
     token_budget: int = 8192  # tokens of samples packed into one forward pass
     blocks: str = "auto"  # plain; compiled; fused: LoRA in fewer products. auto: plain on a CPU, else the fastest
+    eval_datasets: tuple[str, ...] = ()  # that are evaluated on; () takes those that have held-out samples
     eval_samples: int = 256  # of data.eval_split at most, every data set alike, where run.eval_every is above 0
     eval_answers: int = 0  # of them at most are answered as well, and scored as `eval` does; 0: none
     eval_new_tokens: int = 256  # of such an answer at most

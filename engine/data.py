@@ -126,7 +126,8 @@ def load_evaluated(config: DataConfig, store: SceneStore, seed: int) -> list[Loa
 def load_held_out(config: DataConfig, seed: int, count: int) -> tuple[list[Sample], SceneStore]:
     """At most `count` samples of the splits that evaluation takes, chosen by seed, of each data set alike.
 
-    Data sets without any there (Scene-30K is about training scenes) are left out; ValueError where all are.
+    Data sets that have no annotation file there (Scene-30K is about training scenes) or no samples are left out;
+    ValueError where all are.
     """
     store = open_store(config)
     shuffled: list[list[Sample]] = []
@@ -134,6 +135,10 @@ def load_held_out(config: DataConfig, seed: int, count: int) -> tuple[list[Sampl
         split = config.eval_splits.get(name, config.eval_split)
         if name not in config.eval_splits:
             read_split(config.root, split)
+        absent = inputs_of(name, split).absent(config.root)
+        if absent:
+            log.warning("%s is not among the held-out samples: %s has no %s", name, config.root, absent[0])
+            continue
         its = load_dataset(config, name, split, store, seed, number).samples
         shuffled.append([its[row] for row in stream(seed, 13, number).permutation(len(its))])
     turns = itertools.chain.from_iterable(itertools.zip_longest(*shuffled))

@@ -1,5 +1,7 @@
 """Evaluation while supervised fine-tuning goes on: the loss on held-out samples, and greedy answers, scored."""
 
+from dataclasses import replace
+
 import torch
 
 from ..datasets.scene import Sample
@@ -33,7 +35,9 @@ class HeldOut:
         self.config = config
         self.model = model
         self.runtime = runtime
-        self.samples, self.store = load_held_out(config.data, config.run.seed, config.eval_samples)
+        data = replace(config.data, datasets=config.eval_datasets or config.data.datasets)
+        self.samples, self.store = load_held_out(data, config.run.seed, config.eval_samples)
+        log.info("%d held-out samples of %s", len(self.samples), sorted({sample.dataset for sample in self.samples}))
         if model.multiview is not None:
             model.multiview.check(sorted({sample.scene_id for sample in self.samples}))
         # dense captions are asked of detected objects, not of these

@@ -69,7 +69,9 @@ def test_each_sample_has_the_turns_that_its_weight_says(datasets, weights, seed)
 def test_ranks_share_the_batch_of_one_process(world_size, step, seed):
     weights = {"a": 1.3, "b": 0.4}
     alone = Mixture(NAMES, weights, seed).rows(step, 12, Runtime(CPU))
-    ranks = [Mixture(NAMES, weights, seed).rows(step, 12, Runtime(CPU, rank, world_size)) for rank in range(world_size)]
+    ranks = [
+        Mixture(NAMES, weights, seed).rows(step, 12, Runtime(CPU, rank, world_size)) for rank in range(world_size)
+    ]
     assert [row for rows in ranks for row in rows] == alone and len({len(rows) for rows in ranks}) == 1
 
 
