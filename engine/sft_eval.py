@@ -57,7 +57,7 @@ class HeldOut:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """`eval/loss` and `eval/loss/<task>`, means over taught tokens; `eval/<data set>/<metric>` of answers."""
+        """`eval/loss` and `eval/loss/<task>`, means over taught tokens; of answers `eval/<data set>/<metric>`."""
         wait_for_beside(self.runtime.device)
         if self.model.train_scene_encoder:  # what was encoded before is out of date
             self.observations = self._observe()
@@ -87,7 +87,7 @@ class HeldOut:
         return {METRIC: sum(totals) / max(sum(counts), 1.0), **found}
 
     def scores(self) -> dict[str, float]:
-        """Scores of greedy answers, each data set's by its task's default scorer, METEOR left out."""
+        """Scores of greedy answers in percent, each data set's by its task's default scorer, METEOR left out."""
         if not self.asked:
             return {}
         made = answer(
@@ -118,5 +118,8 @@ def _score(name: str, predictions: list[Prediction]) -> dict[str, float]:
     if not any(entry.target_boxes if task == "grounding" else entry.references for entry in predictions):
         log.warning("held-out %s has nothing to compare answers with; they are not scored", name)
         return {}
-    metrics = score_predictions(task, predictions, None, meteor=False)["metrics"]
-    return {f"eval/{name}/{key}": float(value) for key, value in metrics.items() if value is not None}
+    scores = score_predictions(task, predictions, None, meteor=False)
+    factor = 1.0 if scores["unit"] == "percent" else 100.0
+    # parts of a data set, as Acc@0.25/unique, are for `eval`: a few dozen samples have too few of each
+    shown = {key: value for key, value in scores["metrics"].items() if value is not None and "/" not in key}
+    return {f"eval/{name}/{key}": factor * value for key, value in shown.items()}

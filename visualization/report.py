@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..datasets.scene import load_scene
 from ..utils.predictions import Prediction, read_predictions
-from .curves import plot
+from .curves import plot, read_rows
 from .pictures import DETECTED, PREDICTED, TARGET, data_url, scene_picture
 
 # Columns in the order of the pipeline; others follow in alphabetical order.
@@ -21,10 +21,18 @@ _COLUMN_ORDER = ("most-frequent", "untrained", "sft", "grpo")
 # EM-R is left out: by its official definition an empty answer is a hit.
 _SHOWN = ("EM", "EM@1", "Acc@0.25", "Acc@0.5", "mIoU", "CIDEr@0.25", "CIDEr@0.5", "CIDEr", "ROUGE-L")
 _MAX_SHOWN = 2
+METRICS, SPEED = "metrics.jsonl", "speed.jsonl"
 _CURVES = (
     ("detect", ("loss",), "Scene encoder: loss"),
     ("detect", ("map25", "map50"), "Scene encoder: held-out mAP"),
     ("sft", ("loss",), "SFT: cross-entropy per token"),
+    ("sft", ("loss/*",), "SFT: cross-entropy by task"),
+    ("sft", ("eval/loss", "eval/loss/*"), "SFT: held-out cross-entropy"),
+    ("sft", tuple(f"eval/*/{name}" for name in ("EM", "EM@1", "Acc@0.25", "CIDEr")), "SFT: held-out scores, percent"),
+    ("sft", ("lr",), "SFT: learning rate"),
+    ("sft", ("grad_norm",), "SFT: gradient norm before clipping"),
+    ("sft", ("tokens_per_s",), "SFT: tokens a second"),
+    ("sft", ("mfu",), "SFT: share of the hardware's peak"),
     ("grpo", ("reward",), "GRPO: reward"),
     ("grpo", ("rewards/format/mean", "rewards/perception/mean", "rewards/semantic/mean"), "GRPO: each reward"),
     ("grpo", ("kl",), "GRPO: KL to the SFT policy"),
@@ -76,7 +84,7 @@ def write_report(
     limit: int | None = None,
     sections: Sequence[str] = (),
 ) -> Path:
-    """Write the report of a run folder (with `eval/*`), of one evaluation, or of a prediction file.
+    """Write the report of a run folder (with `eval/*`), of a training run, of one evaluation, or of a prediction file.
 
     Args:
         source: run folder, evaluation folder or predictions.jsonl.
@@ -93,13 +101,15 @@ def write_report(
     file = source / "predictions.jsonl" if source.is_dir() else source
     if evaluations:
         file = evaluations[-1].folder / "predictions.jsonl"
-    if not file.exists():
-        raise ValueError(f"There is nothing to report on under {source}: no results.json and no predictions.jsonl.")
-    predictions = read_predictions(file)
+    curves = curves_section(source) if source.is_dir() else ""
+    if not file.exists() and not curves:
+        raise ValueError(
+            f"There is nothing to report on under {source}: no results.json, predictions.jsonl or metrics.jsonl."
+        )
     parts = [
         results_table(evaluations) if evaluations else "",
-        curves_section(source) if source.is_dir() else "",
-        examples_section(predictions, file.parent, Path(data_root), limit or 2),
+        curves,
+        examples_section(read_predictions(file), file.parent, Path(data_root), limit or 2) if file.exists() else "",
         *sections,
     ]
     return write_page(out, "3D-R1 report", str(source), parts)
@@ -156,13 +166,19 @@ def _cell(scores: dict | None, metric: str) -> str:
 
 
 def curves_section(run: Path) -> str:
-    """Training curves of the stages under a run folder."""
-    drawn = [
-        plot(run / stage / "metrics.jsonl", names, title)
-        for stage, names, title in _CURVES
-        if (run / stage / "metrics.jsonl").exists()
-    ]
+    """Training curves of a run, or of the stages under a run folder."""
+    folders = {stage: run / stage for stage in ("detect", "sft", "grpo")}
+    if (run / METRICS).exists():
+        folders = {_stage(run): run}
+    rows = {stage: read_rows(folder / METRICS) + read_rows(folder / SPEED) for stage, folder in folders.items()}
+    drawn = [plot(rows[stage], names, title) for stage, names, title in _CURVES if rows.get(stage)]
     return f"<h2>Training</h2><div class='curves'>{''.join(drawn)}</div>" if any(drawn) else ""
+
+
+def _stage(run: Path) -> str:
+    """Which loop a run's metrics are of, by what only that loop logs."""
+    known = {name for row in read_rows(run / METRICS) for name in row}
+    return "grpo" if "reward" in known else "sft" if "sequence_tokens" in known else "detect"
 
 
 def choose_examples(predictions: Sequence[Prediction], limit: int) -> list[Prediction]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from threedr1.models import lm_head, lm_head_torch
-from threedr1.models.lm_head import cross_entropy, token_logprobs
+from threedr1.models.lm_head import cross_entropy, summed_loss, token_logprobs
 from threedr1.utils import kernels
 
 T, D, V = 11, 5, 23
@@ -250,6 +250,23 @@ def test_cross_entropy_makes_its_logits_once(monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(cross_entropy(hidden_TD, weight_VD, targets_T), loss)
     assert sizes == [(T, V)]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 100])
+def test_the_sum_of_losses_comes_with_each_tokens_own(chunk_size):
+    hidden_TD, weight_VD, bias_V, targets_T = make()
+    hidden = hidden_TD.requires_grad_()
+    loss, losses_T = summed_loss(hidden, weight_VD, targets_T, bias=bias_V, chunk_size=chunk_size)
+    want_T = torch.nn.functional.cross_entropy(hidden @ weight_VD.T + bias_V, targets_T, reduction="none")
+    torch.testing.assert_close(losses_T, want_T.detach())
+    torch.testing.assert_close(loss, want_T.sum())
+    assert loss.requires_grad and not losses_T.requires_grad
+    (got,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (want,) = torch.autograd.grad(want_T.sum(), hidden)
+    torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        again, again_T = summed_loss(hidden, weight_VD, targets_T, bias=bias_V)
+    torch.testing.assert_close((again, again_T), (loss.detach(), losses_T))
 
 
 def test_what_comes_behind_cross_entropy_scales_its_gradient():

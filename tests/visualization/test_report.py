@@ -73,6 +73,45 @@ def test_report_holds_scores_curves_and_escaped_text(scene, rooms_root, tmp_path
     assert page.count("data:image/jpeg;base64") == 1
 
 
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_training_run_alone_is_reported_with_its_curves(tmp_path):
+    run = tmp_path / "sft"
+    common = {"loss/qa": 1.0, "lr": 1e-4, "sequence_tokens": 9}
+    rows = [{"step": step, "loss": 2 - step / 9, **common} for step in range(9)]
+    evaluated = {"step": 8, "eval/loss": 1.2, "eval/loss/scene_description": 1.4, "eval/scanqa/EM@1": 30.0}
+    write_rows(run / "metrics.jsonl", [*rows, evaluated])
+    write_rows(run / "speed.jsonl", [{"step": step, "tokens_per_s": 100.0 + step} for step in range(9)])
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 9, "lo')  # the run is being killed, or writing
+    page = write_report(run, run / "report.html").read_text()
+    assert page.count("<svg") == 6
+    titles = ("cross-entropy per token", "cross-entropy by task", "held-out cross-entropy", "held-out scores")
+    for text in (*titles, "learning rate", "tokens a second"):
+        assert f"<!-- SFT: {text}" in page, text
+    assert "<!-- scene description -->" in page
+    assert "gradient norm" not in page, "nothing is drawn of what is not there"
+    assert "Examples" not in page and "Scores" not in page
+
+
+@pytest.mark.parametrize(
+    ("row", "title"), [({"reward": 1.0}, "GRPO: reward"), ({"loss": 1.0, "map50": 0.2}, "Scene encoder: loss")]
+)
+def test_runs_of_the_other_loops_are_told_apart(tmp_path, row, title):
+    write_rows(tmp_path / "metrics.jsonl", [{"step": 0, **row}])
+    page = write_report(tmp_path, tmp_path / "report.html").read_text()
+    assert f"<!-- {title} -->" in page and "SFT" not in page
+
+
+def test_a_broken_row_of_metrics_is_one_sentence(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0\n{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1: not JSON"):
+        write_report(tmp_path, tmp_path / "report.html")
+
+
 def test_nothing_to_report_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="There is nothing to report on"):
         write_report(tmp_path, tmp_path / "report.html")
