@@ -3,7 +3,8 @@
 #
 #   bash script/train.generalist.sh [arguments of `main.py sft`]
 #
-#   CONFIG=script/recipes/sft.yaml       recipe; script/recipes/tiny.sft.yaml runs on a CPU
+#   CONFIG=script/recipes/sft.yaml       recipe; script/recipes/tiny.sft.yaml runs on a CPU. In two stages:
+#                                        script/recipes/sft.cold_start.yaml, then script/recipes/sft_tasks.yaml
 #   MODEL=Qwen/Qwen2.5-VL-7B-Instruct    language model: a name or a folder; default: the recipe's
 #   ENCODER=runs/detect                  pre-trained scene encoder; default: the recipe's
 #   DATA=data/scannet                    data root (data/README.md); default: the recipe's

@@ -1,6 +1,7 @@
 """The order of samples: data sets by weight, a function of seed and position alone."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import threedr1
+from threedr1.engine import sft
 from threedr1.engine.config import load_config
 from threedr1.engine.data import load_split
 from threedr1.engine.mixture import Mixture
 from threedr1.engine.runtime import Runtime, batch_indices
+from threedr1.engine.tracking import read_metrics
+
+from .test_pipeline import sft_config
 
 CPU = torch.device("cpu")
 NAMES = ["a"] * 4 + ["b"] * 6 + ["c"] * 2  # samples 0-3, 4-9, 10-11
@@ -95,3 +101,25 @@ def test_samples_carry_the_names_that_weights_go_by(rooms_root):
     config = load_config("sft", None, [f"data.root={rooms_root}", f"data.datasets={names}"])
     samples, _ = load_split(config.data, "train", 0)
     assert {sample.dataset for sample in samples} == set(config.data.datasets)
+
+
+def test_the_recipes_of_two_stages_follow_each_other(rooms_root, tmp_path):
+    """At the size of the tests; of the recipes the data sets, weights, LoRA, evaluation and token budget."""
+    recipes = Path(threedr1.__file__).parent / "script" / "recipes"
+    small = ("run.steps=2", "model.language.train=lora", "model.encoder.pretrained=")
+    stages = {}
+    for name, more in (
+        ("sft.cold_start", ()),
+        ("sft_tasks", (f"init={tmp_path / 'sft.cold_start'}", "run.batch_size=12", "eval_samples=6")),
+    ):
+        recipe = load_config("sft", recipes / f"{name}.yaml")
+        names = f"data.datasets={','.join(recipe.data.datasets)}"
+        config = sft_config(rooms_root, tmp_path / name, names, *small, *more, recipe=recipes / f"{name}.yaml")
+        sft.train(config)
+        stages[name] = (recipe, read_metrics(tmp_path / name / "metrics.jsonl"))
+    first, second = stages["sft.cold_start"][0], stages["sft_tasks"][0]
+    assert first.data.datasets == ("scene30k",) and second.init == first.run.dir
+    assert set(second.data.weights) == set(second.data.datasets) and second.data.weights["scene_description"] == 4
+    assert first.token_budget == second.token_budget == 16384 and first.run.micro_batch_size == 0
+    assert not any("eval/loss" in row for row in stages["sft.cold_start"][1])
+    assert "eval/loss" in stages["sft_tasks"][1][-1] and (tmp_path / "sft_tasks" / "best" / "adapter").is_dir()

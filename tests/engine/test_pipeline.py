@@ -21,10 +21,10 @@ ENCODER = (
 )
 
 
-def sft_config(root, run_dir, *more):
+def sft_config(root, run_dir, *more, recipe=None):
     return load_config(
         "sft",
-        None,
+        recipe,
         [
             f"run.dir={run_dir}",
             "run.steps=4",
