@@ -29,9 +29,7 @@ from .saving import Checkpoints
 from .sft_data import Batches, Taught
 from .sft_eval import METRIC, HeldOut
 from .sft_log import SftLog, TaskSums
-from .sft_loss import sft_loss
-
-_MULTIPLE = 128  # of tokens in a pack on a GPU: its matrix products come in tiles
+from .sft_loss import filled_length, sft_loss
 
 
 def load_model(config: SftConfig, checkpoint: Path | None, runtime: Runtime) -> SceneVLM:
@@ -120,10 +118,9 @@ def accumulate_gradients(
     loss_sum = torch.zeros((), device=model.device)
     tokens = 0
     for pack in plan_packs(lengths, config.token_budget, config.run.micro_batch_size):
-        total = sum(lengths[row] for row in pack)
-        filled = _MULTIPLE * -(-total // _MULTIPLE) if model.device.type == "cuda" else total
         rows = [taught[row] for row in pack]
-        loss, losses_T = sft_loss(model, rows, length=filled, temperature=views.temperature)
+        length = filled_length(rows, model.device)
+        loss, losses_T = sft_loss(model, rows, length=length, temperature=views.temperature)
         count = len(losses_T)
         pull = views.pull * count * selector.regularizer() if selector is not None and selector.learns else 0.0
         (loss + pull).backward()

@@ -15,11 +15,11 @@ from .predict import answer
 from .runtime import Runtime, log, wait_for_beside
 from .sft_data import write_targets
 from .sft_log import TaskSums
-from .sft_loss import sft_loss
+from .sft_loss import filled_length, sft_loss
 from .training_state import rng_state, set_rng_state
 
 METRIC = "eval/loss"  # which makes a model the best where the configuration names none
-_TOGETHER = 64  # samples whose rows are in memory at a time
+_TOGETHER = 64  # samples of a rank whose rows are in memory at a time
 
 
 class HeldOut:
@@ -73,14 +73,20 @@ class HeldOut:
     def losses(self) -> dict[str, float]:
         """Mean losses over taught tokens, of all samples and by task."""
         sums = TaskSums(self.tasks, self.runtime.device)
-        own = self._share(self.samples)
-        for start in range(0, len(own), _TOGETHER):
-            part = own[start : start + _TOGETHER]
+        together = _TOGETHER * self.runtime.world_size
+        for start in range(0, len(self.samples), together):
+            part = self._share(self.samples[start : start + together])
+            counted = len(part)
+            part = part or self.samples[:1]  # a rank without a sample runs along with one that does not count
             taught = write_targets(self.model, part, self.observations.of(part), pointers=self.config.pointers)
             lengths = [len(entry.row.token_ids) for entry in taught]
-            for pack in plan_packs(lengths, self.config.token_budget, self.config.run.micro_batch_size):
-                rows = [taught[row] for row in pack]
-                sums.add(rows, sft_loss(self.model, rows)[1])
+            packs = plan_packs(lengths, self.config.token_budget, self.config.run.micro_batch_size)
+            # as many passes on every rank, should the model's parts be spread over them
+            for number in range(max(self.runtime.gather(len(packs)))):
+                rows = [taught[row] for row in packs[number % len(packs)]]
+                losses_T = sft_loss(self.model, rows, length=filled_length(rows, self.runtime.device))[1]
+                if counted and number < len(packs):
+                    sums.add(rows, losses_T)
         totals, counts = sums.over_ranks(self.runtime)
         by_task = zip(self.tasks, totals, counts, strict=True)
         found = {f"{METRIC}/{task}": total / count for task, total, count in by_task if count}

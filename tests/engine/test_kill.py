@@ -229,7 +229,8 @@ def assert_equal_runs(killed: Path, whole: Path) -> None:
 @pytest.mark.slow
 def test_sft_killed_twenty_times(rooms_root, tmp_path):
     """At random moments, every second time while a checkpoint is being written; each time everything there loads."""
-    steps = ("run.steps=60", "run.save_every=1", "model.train_scene_encoder=true")
+    steps = ("run.steps=60", "run.save_every=1", "run.log_every=2", "model.train_scene_encoder=true")
+    steps += ("data.weights={scanqa: 0.5}", "run.eval_every=5", "eval_datasets=scan2cap", "eval_samples=2")
     for name in ("whole", "killed"):
         arguments = command("sft", sft_config(rooms_root, tmp_path / name, *steps), tmp_path, "--resume")
         rng, kills, torn = random.Random(1), 0, 0
@@ -242,6 +243,8 @@ def test_sft_killed_twenty_times(rooms_root, tmp_path):
         assert run_with_kills(arguments, tmp_path / name, kills=0, steps=60, seed=1) == 0
     assert kills == 20 and torn >= 5, f"{kills} kills, {torn} of them while writing"
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
+    best = [json.loads((tmp_path / name / "best" / "best.json").read_text()) for name in ("killed", "whole")]
+    assert best[0] == best[1]
 
 
 @pytest.mark.slow

@@ -184,3 +184,13 @@ def test_two_ranks_measure_what_one_does(evaluated_run, rooms_root, tmp_path):
         for name in one:
             assert two[name] == pytest.approx(one[name], rel=1e-3), name
     assert weights(tmp_path / "pair" / "checkpoints" / "step-000004").keys() and (tmp_path / "pair" / "best").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_held_out_sample_runs_along(rooms_root, tmp_path):
+    more = ("run.eval_every=1", "eval_samples=1", "run.steps=1", "data.datasets=planning,scanrefer", "eval_answers=1")
+    run_on_two_ranks("sft", sft_config(rooms_root, tmp_path / "pair", *more), tmp_path / "sft.yaml")
+    sft.train(sft_config(rooms_root, tmp_path / "alone", *more))
+    ours, theirs = (evaluations(tmp_path / name)[0] for name in ("pair", "alone"))
+    assert ours["eval/loss"] == pytest.approx(theirs["eval/loss"], rel=1e-3)
+    assert ours.keys() == theirs.keys() and "eval/loss/planning" in ours
