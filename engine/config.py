@@ -328,8 +328,6 @@ class SftConfig:
     def __post_init__(self):
         _one_of(self, pointers=("name", "box"), blocks=("auto", "plain", "compiled", "fused"))
         _at_least(self, token_budget=1, eval_samples=1, eval_answers=0, eval_new_tokens=1)
-        if self.run.best_metric and not self.run.eval_every:
-            raise ValueError("run.best_metric is set, but nothing is evaluated; set run.eval_every too.")
         if "loss" in self.run.best_metric and self.run.best_mode == "max":
             raise ValueError(f"run.best_metric is {self.run.best_metric}, best where low; set run.best_mode=min.")
 

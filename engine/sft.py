@@ -142,6 +142,8 @@ def train(config: SftConfig, resume: bool = False) -> Path:
     With run.steps 0 the untrained model is written, to compare with.
     """
     run = config.run
+    if run.best_metric and not run.eval_every:
+        raise ValueError("run.best_metric is set, but nothing is evaluated; set run.eval_every too.")
     last = open_run(config, resume)
     runtime = init_runtime(run.device)
     samples, store = load_split(config.data, config.data.train_split, run.seed)

@@ -157,12 +157,13 @@ def test_data_sets_without_held_out_files_are_left_out(rooms_root, tmp_path, cap
 
 def test_what_cannot_be_is_refused(rooms_root, tmp_path):
     for setting, sentence in (
-        (("run.best_metric=eval/loss",), "nothing is evaluated; set run.eval_every"),
         (("run.best_metric=eval/loss", "run.eval_every=2"), "best where low; set run.best_mode=min"),
         (("eval_samples=0",), "must be at least 1"),
     ):
         with pytest.raises(ValueError, match=sentence):
             sft_config(rooms_root, tmp_path, *setting)
+    with pytest.raises(ValueError, match="nothing is evaluated; set run.eval_every"):
+        sft.train(sft_config(rooms_root, tmp_path, "run.best_metric=eval/scanqa/EM@1"))
     named = ("run.eval_every=1", "run.best_metric=eval/accuracy", "run.steps=1", "eval_samples=2")
     with pytest.raises(ValueError, match="is 'eval/accuracy', which is not measured; choose eval/loss"):
         sft.train(sft_config(rooms_root, tmp_path, *named))
