@@ -1,5 +1,7 @@
 """Batches of supervised fine-tuning: the same with and without the thread that makes them ahead."""
 
+import threading
+
 import pytest
 import torch
 
@@ -64,3 +66,26 @@ def test_without_a_gpu_there_is_no_thread(parts):
     decided, asked = batches(parts, ahead=None)
     with decided:
         assert len(decided[0]) == 3 and asked == [0]
+
+
+def test_settled_batches_leave_the_model_alone(parts, monkeypatch):
+    """Before an evaluation: what is being made is finished first, and is the batch that comes next."""
+    ahead, _ = batches(parts, ahead=True)
+    begun, go_on = threading.Event(), threading.Event()
+    made, make = [], ahead.make
+
+    def slow(step):
+        begun.set()
+        assert step == 0 or go_on.wait(30)
+        result = make(step)
+        made.append(step)
+        return result
+
+    monkeypatch.setattr(ahead, "make", slow)
+    with ahead:
+        ahead.settle()  # nothing is under way yet
+        assert len(ahead[0]) == 3 and made == [0]
+        threading.Timer(0.2, go_on.set).start()
+        ahead.settle()
+        assert made == [0, 1]
+        assert len(ahead[1]) == 3

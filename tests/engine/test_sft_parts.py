@@ -4,14 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from threedr1.engine import sft
+from threedr1.engine import grpo, sft
 from threedr1.engine.checkpoint import list_checkpoints
 from threedr1.engine.config import load_config
 from threedr1.engine.runtime import init_runtime
 from threedr1.engine.tracking import read_metrics
 from threedr1.models.scene_vlm import SceneVLM
 
-from .test_pipeline import assert_same_weights, sft_config, weights
+from .test_pipeline import assert_same_weights, grpo_config, sft_config, weights
 
 LORA = ("model.language.train=lora", "model.language.lora_rank=4")
 
@@ -101,6 +101,8 @@ def test_a_vision_tower_that_learned_is_saved_and_loaded_and_resumes_exactly(roo
     later = sft.train(sft_config(rooms_root, tmp_path / "later", *LORA, f"init={tmp_path / 'whole'}", "run.steps=1"))
     kept = load_file(later / "model" / "vision_tower.safetensors")
     assert all(torch.equal(value, tower[name]) for name, value in kept.items())
+    reinforced = grpo.train(grpo_config(rooms_root, later, tmp_path / "grpo", "run.steps=1"))
+    assert weights(reinforced)["model/vision_tower.safetensors"].keys() == tower.keys()
     (later / "model" / "vision_tower.safetensors").unlink()
     with pytest.raises(ValueError, match="no weights of the vision tower"):
         SceneVLM.from_pretrained(later / "model")
