@@ -30,6 +30,7 @@ from ..engine.optim import Optimizer
 from ..engine.runtime import Runtime, close_runtime, init_runtime, seed_everything
 from ..engine.sft import accumulate_gradients, load_model, speed_up
 from ..engine.sft_data import Batches, Taught
+from ..engine.sharding import low_precision_names
 from ..engine.throughput import mfu, peak_flops, training_flops
 from ..models.dual_encoder import DualEncoder
 from ..models.scene_vlm import SceneVLM
@@ -96,10 +97,14 @@ class Steps:
             SceneStore(Path(config.data.root) / "prepared", capacity=1), model, seed=0, capacity=1, cache_views=True
         )
         self.runtime = runtime
-        self.optimizer = Optimizer(model.trainable_parameters(), config.optim, 1000, runtime)
+        low_precision = low_precision_names(model)
+        self.optimizer = Optimizer(
+            model.trainable_parameters(), config.optim, 1000, runtime, low_precision=low_precision
+        )
         self.batches = Batches(model, self._choose, self.observations, pointers="name", num_steps=1_000_000)
         self.done = 0
         self.tokens = 0
+        self.loss = 0.0
 
     def _choose(self, step: int) -> list[Sample]:
         size, ranks = self.config.run.batch_size, self.runtime.world_size
@@ -113,8 +118,10 @@ class Steps:
 
     def __call__(self) -> None:
         taught = self.next_batch()
-        _, counts = accumulate_gradients(self.model, taught, self.config, self.optimizer)
-        self.optimizer.step(self.done, divisor=counts["tokens"])
+        loss_sum, counts = accumulate_gradients(self.model, taught, self.config, self.optimizer)
+        loss, tokens = self.optimizer.runtime.total(float(loss_sum), counts["tokens"])
+        self.optimizer.step(self.done, divisor=tokens)
+        self.loss = loss / tokens
         self.tokens = counts["sequence_tokens"]
 
 
@@ -270,18 +277,18 @@ def main(argv: Sequence[str] = ()) -> int:
     return 0 if arguments.device == "cpu" or best >= TARGET else 1
 
 
-def prepare(folder: Path, arguments: argparse.Namespace) -> None:
+def prepare(folder: Path, arguments: argparse.Namespace, layers: int = 0) -> None:
     """Rooms, a view encoder and a language model, all with random weights; what is there already is kept."""
     if not (folder / "prepared").is_dir():
         write_rooms(folder, ROOMS, POINTS)
     if not (folder / "dual").is_dir():
         DualEncoder().save_pretrained(folder / "dual")
     if not (folder / "language").is_dir():
-        small = arguments.shape == "tiny"
+        small, size = arguments.shape == "tiny", SHAPES[arguments.shape]
         build_tiny(
             folder / "language",
             [" ".join(WORDS), "<think>First, look at <obj12>.</think><answer>two 1.50, 0.25</answer>"] * 50,
-            size=SHAPES[arguments.shape],
+            size=replace(size, layers=layers or size.layers),
             dtype=torch.float32 if small else torch.bfloat16,
             device=arguments.device,
         )

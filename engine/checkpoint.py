@@ -137,7 +137,7 @@ def restore_run(checkpoint: Path | None, optimizer: Optimizer, data: str) -> dic
     """
     if checkpoint is None:
         return {"step": 0}
-    state = load_state(checkpoint)
+    state = load_state(checkpoint, mapped=any(optimizer.sharded))
     if state["data"] != data:
         raise ValueError(
             f"The training data has changed since {checkpoint} was written; resume with the same, or start a new run."

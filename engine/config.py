@@ -193,6 +193,8 @@ class LanguageConfig:
     dtype: str = "bfloat16"
     attention: str = "packed"  # models/attention.py; or transformers' own: sdpa, flex_attention, eager
     train: str = "lora"  # lora; full; none: it stays as it is
+    # full fine-tuning by several processes (docs/multi_node.md): none: each has all; full: cut; auto: full on GPUs
+    sharding: str = "auto"
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_last_blocks: int = 0  # adapt only the last n blocks; 0 adapts all
@@ -203,6 +205,9 @@ class LanguageConfig:
 
     def __post_init__(self):
         _one_of(self, dtype=("bfloat16", "float16", "float32"), train=("lora", "full", "none"))
+        _one_of(self, sharding=("auto", "none", "full"))
+        if self.sharding == "full" and self.train != "full":
+            raise ValueError("sharding is 'full', but train is not; adapters are small: leave sharding at auto.")
         _at_least(self, lora_rank=1, lora_alpha=1, lora_last_blocks=0, num_proposals=0, num_layout_tokens=0)
 
 
@@ -319,7 +324,7 @@ class SftConfig:
     init: str = ""  # model folder to start from; "" builds the model from `model`
     pointers: str = "name"  # name: boxes covered by a proposal are taught as <obj12>; box: always as numbers
     token_budget: int = 8192  # tokens of samples packed into one forward pass
-    blocks: str = "auto"  # plain; compiled; fused: LoRA in fewer products. auto: plain on a CPU, else the fastest
+    blocks: str = "auto"  # plain; compiled; fused: LoRA in fewer products. auto: plain on a CPU or cut, else fastest
     eval_datasets: tuple[str, ...] = ()  # that are evaluated on; () takes those that have held-out samples
     eval_samples: int = 256  # of data.eval_split at most, every data set alike, where run.eval_every is above 0
     eval_answers: int = 0  # of them at most are answered as well, and scored as `eval` does; 0: none

@@ -88,7 +88,7 @@ def _fill(saved: dict, defaults: dict) -> None:
 # Settings that change how a run is carried out, not what it computes.
 _FREE_TO_CHANGE = {"run.log_every", "run.save_every", "run.keep_checkpoints", "run.trackers"}
 _FREE_TO_CHANGE |= {"run.eval_every", "eval_datasets", "eval_samples", "eval_answers", "eval_new_tokens"}
-_FREE_TO_CHANGE |= {"run.device", "run.dir", "data.cached_scenes", "data.workers"}
+_FREE_TO_CHANGE |= {"run.device", "run.dir", "data.cached_scenes", "data.workers", "model.language.sharding"}
 # These say which samples there are, which a run that is resumed compares one by one.
 _FREE_TO_CHANGE |= {"data.eval_splits", "data.missing"}
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import numpy as np
@@ -16,6 +17,8 @@ from ..utils.streams import epoch_order, stream
 log = logging.getLogger("threedr1")
 
 T = TypeVar("T")
+# how long a rank waits for the others: rank 0 may first have to finish writing the checkpoint before, 116 GB at 7B
+_PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,14 @@ class Runtime:
         flag = torch.tensor(float(finite), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag.item())
+
+    def most(self, count: int) -> int:
+        """The largest of the ranks' counts."""
+        if self.world_size == 1:
+            return count
+        largest = torch.tensor(count, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest.item())
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of ranks, on every rank. Any value that pickles."""
@@ -84,7 +95,7 @@ def init_runtime(device: str = "auto") -> Runtime:
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
     if rank != 0:
         log.setLevel(logging.WARNING)
     return Runtime(chosen, rank, world_size, local_rank)

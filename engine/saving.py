@@ -17,7 +17,8 @@ from .config import CONFIGS, to_dict
 from .model_card import RunFacts, write_card
 from .optim import Optimizer
 from .runtime import Runtime, log
-from .snapshot import host_state, twin
+from .shards import is_sharded
+from .snapshot import host_state, join_copies, twin
 from .training_state import rng_state
 
 BEST_JSON = "best.json"
@@ -27,6 +28,7 @@ class Checkpoints:
     """The checkpoints and the best model of one training run. A context manager around the training loop.
 
     Rank 0 copies what is to be written to host memory and hands it to a writer thread; the other ranks go on at once.
+    Sharded parameters (sharding.py) are gathered one by one, in which all ranks take part.
     A full disk does not stop the run: one sentence is logged, and the next save tries again. Leaving the context waits
     for what is being written.
 
@@ -90,11 +92,17 @@ class Checkpoints:
             extra: more to keep: nested dictionaries of tensors and of what JSON takes.
         """
         path = checkpoint_path(self.run_dir, step)
+        sharded = is_sharded(model)
+        if not (self.runtime.is_main or sharded):
+            return path
+        state = {**(extra or {}), "optimizer": optimizer.state_dict(), "step": step, "rng": rng_state()}
         if not self.runtime.is_main:
+            join_copies(model, state)
             return path
         self._writer.wait("checkpoint")
-        state = host_state({**(extra or {}), "optimizer": optimizer.state_dict(), "step": step, "rng": rng_state()})
-        save_model = self._with_card(twin(model), step)
+        copied = twin(model)
+        state = host_state(state)
+        save_model = self._with_card(copied, step)
         keep = self.config.run.keep_checkpoints
 
         def write() -> None:
@@ -128,11 +136,19 @@ class Checkpoints:
             raise ValueError(
                 f"run.best_metric is {self.metric!r}, which is not measured; choose {', '.join(sorted(metrics))}."
             )
-        if not self.runtime.is_main:
+        sharded = is_sharded(model)
+        if not (self.runtime.is_main or sharded):
             return False
-        self._writer.wait(BEST)
+        if self.runtime.is_main:
+            self._writer.wait(BEST)
         score = None if metrics is None else float(metrics[self.metric])
-        if score is not None and not self._better(score, step):
+        better = score is None or self._better(score, step)
+        if sharded:
+            better = self.runtime.gather(better)[0]
+        if not better:
+            return False
+        if not self.runtime.is_main:
+            join_copies(model, {})
             return False
         save_model = self._with_card(twin(model), step, {} if score is None else {self.metric: score})
         facts = {"step": step, "metric": self.metric, "score": score}

@@ -7,6 +7,7 @@ where the data has no thought. The loss is the mean over all taught tokens of th
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .sft_data import Batches, Taught
 from .sft_eval import METRIC, HeldOut
 from .sft_log import SftLog, TaskSums
 from .sft_loss import filled_length, sft_loss
+from .sharding import low_precision_names, shard_model, shards
 
 
 def load_model(config: SftConfig, checkpoint: Path | None, runtime: Runtime) -> SceneVLM:
@@ -45,7 +47,6 @@ def load_model(config: SftConfig, checkpoint: Path | None, runtime: Runtime) -> 
         check_settings(model, config.model, config.data)
     else:
         model = build_model(config.model, config.data)
-    model.to(runtime.device)
     model.set_trainable(
         language=config.model.language.train,
         connector=config.model.train_connector,
@@ -53,7 +54,9 @@ def load_model(config: SftConfig, checkpoint: Path | None, runtime: Runtime) -> 
         view_weights=config.model.views.weights == "learned",
         vision_tower=config.model.train_vision_tower,
     )
-    return model.train()
+    if shards(config.model.language, runtime):
+        shard_model(model, runtime)
+    return model.to(runtime.device).train()
 
 
 def rate_factors(names: Iterable[str], config: SftConfig) -> dict[str, float]:
@@ -66,9 +69,10 @@ def speed_up(model: SceneVLM, blocks: str) -> None:
     """Let the language model's blocks run as the configuration says (SftConfig.blocks)."""
     on_gpu = model.device.type == "cuda"
     adapted = any("lora_" in name for name in model.trainable_parameters())
+    sharded = model.language.sharded_from is not None  # waits for other GPUs more than for kernels
     if blocks == "auto":
-        blocks = ("fused" if adapted else "compiled") if on_gpu else "plain"
-    if blocks == "compiled" or on_gpu:
+        blocks = "plain" if sharded or not on_gpu else "fused" if adapted else "compiled"
+    if blocks == "compiled" or (on_gpu and not sharded):
         model.language.compile_blocks(decoder=blocks == "compiled")
     if blocks == "fused":
         model.language.fuse_blocks()
@@ -117,10 +121,17 @@ def accumulate_gradients(
     encodings = cut_encodings([entry.observation for entry in taught]) if model.train_scene_encoder else []
     loss_sum = torch.zeros((), device=model.device)
     tokens = 0
-    for pack in plan_packs(lengths, config.token_budget, config.run.micro_batch_size):
+    packs = plan_packs(lengths, config.token_budget, config.run.micro_batch_size)
+    own = len(packs)
+    if model.language.sharded_from is not None:  # each pass gathers parameters from all ranks: all make as many
+        packs += [[lengths.index(min(lengths))]] * (optimizer.runtime.most(own) - own)
+    for number, pack in enumerate(packs):
         rows = [taught[row] for row in pack]
         length = filled_length(rows, model.device)
-        loss, losses_T = sft_loss(model, rows, length=length, temperature=views.temperature)
+        loss, losses_T = model(partial(sft_loss, model, rows, length=length, temperature=views.temperature))
+        if number >= own:
+            (0 * loss).backward()
+            continue
         count = len(losses_T)
         pull = views.pull * count * selector.regularizer() if selector is not None and selector.learns else 0.0
         (loss + pull).backward()
@@ -159,6 +170,7 @@ def train(config: SftConfig, resume: bool = False) -> Path:
         runtime,
         lr_factors=rate_factors(trained, config),
         skipped_dir=Path(run.dir) / "skipped",
+        low_precision=low_precision_names(model),
     )
     extra: dict[str, Any] = {"data": fingerprint([sample.sample_id for sample in samples])}
     state = restore_run(last, optimizer, extra["data"])

@@ -1,6 +1,7 @@
 """Evaluation while supervised fine-tuning goes on: the loss on held-out samples, and greedy answers, scored."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -40,6 +41,10 @@ class HeldOut:
         log.info("%d held-out samples of %s", len(self.samples), sorted({sample.dataset for sample in self.samples}))
         if model.multiview is not None:
             model.multiview.check(sorted({sample.scene_id for sample in self.samples}))
+        if config.eval_answers and model.language.sharded_from is not None:
+            raise ValueError(
+                "eval_answers needs a model that is whole on every GPU; set it to 0, and `eval` afterwards."
+            )
         # dense captions are asked of detected objects, not of these
         self.asked = [sample for sample in self.samples if sample.task != "dense_caption"][: config.eval_answers]
         self.tasks = sorted({sample.task for sample in self.samples})
@@ -84,7 +89,8 @@ class HeldOut:
             # as many passes on every rank, should the model's parts be spread over them
             for number in range(max(self.runtime.gather(len(packs)))):
                 rows = [taught[row] for row in packs[number % len(packs)]]
-                losses_T = sft_loss(self.model, rows, length=filled_length(rows, self.runtime.device))[1]
+                length = filled_length(rows, self.runtime.device)
+                losses_T = self.model(partial(sft_loss, self.model, rows, length=length))[1]
                 if counted and number < len(packs):
                     sums.add(rows, losses_T)
         totals, counts = sums.over_ranks(self.runtime)

@@ -34,6 +34,7 @@ def sft_loss(
         gates=model.view_gates([entry.sample for entry in taught], observations, temperature),
         packed_length=length,
     )
-    return summed_loss(
-        model.hidden(inputs).flatten(0, 1)[inputs.predicting_T], model.language.head_weight_VD, inputs.targets_T
+    return model.language.at_head(
+        model.hidden(inputs).flatten(0, 1)[inputs.predicting_T],
+        lambda hidden_TD, weight_VD: summed_loss(hidden_TD, weight_VD, inputs.targets_T),
     )

@@ -67,8 +67,11 @@ def _plain(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any
     return {key: _plain(entry, (*path, key), tensors) for key, entry in value.items()}
 
 
-def load_state(checkpoint: str | Path) -> dict[str, Any]:
+def load_state(checkpoint: str | Path, *, mapped: bool = False) -> dict[str, Any]:
     """What `save_state` wrote, tensors in host memory.
+
+    Args:
+        mapped: leave the tensors in the file, of which the processes of a machine keep one copy in memory together.
 
     Raises:
         ValueError: missing, broken, or of a version that pickled it, which is not read.
@@ -96,5 +99,5 @@ def load_state(checkpoint: str | Path) -> dict[str, Any]:
             group = group.get(key) if isinstance(group, dict) else None
         if not isinstance(group, dict) or name not in group:
             raise ValueError(f"{folder / REST} does not belong to {TENSORS} beside it; it {broken}")
-        group[name] = tensor.clone()  # the file stays mapped otherwise
+        group[name] = tensor if mapped else tensor.clone()  # the file stays mapped otherwise
     return state

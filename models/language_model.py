@@ -6,10 +6,10 @@ written by models/tiny.py.
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -34,6 +34,7 @@ from .inputs import ModelInputs
 from .view_pixels import Grid, tower_arguments
 
 _FULL = "full_attention"  # the only kind of layer there is in Qwen2.5-VL: transformers keeps a mask for each kind
+T = TypeVar("T")
 
 # Its bars for loading weights would tear ours apart.
 transformers_logging.disable_progress_bar()
@@ -61,6 +62,7 @@ class LanguageModel(nn.Module):
         self.image_processor = image_processor
         self.compiled = False  # whether blocks are
         self.fused: FusedBlocks | None = None
+        self.sharded_from: torch.dtype | None = None  # the dtype from before engine/sharding.py cut the parameters
 
     @property
     def base(self) -> Qwen2_5_VLForConditionalGeneration:
@@ -118,6 +120,16 @@ class LanguageModel(nn.Module):
         return self.base.lm_head.weight
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in and is saved in; sharded parameters are float32 themselves."""
+        return self.sharded_from or self.head_weight_VD.dtype
+
+    def at_head(self, hidden_TD: torch.Tensor, function: Callable[[torch.Tensor, torch.Tensor], T]) -> T:
+        """function(hidden_TD, weight of the LM head [V, D]), with the weight whole where it is sharded."""
+        head: Any = self.base.lm_head
+        return function(hidden_TD, head.weight) if self.sharded_from is None else head.at(hidden_TD, function)
+
+    @property
     def embedding(self) -> nn.Embedding:
         """Token embedding of the decoder."""
         layer = self.base.get_input_embeddings()
@@ -151,7 +163,10 @@ class LanguageModel(nn.Module):
         vision_tower: Any = self.base.model.visual
         layers: Any = self.decoder.layers if decoder else ()
         for block in [*layers, *vision_tower.blocks]:
-            block.compile()
+            if self.sharded_from is None:
+                block.compile()
+            else:  # what gathers and frees its parameters stays outside
+                block.forward = torch.compile(block.forward)
         self.compiled = True
 
     def fuse_blocks(self) -> None:
@@ -166,7 +181,7 @@ class LanguageModel(nn.Module):
         """Merged vision-tower tokens [T, D] of all images, one after the other."""
         vision_tower: Any = self.base.model.visual
         outputs = vision_tower(
-            patches_PC.to(self.head_weight_VD.dtype),
+            patches_PC.to(self.dtype),
             grid_thw=None,
             **tower_arguments(grids, vision_tower, patches_PC.device),
         )

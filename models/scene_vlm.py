@@ -6,9 +6,10 @@ Shapes: B rows, L tokens, K proposals, M layout tokens, T tokens of a view, D la
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ from .view_selector import ViewSelector
 from .view_tokens import ViewFeatures, build_view_features, token_sizes
 
 POLICY = "policy"
+T = TypeVar("T")
 
 
 class SceneVLM(SceneObserver):
@@ -287,10 +289,14 @@ class SceneVLM(SceneObserver):
         shown = [
             (observation, view) for observation, chosen in zip(observations, views, strict=True) for view in chosen
         ]
+        nothing = None
+        if self.language.sharded_from is not None and self.train_vision_tower and not shown:
+            # the tower is sharded, and on other ranks it may have views to see; it comes first there too
+            nothing = self._look_at_nothing()
         image_tokens, view_image_tokens, view_depth_tokens = (
             gated_rows(tokens, gates) for tokens in (self.embed_views(shown), *self.describe_views(shown))
         )
-        return assemble(
+        inputs = assemble(
             rows,
             embed_tokens=self.language.embedding,
             scene_tokens=scene_tokens,
@@ -302,6 +308,20 @@ class SceneVLM(SceneObserver):
             packed_length=packed_length,
             merge_size=self.language.merge_size,
         )
+        if nothing is not None:
+            inputs.inputs_embeds_BLD = inputs.inputs_embeds_BLD + 0 * nothing.sum()
+        return inputs
+
+    def _look_at_nothing(self) -> torch.Tensor:
+        """The token of a black picture of one token."""
+        side, settings = self.language.merge_size, self.patch_settings
+        size = side * settings.patch
+        black_VHW3 = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=self.device)
+        return self.language.embed_images(patchify(black_VHW3, settings), [(1, side, side)])
+
+    def forward(self, function: Callable[[], T]) -> T:
+        """What a function of this model gives. Called as `model(function)`, it is one forward pass of all parts."""
+        return function()
 
     def hidden(self, inputs: ModelInputs) -> torch.Tensor:
         """Last hidden states [B, L, D] of the text decoder."""
@@ -353,6 +373,11 @@ class SceneVLM(SceneObserver):
             yield from self.view_selector.parameters()
         yield from (value for name, value in self.language.named_parameters() if "lora_" in name)
 
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """What `save_pretrained` writes a sharded language model in."""
+        return self.language.dtype
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write everything that differs from the base language model, and the base itself where it was trained."""
         folder = Path(folder)
@@ -362,7 +387,7 @@ class SceneVLM(SceneObserver):
             "language_model": "language_model" if self.full_language_model else lasting(self.language_source),
             "language_width": self.language.width,
             "language_layers": self.language.num_layers,
-            "dtype": str(self.language.head_weight_VD.dtype).removeprefix("torch."),
+            "dtype": str(self.language.dtype).removeprefix("torch."),
             "adapter": self.language.has_adapter,
             "vision_tower": self.own_vision_tower and not self.full_language_model,
             "connector": {

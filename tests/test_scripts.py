@@ -178,6 +178,52 @@ def test_infer_help_names_recipes_that_exist():
                 assert (ROOT / name).is_file() or "tiny.." in name, f"{script.name} names {name}"
 
 
+# Slurm ----------------------------------------------------------------------------------------------------------
+
+
+def under_slurm(shell: Shell, folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The script as sbatch runs it, a copy that lies elsewhere, on two nodes that are this machine."""
+    for name, code in {
+        "scontrol": "echo node7; echo node8",
+        "srun": 'while [[ $1 == --* ]]; do shift; done; "$@"',
+    }.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
+        (folder / name).chmod(0o755)
+    shutil.copy(shell.root / "script" / "slurm.sh", folder / "slurm_script")
+    slurm = {
+        "SLURM_JOB_ID": "123456",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    path = f"{folder}:{os.environ['PATH']}"
+    slurm |= {"SLURM_SUBMIT_DIR": str(shell.root), "PATH": path, "SLURM_CPUS_PER_TASK": "30"}
+    return shell.run(str(folder / "slurm_script"), *arguments, **(slurm | variables))
+
+
+def test_a_slurm_job_starts_one_torchrun_a_node(shell: Shell, tmp_path: Path):
+    done = under_slurm(shell, tmp_path, "sft", "--config", "script/recipes/sft.yaml", "--resume")
+    assert done.returncode == 0, done.stderr
+    (row,) = [json.loads(line) for line in shell.record.read_text().splitlines()]
+    assert row[: row.index("main.py")] == [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=4",
+        "--rdzv-id=123456",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=node7:23456",
+    ]
+    check_command(shell.commands()[0])
+
+
+def test_a_slurm_script_outside_a_job_says_so(shell: Shell, tmp_path: Path):
+    done = under_slurm(shell, tmp_path, "sft", SLURM_JOB_ID="")
+    assert done.returncode == 1 and "start it by sbatch" in done.stderr and not shell.commands()
+    done = under_slurm(shell, tmp_path)
+    assert done.returncode == 1 and "Say what to run" in done.stderr
+
+
 # quickstart -----------------------------------------------------------------------------------------------------
 
 

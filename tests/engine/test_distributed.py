@@ -22,9 +22,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_on_two_ranks(kind: str, config, recipe: Path) -> None:
+def run_on_two_ranks(kind: str, config, recipe: Path, *more: str) -> None:
     save_config(config, recipe)
-    arguments = ["--standalone", "--nproc-per-node=2", str(ROOT / "main.py"), kind, "--config", str(recipe)]
+    arguments = ["--standalone", "--nproc-per-node=2", str(ROOT / "main.py"), kind, "--config", str(recipe), *more]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *arguments],
         capture_output=True,
@@ -32,7 +32,7 @@ def run_on_two_ranks(kind: str, config, recipe: Path) -> None:
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[:6000] + "\n[…]\n" + done.stderr[-2000:]
 
 
 def assert_equal_up_to_rounding(start: Path, alone: Path, pair: Path) -> None:

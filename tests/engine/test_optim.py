@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from threedr1.engine.config import OptimConfig
@@ -71,3 +72,28 @@ def test_low_precision_parameters_keep_small_updates_in_their_masters():
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="Nothing to train"):
         Optimizer({}, OptimConfig(), 1, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_buffer_of_gradients_changes_no_bit(dtype):
+    """The sum over one rank is what was there; a parameter without a gradient takes part, and stays when it comes."""
+    results = []
+    for world_size in (1, 2):  # 2: as in a group of several, of which there is one
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(3, 3)).to(dtype)
+        config = OptimConfig(lr=0.1, warmup_steps=0, max_grad_norm=0.5)
+        optimizer = Optimizer(dict(layers.named_parameters()), config, 10, Runtime(CPU.device, 0, world_size))
+        if world_size == 2:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            norms = []
+            for step in range(4):
+                used = layers[:2] if step in (0, 2) else layers
+                used(torch.ones(2, 5, dtype=dtype)).float().square().sum().backward()
+                norms.append(optimizer.step(step, divisor=3.0)["grad_norm"])
+        finally:
+            if world_size == 2:
+                dist.destroy_process_group()
+        results.append(([parameter.detach().clone() for parameter in layers.parameters()], norms))
+    assert results[0][1] == results[1][1] and all(norm > 0 for norm in results[0][1])
+    assert all(torch.equal(one, two) for one, two in zip(results[0][0], results[1][0], strict=True))
