@@ -138,6 +138,8 @@ class Optimizer:
                 for parameter, master in zip(self.parameters, self.masters, strict=True):
                     if not _shares(master, parameter):
                         parameter.copy_(master)
+            # the fused update does not say that it changed them; what was made of a parameter is made again by this
+            torch.autograd.graph.increment_version(self.parameters)
         else:
             self._skip(step, noted, own_norms.tolist())
         self.adam.zero_grad(set_to_none=True)

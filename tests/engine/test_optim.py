@@ -97,3 +97,13 @@ def test_one_buffer_of_gradients_changes_no_bit(dtype):
         results.append(([parameter.detach().clone() for parameter in layers.parameters()], norms))
     assert results[0][1] == results[1][1] and all(norm > 0 for norm in results[0][1])
     assert all(torch.equal(one, two) for one, two in zip(results[0][0], results[1][0], strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_update_shows_in_the_version_of_a_parameter(fused):
+    layer, optimizer = make()
+    optimizer.adam = torch.optim.AdamW(optimizer.adam.param_groups, lr=0.1, fused=fused)
+    versions = [parameter._version for parameter in layer.parameters()]
+    layer(torch.ones(2, 4)).sum().backward()
+    optimizer.step(0)
+    assert all(now._version > before for now, before in zip(layer.parameters(), versions, strict=True))
