@@ -139,4 +139,6 @@ def command_line(name: str, argv: Sequence[str]) -> str:
             words.append(word)
         else:
             dropping = False
-    return shlex.join(["python", "main.py", "bench", name, *words])
+    processes = os.environ.get("WORLD_SIZE", "1")
+    start = ["torchrun", "--standalone", f"--nproc-per-node={processes}"] if processes != "1" else ["python"]
+    return shlex.join([*start, "main.py", "bench", name, *words])

@@ -111,6 +111,13 @@ class Steps:
         first = (step * ranks + self.runtime.rank) * size
         return [self.samples[row % len(self.samples)] for row in range(first, first + size)]
 
+    def start_again(self) -> None:
+        """Forget what a step that did not fit has left, and the batch that was being made beside it."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.optimizer.noted.clear()
+        self.batches = Batches(self.model, self._choose, self.observations, pointers="name", num_steps=1_000_000)
+
     def next_batch(self) -> list[Taught]:
         """The rows of the next step."""
         self.done += 1
@@ -163,8 +170,7 @@ def measure_ours(steps: Steps, arguments: argparse.Namespace) -> tuple[dict[int,
                 found, peak = rate(steps, arguments.repeats, device)
             except torch.OutOfMemoryError:
                 print(f"budget {budget:,}{suffix}: does not fit", flush=True)
-                for parameter in steps.model.parameters():
-                    parameter.grad = None
+                steps.start_again()
                 continue
             print(f"budget {budget:,}{suffix}: {found:,.0f} tokens/s, peak {peak:.1f} GiB", flush=True)
             rates[budget] = max(found, rates.get(budget, 0.0))

@@ -191,7 +191,7 @@ class LanguageConfig:
 
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     dtype: str = "bfloat16"
-    attention: str = "packed"  # models/attention.py; or transformers' own: sdpa, flex_attention, eager
+    attention: str = "packed"  # models/attention.py; or transformers' own: sdpa, eager
     train: str = "lora"  # lora; full; none: it stays as it is
     # full fine-tuning by several processes (docs/multi_node.md): none: each has all; full: cut; auto: full on GPUs
     sharding: str = "auto"
@@ -390,7 +390,7 @@ class GrpoConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     updates_per_rollout: int = 1
-    attention: str = "packed"  # models/attention.py; or transformers' own: sdpa, flex_attention, eager
+    attention: str = "packed"  # models/attention.py; or transformers' own: sdpa, eager
     gradient_checkpointing: bool = False
     lora_rank: int = 16  # of the policy adapter, where the SFT model has none
     lora_alpha: int = 32

@@ -194,7 +194,7 @@ def load_language_model(
     """Load a Qwen2.5-VL checkpoint from the hub or a local folder.
 
     Args:
-        attention: `packed` (models/attention.py), or one of transformers' own: sdpa, flex_attention, eager, ...
+        attention: `packed` (models/attention.py), or one of transformers' own: sdpa, eager, ...
 
     Raises:
         ValueError: no such checkpoint, not a Qwen2.5-VL, or weights that are broken or not of its config's size.

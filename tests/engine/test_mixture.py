@@ -120,6 +120,6 @@ def test_the_recipes_of_two_stages_follow_each_other(rooms_root, tmp_path):
     first, second = stages["sft.cold_start"][0], stages["sft_tasks"][0]
     assert first.data.datasets == ("scene30k",) and second.init == first.run.dir
     assert set(second.data.weights) == set(second.data.datasets) and second.data.weights["scene_description"] == 4
-    assert first.token_budget == second.token_budget == 16384 and first.run.micro_batch_size == 0
+    assert first.token_budget == second.token_budget == 8192 and first.run.micro_batch_size == 0
     assert not any("eval/loss" in row for row in stages["sft.cold_start"][1])
     assert "eval/loss" in stages["sft_tasks"][1][-1] and (tmp_path / "sft_tasks" / "best" / "adapter").is_dir()
