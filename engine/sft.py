@@ -4,6 +4,7 @@ What is learned is the target after the prompt, `<think>…</think><answer>…</
 where the data has no thought. The loss is the mean over all taught tokens of the global batch.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
@@ -157,6 +158,15 @@ def train(config: SftConfig, resume: bool = False) -> Path:
         raise ValueError("run.best_metric is set, but nothing is evaluated; set run.eval_every too.")
     last = open_run(config, resume)
     runtime = init_runtime(run.device)
+    last = fine_tune(config, last, runtime)
+    gc.collect()  # a model that is cut over the ranks must be gone before their group is
+    close_runtime(runtime)
+    return last
+
+
+def fine_tune(config: SftConfig, last: Path | None, runtime: Runtime) -> Path:
+    """All steps from a checkpoint on, or from the start; returns the last checkpoint."""
+    run = config.run
     samples, store = load_split(config.data, config.data.train_split, run.seed)
     seed_everything(run.seed)
     model = load_model(config, last, runtime)
@@ -225,5 +235,4 @@ def train(config: SftConfig, resume: bool = False) -> Path:
                 last = checkpoints.save(step + 1, model, optimizer, extra)
         if last is None:
             last = checkpoints.save(0, model, optimizer, extra)
-    close_runtime(runtime)
     return last

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from ..utils.files import read_log
 from .background import advice
 from .runtime import log
 
@@ -160,15 +161,4 @@ def drop_steps_from(path: str | Path, first_step: int) -> None:
 
 def read_metrics(path: str | Path) -> list[dict]:
     """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    path = Path(path)
-    if not path.exists():
-        return []
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number + 1 < len(lines):
-                raise ValueError(f"{path}, line {number + 1}: not JSON.") from None
-    return rows
+    return read_log(path)

@@ -2,24 +2,9 @@
 
 import fnmatch
 import io
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 _STYLES = ("-", "--", ":")  # for more curves than there are colours
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Rows of a file of one JSON object a line; none where there is no file. A last line cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number + 1 < len(lines):
-                raise ValueError(f"{path}, line {number + 1}: not JSON.") from None
-    return rows
 
 
 def read_curve(rows: Sequence[dict], name: str) -> tuple[list[float], list[float]]:

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from ..datasets.scene import load_scene
+from ..utils.files import read_log
 from ..utils.predictions import Prediction, read_predictions
-from .curves import plot, read_rows
+from .curves import plot
 from .pictures import DETECTED, PREDICTED, TARGET, data_url, scene_picture
 
 # Columns in the order of the pipeline; others follow in alphabetical order.
@@ -170,14 +171,14 @@ def curves_section(run: Path) -> str:
     folders = {stage: run / stage for stage in ("detect", "sft", "grpo")}
     if (run / METRICS).exists():
         folders = {_stage(run): run}
-    rows = {stage: read_rows(folder / METRICS) + read_rows(folder / SPEED) for stage, folder in folders.items()}
+    rows = {stage: read_log(folder / METRICS) + read_log(folder / SPEED) for stage, folder in folders.items()}
     drawn = [plot(rows[stage], names, title) for stage, names, title in _CURVES if rows.get(stage)]
     return f"<h2>Training</h2><div class='curves'>{''.join(drawn)}</div>" if any(drawn) else ""
 
 
 def _stage(run: Path) -> str:
     """Which loop a run's metrics are of, by what only that loop logs."""
-    known = {name for row in read_rows(run / METRICS) for name in row}
+    known = {name for row in read_log(run / METRICS) for name in row}
     return "grpo" if "reward" in known else "sft" if "sequence_tokens" in known else "detect"
 
 

@@ -145,7 +145,9 @@ def test_the_checkouts_page_is_that_of_its_results():
     assert entries, "benchmarks/results.json is empty; run the benchmarks with --record"
     assert _arguments.RESULTS.with_name("RESULTS.md").read_text(encoding="utf-8") == render(entries)
     for found in entries:
-        start = re.match(r"(?:python|torchrun --standalone --nproc-per-node=\d+) main\.py bench (\w+)", found["command"])
+        start = re.match(
+            r"(?:python|torchrun --standalone --nproc-per-node=\d+) main\.py bench (\w+)", found["command"]
+        )
         assert start and start[1] in BENCHMARKS
         if found["ratio"] is not None:
             ratios = (found["peer_value"] / found["value"], found["value"] / found["peer_value"])
