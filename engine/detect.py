@@ -84,7 +84,8 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
                 extra |= {"average": average.state_dict()} if config.ema_decay else {}
                 checkpoints.save(step + 1, encoder, optimizer, extra)
         checkpoints.wait()
-        if not checkpoints.best_folder.exists():  # no steps at all: the untrained encoder
+        # no steps at all: the untrained encoder. The first rank has waited for its own writing; the others cannot tell
+        if runtime.gather(not checkpoints.best_folder.exists())[0]:
             best.evaluate(average, held_out, runtime, tracker, state["step"] - 1)
     close_runtime(runtime)
     return checkpoints.best_folder
