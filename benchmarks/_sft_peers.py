@@ -72,7 +72,7 @@ class PeerStep:
         rows, count = self.written()[:SAMPLES], self.peer.rows
         self._batches = [self._batch(rows[start : start + count]) for start in range(0, len(rows), count)]
         self.tokens = sum(len(entry.row.token_ids) for entry in rows)
-        self.targets = sum(len(entry.row.labels) - entry.row.labels.count(-100) for entry in rows)
+        self.targets = sum(entry.row.num_taught for entry in rows)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -87,7 +87,7 @@ class HeldOut:
             lengths = [len(entry.row.token_ids) for entry in taught]
             packs = plan_packs(lengths, self.config.token_budget, self.config.run.micro_batch_size)
             # as many passes on every rank, should the model's parts be spread over them
-            for number in range(max(self.runtime.gather(len(packs)))):
+            for number in range(self.runtime.most(len(packs))):
                 rows = [taught[row] for row in packs[number % len(packs)]]
                 length = filled_length(rows, self.runtime.device)
                 losses_T = self.model(partial(sft_loss, self.model, rows, length=length))[1]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..models.inputs import IGNORE, to_device
+from ..models.inputs import to_device
 from ..models.scene_vlm import SceneVLM
 from .config import RunConfig
 from .runtime import Runtime
@@ -25,7 +25,7 @@ class TaskSums:
 
     def add(self, taught: Sequence[Taught], losses_T: torch.Tensor) -> None:
         """Add a pack's losses: those of its rows one after the other. A GPU is not waited for."""
-        counts = [sum(label != IGNORE for label in entry.row.labels) for entry in taught]
+        counts = [entry.row.num_taught for entry in taught]
         places = [self.place[entry.sample.task] for entry in taught]
         for place, count in zip(places, counts, strict=True):
             self.counts[place] += count

@@ -45,6 +45,10 @@ class Row:
     def num_scene_tokens(self) -> int:
         return sum(kind == SCENE for kind in self.kinds)
 
+    @property
+    def num_taught(self) -> int:
+        return len(self.labels) - self.labels.count(IGNORE)
+
 
 @dataclass
 class ModelInputs:

@@ -43,7 +43,8 @@ if (($# == 0)); then
     exit 1
 fi
 
-first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+first="${nodes%%$'\n'*}" # no pipe to head, which may end before scontrol has written and fail the job by SIGPIPE
 port="${PORT:-$((20000 + SLURM_JOB_ID % 10000))}" # two jobs may share a node
 gpus="${NGPU:-${SLURM_GPUS_ON_NODE:-8}}"
 

@@ -184,7 +184,8 @@ def test_infer_help_names_recipes_that_exist():
 def under_slurm(shell: Shell, folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The script as sbatch runs it, a copy that lies elsewhere, on two nodes that are this machine."""
     for name, code in {
-        "scontrol": "echo node7; echo node8",
+        # it writes more after the script has what it needs
+        "scontrol": "echo node7; sleep 0.1; echo node8",
         "srun": 'while [[ $1 == --* ]]; do shift; done; "$@"',
     }.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{code}\n")

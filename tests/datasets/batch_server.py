@@ -2,17 +2,16 @@
 
 import json
 import re
-import sys
 import threading
 import time
-import traceback
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlsplit
 
 from threedr1.datasets.synthesis import Operation, build_batches
 from threedr1.datasets.synthesis.batches import Batches
 
+from .local_server import LocalServer, read_body
 from .teacher_server import make_teacher, moody, prompt_of
 
 # how a batch may end; all but these end well
@@ -30,7 +29,7 @@ def gemini_prompt(body: dict) -> str:
     return body["contents"][0]["parts"][-1]["text"]
 
 
-class BatchServer:
+class BatchServer(LocalServer):
     """One account's files and batches.
 
     `plan` says by the number of a batch what becomes of it: an end of ENDS, `missing`, `malformed` and `error` (of its
@@ -50,7 +49,6 @@ class BatchServer:
         self.keys: list[str] = []
         self.answered: Counter[str] = Counter()  # prompts that were answered, which is what is paid for
         self.tries = 0
-        self.errors: list[str] = []
         self._lock = threading.Lock()
         self._mood = moody(kind)
         outer = self
@@ -60,7 +58,7 @@ class BatchServer:
             disable_nagle_algorithm = True
 
             def _serve(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                body = read_body(self)
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 with outer._lock:
                     outer.paths.append(f"{self.command} {self.path}")
@@ -89,26 +87,7 @@ class BatchServer:
             def log_message(self, format, *args):
                 pass
 
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request, client_address):
-                if not isinstance(sys.exc_info()[1], OSError):  # connections of clients that were killed
-                    outer.errors.append(traceback.format_exc())
-
-        self._server = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-        assert not self.errors, self.errors[0]
+        self.serve_by(Handler)
 
     # ---- the two protocols
 

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ from threedr1.datasets.synthesis.gemini_teacher import GeminiTeacher
 from threedr1.datasets.synthesis.openai_teacher import OpenAITeacher
 from threedr1.datasets.synthesis.sources import Question
 from threedr1.datasets.synthesis.teacher import Reply, Request, RetryOptions
+
+from .local_server import LocalServer, read_body
 
 KEY = "secret-key"
 FAST = RetryOptions(attempts=3, first_delay=0.001, longest_delay=0.01)
@@ -37,7 +39,7 @@ def question(**changes) -> Question:
 REQUEST = Request(question(), "the prompt")
 
 
-class Server:
+class Server(LocalServer):
     """A local HTTP server that answers from a script of (status, headers, body) and keeps what it was sent.
 
     A status of None drops the connection. `drip` seconds pass between two bytes of a body.
@@ -58,7 +60,7 @@ class Server:
                 super().setup()
 
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = json.loads(read_body(self))
                 with outer._lock:
                     row = {"path": self.path, "headers": dict(self.headers), "body": body, "time": time.monotonic()}
                     outer.requests.append(row)
@@ -97,25 +99,7 @@ class Server:
             def log_message(self, format, *args):
                 pass
 
-        class Quiet(ThreadingHTTPServer):
-            request_queue_size = 256
-            daemon_threads = True
-
-            def handle_error(self, request, client_address):
-                pass  # connections of clients that were killed
-
-        self._server = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self.serve_by(Handler)
 
 
 def gemini_body(text: str, **changes) -> dict:

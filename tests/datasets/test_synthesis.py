@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from threedr1.datasets.scannet import prepare_scans
 from threedr1.datasets.scene_store import SceneInfo, SceneStore
 from threedr1.datasets.synthesis import FilterOptions, synthesize
 from threedr1.datasets.synthesis.description import describe, inventory, load_captions
@@ -130,19 +129,6 @@ def test_near_duplicates_need_the_same_target_question_and_answer():
 
 
 # ---- sources, descriptions, prompts
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    root = factory.write_root(tmp_path_factory.mktemp("root"))
-    assert prepare_scans(root, workers=1) == []
-    return root
-
-
-@pytest.fixture
-def root(prepared, tmp_path):
-    """A data root of one's own, to break."""
-    return factory.copy_of_root(prepared, tmp_path / "root")
 
 
 def train_and_val(root: Path) -> tuple[list[str], list[str]]:

@@ -28,6 +28,7 @@ TRAIN, VAL = "scene0000_00", "scene0001_00"
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
+    """Without further annotations: these scenes have no captions until a test writes some."""
     root = factory.write_root(tmp_path_factory.mktemp("root"))
     assert prepare_scans(root, workers=1) == []
     return root

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -146,17 +147,15 @@ def logged(run_dir: Path) -> list[tuple]:
     ]
 
 
-def kill_at_random(arguments: list[str], run_dir: Path, rows: int, rng: random.Random) -> bool:
-    """Start a run and SIGKILL it a moment after it has logged `rows` rows more; False where it was faster."""
-    begun = len(read_metrics(run_dir / "metrics.jsonl"))
+def kill_when(arguments: list[str], ready: Callable[[], bool], pause: float, delay: float) -> bool:
+    """Start a run and SIGKILL it `delay` seconds after `ready` says so, asked every `pause`; False: it was faster."""
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
     try:
         deadline = time.monotonic() + 120
-        # a resumed run first drops the rows that it will do again, so fewer than `begun` may be seen as well
-        while process.poll() is None and len(read_metrics(run_dir / "metrics.jsonl")) < begun + rows:
+        while process.poll() is None and not ready():
             assert time.monotonic() < deadline, "the run does not get on"
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.25))
+            time.sleep(pause)
+        time.sleep(delay)
         killed = process.poll() is None
         process.send_signal(signal.SIGKILL)
     finally:
@@ -164,6 +163,17 @@ def kill_at_random(arguments: list[str], run_dir: Path, rows: int, rng: random.R
         _, errors = process.communicate()
     assert killed or process.returncode == 0, errors.decode()[-2000:]
     return killed
+
+
+def kill_at_random(arguments: list[str], run_dir: Path, rows: int, rng: random.Random) -> bool:
+    """Start a run and SIGKILL it a moment after it has logged `rows` rows more; False where it was faster."""
+    begun = len(read_metrics(run_dir / "metrics.jsonl"))
+
+    def ready() -> bool:
+        # a resumed run first drops the rows that it will do again, so fewer than `begun` may be seen as well
+        return len(read_metrics(run_dir / "metrics.jsonl")) >= begun + rows
+
+    return kill_when(arguments, ready, 0.005, rng.uniform(0, 0.25))
 
 
 def kill_while_writing(arguments: list[str], run_dir: Path, rng: random.Random) -> bool:
@@ -171,23 +181,15 @@ def kill_while_writing(arguments: list[str], run_dir: Path, rng: random.Random) 
 
     The checkpoint is the run's first, second or third.
     """
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
     saves, writing = rng.randint(1, 3), False
-    try:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and saves:
-            assert time.monotonic() < deadline, "the run does not get on"
-            before, writing = writing, any((run_dir / "checkpoints").glob("partial-*"))
-            saves -= writing and not before
-            time.sleep(0.0005)
-        time.sleep(rng.uniform(0, 0.02))
-        killed = process.poll() is None
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        _, errors = process.communicate()
-    assert killed or process.returncode == 0, errors.decode()[-2000:]
-    return killed
+
+    def ready() -> bool:
+        nonlocal saves, writing
+        before, writing = writing, any((run_dir / "checkpoints").glob("partial-*"))
+        saves -= writing and not before
+        return saves == 0
+
+    return kill_when(arguments, ready, 0.0005, rng.uniform(0, 0.02))
 
 
 def assert_loads(run_dir: Path) -> bool:

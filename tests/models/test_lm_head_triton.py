@@ -4,10 +4,6 @@ Without a GPU the kernels run in Triton's interpreter. It must be on before Trit
 process that runs the others, and all of the LM head's own tests, through the kernels.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,24 +11,15 @@ import torch
 
 from threedr1.models import lm_head_torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-inside = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_head_through_the_interpreter")
+from ..triton_interpreter import inside, needs_triton, outside, run_through_interpreter
+
+pytestmark = needs_triton
 
 
-@pytest.mark.skipif(INTERPRETED, reason="inside the interpreter already")
+@outside
 def test_the_head_through_the_interpreter():
-    folder = Path(__file__).parent
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        + [str(folder / "test_lm_head.py"), str(folder / "test_lm_head_triton.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1", "THREEDR1_LM_HEAD": "triton"},
-        cwd=folder.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout + run.stderr
+    here = Path(__file__)
+    run_through_interpreter([here.with_name("test_lm_head.py"), here], "THREEDR1_LM_HEAD")
 
 
 def tile(width, seed=0, scale=3.0):

@@ -4,10 +4,6 @@ Without a GPU the kernels run in Triton's interpreter. It must be on before Trit
 process that runs the others, and all of the splatter's own tests, through the kernels.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +13,16 @@ import torch
 from threedr1.utils import splat as splat_module
 from threedr1.utils.render import Camera, look_at, pinhole, splat_batch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-inside = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_splatter_through_the_interpreter")
+from ..triton_interpreter import inside, needs_triton, outside, run_through_interpreter
+
+pytestmark = needs_triton
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="inside the interpreter already")
+@outside
 def test_the_splatter_through_the_interpreter():
-    folder = Path(__file__).parent
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu"]
-        + [str(folder / "test_splat.py"), str(folder / "test_splat_triton.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1", "THREEDR1_SPLAT": "triton"},
-        cwd=folder.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout + run.stderr
+    here = Path(__file__)
+    run_through_interpreter([here.with_name("test_splat.py"), here], "THREEDR1_SPLAT")
 
 
 def both_ways(monkeypatch, *arguments, device="cpu", **keywords):
