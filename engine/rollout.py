@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..datasets.scene import Sample
-from ..models.decoding import decode
 from ..models.inputs import TEXT, Row
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
@@ -64,7 +63,7 @@ def roll_out(
         model.write_row(sample, observation, mode, None)
         for sample, observation, mode in zip(samples, observations, modes, strict=True)
     ]
-    # Prompts of like length share a batch: less padding.
+    # Prompts of like length share a batch: where they are padded, it is less.
     order = sorted(range(len(samples)), key=lambda index: len(written[index][0].token_ids))
     results: list[Rollout | None] = [None] * len(samples)
     prompts_per_batch = max(1, batch_size // group_size)
@@ -74,22 +73,18 @@ def roll_out(
             [written[index][0] for index in batch],
             [observations[index] for index in batch],
             [written[index][1] for index in batch],
-            left=True,
+            packed_length=0,
         )
-        with language.uncompiled():
-            decoded = decode(
-                language.decoder,
-                language.base.lm_head,
-                language.embedding,
-                prompts,
-                eos_ids=language.eos_ids,
-                max_new_tokens=max_new_tokens,
-                group_size=group_size,
-                temperature=temperature,
-                generators=[generators[index * group_size + g] for index in batch for g in range(group_size)]
-                if generators
-                else None,
-            )
+        decoded = model.decoder(
+            prompts,
+            [len(written[index][0].token_ids) for index in batch],
+            max_new_tokens=max_new_tokens,
+            group_size=group_size,
+            temperature=temperature,
+            generators=[generators[index * group_size + g] for index in batch for g in range(group_size)]
+            if generators
+            else None,
+        )
         texts = [language.decode(token_ids) for token_ids in decoded.token_ids]
         for place, index in enumerate(batch):
             rows = slice(place * group_size, (place + 1) * group_size)

@@ -5,15 +5,21 @@ precision this is one call of torch's varlen kernel, which takes grouped KV head
 elsewhere it is scaled_dot_product_attention over each document. The vision tower's windows are documents too, so it
 goes the same way: transformers calls its attention once a window and layer, hundreds of times an image.
 
-Registered with transformers under two names, since it hands a vision tower's windows over only to attention that has
-"flash" in its name. Without documents both are transformers' own `sdpa`, mask and all: padded rows, decoding.
+A document may also go on from another, as the completions of a prompt do (`Groups`): the prompt stands in the row
+once, however many go on from it. A packed row tells how it attends by `Attends`, which decoding has its own of
+(kv_cache.py).
 
-Shapes: L tokens of all documents, H query heads, G key and value heads, E width of a head, N documents.
+Registered with transformers under two names, since it hands a vision tower's windows over only to attention that has
+"flash" in its name. Of padded rows both are transformers' own `sdpa`, mask and all.
+
+Shapes: L tokens of all documents, H query heads, G key and value heads, E width of a head, N documents; C completions,
+P tokens of prompts, K keys of completions.
 """
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +39,18 @@ _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signa
 _SHORTEST = 512  # of the lengths that the kernel is told: few of them, or compiled layers would be made again for each
 
 
+class Attends(Protocol):
+    """How the tokens of a packed row attend."""
+
+    def attend(self, layer: int, query_LHE: Tensor, key_LGE: Tensor, value_LGE: Tensor, scale: float) -> Tensor:
+        """What attention gives [L, H, E] in one of the decoder's layers, counted from 0."""
+        ...
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments that transformers' decoder hands on to its attention."""
+        ...
+
+
 class Documents(NamedTuple):
     """Where the documents of a packed row begin."""
 
@@ -47,8 +65,12 @@ class Documents(NamedTuple):
         longest = max(_SHORTEST, 1 << (max(lengths) - 1).bit_length())
         return cls(to_device(starts_N, device), longest)
 
+    def attend(self, layer: int, query_LHE: Tensor, key_LGE: Tensor, value_LGE: Tensor, scale: float) -> Tensor:  # noqa: ARG002
+        """Each token to its document, up to itself."""
+        return attend_documents(query_LHE, key_LGE, value_LGE, *self, causal=True, scale=scale)
+
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments that transformers' decoder hands on to its attention."""
+        """Transformers' own names, for compiled layers to take tensors and numbers alone."""
         starts_N = self.starts_N
         return {
             "cu_seq_lens_q": starts_N,
@@ -56,6 +78,88 @@ class Documents(NamedTuple):
             "max_length_q": self.longest,
             "max_length_k": self.longest,
         }
+
+
+class Groups(NamedTuple):
+    """Prompts one after the other, then their completions, each of which goes on from its prompt.
+
+    Exact, and with gradients: a completion's keys are its prompt's and its own, brought together for the kernel. (Two
+    attentions merged by their log-sum-exps would spare that, but the kernel's backward pass knows no gradient of them.)
+    """
+
+    num_prompt_tokens: int
+    prompts: Documents
+    completions: Documents  # counted from the end of the prompts
+    keys_at_K: Tensor  # int64: of each completion its prompt's tokens, then its own
+    keys: Documents
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[int], completions: Sequence[int], after: Sequence[int], device: torch.device | str
+    ) -> "Groups":
+        """From the lengths of prompts and completions, and which prompt each completion goes on from (-1: none)."""
+        prompt_starts = [0, *accumulate(prompts)]
+        start = prompt_starts[-1]
+        keys = []
+        for length, prompt in zip(completions, after, strict=True):
+            if prompt >= 0:
+                keys.append(torch.arange(prompt_starts[prompt], prompt_starts[prompt + 1]))
+            keys.append(torch.arange(start, start + length))
+            start += length
+        key_lengths = [
+            length + (prompts[prompt] if prompt >= 0 else 0)
+            for length, prompt in zip(completions, after, strict=True)
+        ]
+        return cls(
+            prompt_starts[-1],
+            Documents.of(prompts, device),
+            Documents.of(completions, device),
+            to_device(torch.cat(keys), device),
+            Documents.of(key_lengths, device),
+        )
+
+    def attend(self, layer: int, query_LHE: Tensor, key_LGE: Tensor, value_LGE: Tensor, scale: float) -> Tensor:  # noqa: ARG002
+        """Each token to its document and the prompt of that, up to itself."""
+        end = self.num_prompt_tokens
+        prompts_PHE = attend_documents(
+            query_LHE[:end], key_LGE[:end], value_LGE[:end], *self.prompts, causal=True, scale=scale
+        )
+        completions_LHE = attend_documents(
+            query_LHE[end:],
+            _gather(key_LGE, self.keys_at_K),
+            _gather(value_LGE, self.keys_at_K),
+            *self.completions,
+            causal=True,
+            scale=scale,
+            keys=self.keys,
+        )
+        return torch.cat([prompts_PHE, completions_LHE])
+
+    def arguments(self) -> dict[str, Any]:
+        return {"attends": self}
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of a tensor, some of them many times; their gradients are summed in float32 or better."""
+
+    @staticmethod
+    def forward(ctx, rows_LGE, at_K):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(at_K)
+        ctx.length = len(rows_LGE)
+        return rows_LGE.index_select(0, at_K)
+
+    @staticmethod
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad_KGE,) = grads
+        (at_K,) = ctx.saved_tensors
+        wide = torch.promote_types(grad_KGE.dtype, torch.float32)
+        summed_LGE = torch.zeros(ctx.length, *grad_KGE.shape[1:], dtype=wide, device=grad_KGE.device)
+        return summed_LGE.index_add_(0, at_K, grad_KGE.to(wide)).to(grad_KGE.dtype), None
+
+
+def _gather(rows_LGE: Tensor, at_K: Tensor) -> Tensor:
+    gathered_KGE: Any = _Gather.apply(rows_LGE, at_K)
+    return gathered_KGE
 
 
 def attend_documents(
@@ -67,37 +171,59 @@ def attend_documents(
     *,
     causal: bool,
     scale: float | None = None,
+    keys: Documents | None = None,
 ) -> Tensor:
-    """Attention [L, H, E] of every token to its own document, up to itself where `causal`."""
-    if query_LHE.is_cuda and query_LHE.dtype in (torch.float16, torch.bfloat16):
+    """Attention [L, H, E] of every token to its own document, up to itself where `causal`.
+
+    Args:
+        keys: the documents of keys and values where they are longer: the queries stand at their ends.
+    """
+    if uses_kernel(query_LHE):
         window = (-1, 0) if causal else (-1, -1)
+        key_starts_N, longest_key = keys or (starts_N, longest)
         out_LHE: Any = varlen_attn(
             query_LHE,
             key_LGE,
             value_LGE,
             starts_N,
-            starts_N,
+            key_starts_N,
             longest,
-            longest,
+            longest_key,
             window_size=window,
             scale=scale,
             **_GROUPED,
         )
         return out_LHE
     lengths = starts_N.diff().tolist()
-    if len(set(lengths)) == 1:  # windows of a vision tower: one batch
+    if keys is None and len(set(lengths)) == 1:  # windows of a vision tower: one batch
         query, key, value = (tensor.unflatten(0, (len(lengths), -1)) for tensor in (query_LHE, key_LGE, value_LGE))
         return _attend(query, key, value, causal, scale).flatten(0, 1)
-    parts = zip(*(tensor[None].split(lengths, dim=1) for tensor in (query_LHE, key_LGE, value_LGE)), strict=True)
+    key_lengths = lengths if keys is None else keys.starts_N.diff().tolist()
+    parts = zip(
+        query_LHE[None].split(lengths, dim=1),
+        key_LGE[None].split(key_lengths, dim=1),
+        value_LGE[None].split(key_lengths, dim=1),
+        strict=True,
+    )
     return torch.cat([_attend(query, key, value, causal, scale)[0] for query, key, value in parts])
 
 
+def uses_kernel(tensor: Tensor) -> bool:
+    """Whether torch's varlen kernel takes it: on CUDA in half precision."""
+    return tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16)
+
+
 def _attend(query_BLHE: Tensor, key_BLGE: Tensor, value_BLGE: Tensor, causal: bool, scale: float | None) -> Tensor:
+    queries, keys = query_BLHE.shape[1], key_BLGE.shape[1]
+    mask = None
+    if causal and queries != keys:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query_BLHE.device).tril(keys - queries)
     out_BHLE = F.scaled_dot_product_attention(
         query_BLHE.transpose(1, 2),
         key_BLGE.transpose(1, 2),
         value_BLGE.transpose(1, 2),
-        is_causal=causal,
+        attn_mask=mask,
+        is_causal=causal and mask is None,
         scale=scale,
         enable_gqa=query_BLHE.shape[2] != key_BLGE.shape[2],
     )
@@ -115,16 +241,20 @@ def _packed_attention(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    attends: Attends | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' interface: query [1, H, L, E], key and value [1, G, L, E] -> [1, L, H, E]."""
-    if cu_seq_lens_q is None:
+    if cu_seq_lens_q is None and attends is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
         )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     query_LHE, key_LGE, value_LGE = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    assert max_length_q is not None
+    if attends is not None:
+        layer: Any = module.layer_idx
+        return attends.attend(layer, query_LHE, key_LGE, value_LGE, scaling or query.shape[-1] ** -0.5)[None], None
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    assert cu_seq_lens_q is not None and max_length_q is not None
     out_LHE = attend_documents(
         query_LHE, key_LGE, value_LGE, cu_seq_lens_q, max_length_q, causal=causal, scale=scaling
     )

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
 
 
-def _compiled_on_gpu(function: Callable) -> Callable:
+def compiled_on_gpu(function: Callable) -> Callable:
+    """A pointwise function without gradients, compiled where its first argument is on a GPU, once for any length."""
+
     @lru_cache(maxsize=1)
     def compiled() -> Callable:
         return torch.compile(function)
@@ -38,7 +40,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-@_compiled_on_gpu
+@compiled_on_gpu
 def normalize_into(x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tensor) -> None:
     """RMSNorm, written into `out_TD`."""
     wide_TD = _wide(x_TD)
@@ -46,7 +48,7 @@ def normalize_into(x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tenso
     out_TD.copy_(weight_D * (wide_TD * scale_T1).to(x_TD.dtype))
 
 
-@_compiled_on_gpu
+@compiled_on_gpu
 def normalize_back(x_TD: Tensor, weight_D: Tensor, epsilon: float, grad_TD: Tensor, add_TD: Tensor | None) -> Tensor:
     """Gradient of RMSNorm's input, plus `add_TD`."""
     wide_TD = _wide(x_TD)
@@ -65,20 +67,20 @@ def _turn(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     return turned.to(x_THE.dtype)
 
 
-@_compiled_on_gpu
+@compiled_on_gpu
 def rotate_(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> None:
     """Rotary embedding, in place."""
     x_THE.copy_(_turn(x_THE, cos_TE, sin_TE))
 
 
-@_compiled_on_gpu
+@compiled_on_gpu
 def rotate_back(grad_THE: Tensor, grad_TGE: Tensor, value_TGE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """Gradients of queries, keys and values before the rotary embedding, side by side: [T, (H + 2 G) E]."""
     parts = [_turn(grad_THE, cos_TE, -sin_TE), _turn(grad_TGE, cos_TE, -sin_TE), value_TGE]
     return torch.cat(parts, dim=1).flatten(1)
 
 
-@_compiled_on_gpu
+@compiled_on_gpu
 def gate_into(gate_up_TF: Tensor, out_TF: Tensor) -> None:
     """silu(gate) * up of [gate, up] [T, 2 F], written into `out_TF`."""
     gate, up = gate_up_TF.chunk(2, dim=1)
@@ -92,7 +94,7 @@ def gate_back(gate_up_TF: Tensor, grad_TF: Tensor) -> Tensor:
     return result_TF
 
 
-@_compiled_on_gpu
+@compiled_on_gpu
 def _gate_back_into(gate_up_TF: Tensor, grad_TF: Tensor, grad_gate_TF: Tensor, grad_up_TF: Tensor) -> None:
     gate, up = (_wide(half) for half in gate_up_TF.chunk(2, dim=1))
     grad = _wide(grad_TF)

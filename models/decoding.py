@@ -1,15 +1,33 @@
-"""Autoregressive decoding over assembled inputs: shared prefill, sampling, kept log-probabilities.
+"""Autoregressive decoding over assembled inputs: prompts encoded once, sampling, log-probabilities kept.
 
-Shapes: P prompts, G completions of each, R = P * G rows, L prompt tokens (left-padded), V vocabulary.
+All rows take a step together. Each prompt's keys are there once for all of its completions (kv_cache.py), adapters
+stay apart from the weights, so that what is sampled from is the policy that is trained, and rows that have finished
+leave. On a GPU a step is one CUDA graph for each number of rows that there may be; what changes from step to step is
+on the device, which is waited for every few tokens only.
+
+Shapes: P prompts, G completions of each, R = P * G rows, L prompt tokens packed, S tokens of a completion, V
+vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from transformers import DynamicCache
+import torch.nn.functional as F
+from torch import Tensor
 
+from .attention import Documents
 from .inputs import ModelInputs
+from .kv_cache import KVCache
+from .language_model import LanguageModel
+
+_TOGETHER = 16_384  # prompt tokens encoded at a time
+_LOOK = 8  # a GPU is waited for so seldom, in tokens
+# numbers of rows that graphs are made for, besides that of all rows
+_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_BLOCK = 512  # of the vocabulary
 
 
 @dataclass
@@ -25,110 +43,291 @@ class Decoded:
     finished: list[bool]
 
 
-def pick_tokens(
-    logits_RV: torch.Tensor, temperature: float, uniform_R: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pick_tokens(logits_RV: Tensor, temperature: float, uniform_R: Tensor | None) -> tuple[Tensor, Tensor]:
     """Next token of each row and its log-probability: greedy at temperature 0, else by inverse CDF.
 
     The draws come in as numbers, so that a row's sample depends on its own stream alone, not on its neighbours.
     """
     logits_RV = logits_RV.float()
-    if temperature == 0:
-        logps_RV = torch.log_softmax(logits_RV, dim=-1)
-        token_R = logits_RV.argmax(-1)
-    else:
+    if temperature > 0:
+        logits_RV = logits_RV / temperature
+    norm_R1 = torch.logsumexp(logits_RV, -1, keepdim=True)
+    if temperature > 0:
         assert uniform_R is not None
-        logps_RV = torch.log_softmax(logits_RV / temperature, dim=-1)
-        # float64: in float32 the running sum over 150,000 tokens loses the small probabilities
-        cdf_RV = logps_RV.double().exp().cumsum(-1)
-        threshold_R1 = uniform_R.to(cdf_RV)[:, None] * cdf_RV[:, -1:]
-        token_R = torch.searchsorted(cdf_RV, threshold_R1, right=True).squeeze(1).clamp(max=logits_RV.shape[-1] - 1)
-    return token_R, logps_RV.gather(1, token_R[:, None]).squeeze(1)
+        token_R = _draw((logits_RV - norm_R1).exp(), uniform_R)
+    else:
+        token_R = logits_RV.argmax(-1)
+    return token_R, (logits_RV.gather(1, token_R[:, None]) - norm_R1)[:, 0]
 
 
-@torch.no_grad()
-def decode(
-    decoder: torch.nn.Module,
-    lm_head: torch.nn.Module,
-    embed_tokens: torch.nn.Module,
-    prompts: ModelInputs,
-    *,
-    eos_ids: Sequence[int],
-    max_new_tokens: int,
-    group_size: int = 1,
-    temperature: float = 0.0,
-    generators: Sequence[torch.Generator] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
-) -> Decoded:
-    """Decode `group_size` completions of every prompt.
+def _draw(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """Where each row's CDF passes its number: first among blocks of the vocabulary, then in one of them.
 
-    Each prompt is encoded once, its cache is shared out to the group, and finished rows leave the batch.
+    In float64: in float32 the running sum over 150,000 tokens loses the small probabilities.
+    """
+    probs_RNB = F.pad(probs_RV, (0, -probs_RV.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    sums_RN = probs_RNB.sum(-1, dtype=torch.float64)
+    cdf_RN = sums_RN.cumsum(-1)
+    wanted_R1 = uniform_R.to(cdf_RN)[:, None] * cdf_RN[:, -1:]
+    block_R1 = _passes(cdf_RN, wanted_R1)
+    before_R1 = (cdf_RN - sums_RN).gather(1, block_R1)
+    block_RB = probs_RNB.gather(1, block_R1[..., None].expand(-1, -1, _BLOCK))[:, 0]
+    return (block_R1 * _BLOCK + _passes(block_RB.double().cumsum(-1), wanted_R1 - before_R1))[:, 0]
+
+
+def _passes(cdf_RN: Tensor, wanted_R1: Tensor) -> Tensor:
+    """The first place whose CDF is above what is wanted [R, 1]; it has a probability, whatever is rounded."""
+    total_R1 = cdf_RN[:, -1:]
+    return torch.searchsorted(cdf_RN, wanted_R1.minimum(total_R1.nextafter(torch.zeros_like(total_R1))), right=True)
+
+
+@dataclass
+class _Batch:
+    """What one call decodes."""
+
+    num_rows: int
+    max_new_tokens: int
+    temperature: float
+    eos_ids: tuple[int, ...]
+    at_work: int  # rows that take steps: the first of the buffers
+    on_token: Callable[[int, int], None] | None
+    told: set[int] = field(default_factory=set)  # rows whose end `on_token` has heard of
+
+
+class _Rows:
+    """Where rows stand: buffers on the device, for so many rows of so many tokens at most."""
+
+    def __init__(self, rows: int, tokens: int, device: torch.device):
+        self.token_R = torch.zeros(rows, dtype=torch.long, device=device)
+        self.after_4R = torch.zeros(4, rows, dtype=torch.long, device=device)  # positions of what is said first
+        self.ended_R = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.number_R = torch.zeros(rows, dtype=torch.long, device=device)  # which of the batch's rows it is
+        self.place_1 = torch.zeros(1, dtype=torch.long, device=device)  # of the token that comes next
+        # by number:
+        self.uniform_RS = torch.zeros(rows, tokens, dtype=torch.float64, device=device)
+        self.ids_RS = torch.zeros(rows, tokens, dtype=torch.long, device=device)
+        self.logps_RS = torch.zeros(rows, tokens, device=device)
+
+    def begin(self, after_4R: Tensor) -> None:
+        """Rows of a new batch."""
+        count = after_4R.shape[1]
+        self.after_4R[:, :count] = after_4R
+        self.number_R[:count] = torch.arange(count, device=self.number_R.device)
+        self.ended_R.zero_()
+        self.place_1.zero_()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these go on."""
+        at, count = torch.tensor(rows, device=self.token_R.device), len(rows)
+        for buffer_R in (self.token_R, self.ended_R, self.number_R):
+            buffer_R[:count] = buffer_R[at]
+        self.after_4R[:, :count] = self.after_4R[:, at]
+
+    def take(self, logits_RV: Tensor, temperature: float, eos_E: Tensor) -> None:
+        """Choose the next token of the first rows, and write down which it is."""
+        count = len(logits_RV)
+        number_R = self.number_R[:count]
+        draws_R = self.uniform_RS[number_R, self.place_1] if temperature > 0 else None
+        token_R, logp_R = pick_tokens(logits_RV, temperature, draws_R)
+        self.token_R[:count] = token_R
+        self.ended_R[:count] |= (token_R[:, None] == eos_E).any(1)
+        self.ids_RS[number_R, self.place_1] = token_R
+        self.logps_RS[number_R, self.place_1] = logp_R
+        self.place_1 += 1
+
+    @contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """What the block chooses does not count."""
+        moved = (self.token_R, self.ended_R, self.place_1)
+        before = [buffer.clone() for buffer in moved]
+        yield
+        for buffer, value in zip(moved, before, strict=True):
+            buffer.copy_(value)
+
+
+class Decoder:
+    """Decodes with one language model. Its buffers, and its graphs on a GPU, serve from call to call.
 
     Args:
-        decoder: Qwen's text decoder.
-        prompts: left-padded.
-        temperature: 0 is greedy.
-        generators: CPU generators, one for each of the R rows; needed where temperature > 0.
-        on_token: called with (row, token id) as tokens come, for streaming.
+        graphs: whether steps are captured as CUDA graphs; None: wherever they can be.
     """
-    device = prompts.inputs_embeds_BLD.device
-    mask = prompts.attention_mask_BL
-    if mask is None:
-        raise ValueError("Packed rows cannot be decoded; assemble them padded on the left.")
-    num_rows = len(prompts.inputs_embeds_BLD) * group_size
-    if temperature > 0 and (generators is None or len(generators) != num_rows):
-        raise ValueError(f"Sampling {num_rows} rows needs as many generators.")
-    uniform_RT = (
-        torch.stack([torch.rand(max_new_tokens, generator=generator, dtype=torch.float64) for generator in generators])
-        if temperature > 0 and generators
-        else None
-    )
-    cache = DynamicCache()
-    hidden = decoder(
-        inputs_embeds=prompts.inputs_embeds_BLD,
-        attention_mask=mask,
-        position_ids=prompts.position_ids_4BL,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    logits = lm_head(hidden[:, -1]).repeat_interleave(group_size, dim=0)
-    cache.batch_repeat_interleave(group_size)
-    mask = mask.repeat_interleave(group_size, dim=0)
-    text_position = prompts.position_ids_4BL[0].amax(-1).repeat_interleave(group_size) + 1
-    rope_position = prompts.position_ids_4BL[1:].amax((0, 2)).repeat_interleave(group_size) + 1
 
-    eos = torch.tensor(list(eos_ids), device=device)
-    result = Decoded([[] for _ in range(num_rows)], [[] for _ in range(num_rows)], [False] * num_rows)
-    alive = torch.arange(num_rows)
-    for step in range(max_new_tokens):
-        draws = uniform_RT[alive, step].to(device) if uniform_RT is not None else None
-        token, logp = pick_tokens(logits, temperature, draws)
-        ended = torch.isin(token, eos)
-        for row, token_id, value, end in zip(
-            alive.tolist(), token.tolist(), logp.tolist(), ended.tolist(), strict=True
-        ):
-            result.token_ids[row].append(token_id)
-            result.logps[row].append(value)
-            result.finished[row] = end
-            if on_token:
-                on_token(row, token_id)
-        if bool(ended.all()) or step + 1 == max_new_tokens:
-            break
-        if bool(ended.any()):
-            keep = torch.nonzero(~ended).squeeze(1)
-            cache.batch_select_indices(keep)
-            mask, token = mask[keep], token[keep]
-            text_position, rope_position = text_position[keep], rope_position[keep]
-            alive = alive[keep.cpu()]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        position_ids = torch.stack([text_position, rope_position, rope_position, rope_position])[..., None]
-        hidden = decoder(
-            inputs_embeds=embed_tokens(token)[:, None],
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        logits = lm_head(hidden[:, -1])
-        text_position, rope_position = text_position + 1, rope_position + 1
-    return result
+    def __init__(self, language: LanguageModel, *, graphs: bool | None = None):
+        self.language = language
+        self.graphs = graphs
+        self.release()
+
+    def release(self) -> None:
+        """Give buffers and graphs back; the next call makes them anew."""
+        self._cache: KVCache | None = None
+        self._rows = _Rows(0, 0, torch.device("cpu"))
+        self._eos: dict[tuple[int, ...], Tensor] = {}
+        self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
+        self._made_of: tuple[Any, ...] = ()  # what graphs were captured of, besides buffers
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: ModelInputs,
+        lengths: Sequence[int],
+        *,
+        max_new_tokens: int,
+        group_size: int = 1,
+        temperature: float = 0.0,
+        generators: Sequence[torch.Generator] | None = None,
+        eos_ids: Sequence[int] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Decoded:
+        """Decode `group_size` completions of every prompt.
+
+        Args:
+            prompts: packed, without padding.
+            lengths: tokens of each prompt.
+            temperature: 0 is greedy.
+            generators: CPU generators, one for each of the R rows; needed where temperature > 0.
+            eos_ids: tokens that end a completion; None: those that end a turn.
+            on_token: called with (row, token id) as tokens come, for streaming.
+        """
+        num_rows = len(lengths) * group_size
+        if prompts.attends is None or prompts.inputs_embeds_BLD.shape[1] != sum(lengths):
+            raise ValueError("Decoding takes packed prompts without padding, and the length of each.")
+        if temperature > 0 and (generators is None or len(generators) != num_rows):
+            raise ValueError(f"Sampling {num_rows} rows needs as many generators.")
+        ends = tuple(self.language.eos_ids if eos_ids is None else eos_ids)
+        batch = _Batch(num_rows, max_new_tokens, temperature, ends, num_rows, on_token)
+        with self.language.uncompiled(), self.language.attending_packed():
+            logits_RV = self._begin(prompts, lengths, group_size, batch)
+            if temperature > 0 and generators:
+                draws = [torch.rand(max_new_tokens, generator=each, dtype=torch.float64) for each in generators]
+                self._rows.uniform_RS[:num_rows, :max_new_tokens] = torch.stack(draws)
+            self._rows.take(logits_RV, temperature, self._eos[ends])
+            count = self._go_on(batch)
+        return self._read(batch, count)
+
+    def _begin(self, prompts: ModelInputs, lengths: Sequence[int], group_size: int, batch: _Batch) -> Tensor:
+        """Encode the prompts and set the rows out behind them; what their first tokens are chosen by, [R, V]."""
+        language, device = self.language, prompts.inputs_embeds_BLD.device
+        if self._cache is None or (self._cache.dtype, self._cache.device) != (language.dtype, device):
+            self.release()
+            shape = (language.num_layers, *language.attention_shape)
+            self._cache = KVCache(*shape, dtype=language.dtype, device=device)
+        cache = self._cache
+        if cache.start(lengths, batch.num_rows, batch.max_new_tokens):
+            self._rows = _Rows(*cache.said.shape[2:4], device)
+            self._graphs.clear()
+        if batch.eos_ids not in self._eos:
+            self._eos[batch.eos_ids] = torch.tensor(batch.eos_ids, dtype=torch.long, device=device)
+        last_ND = torch.cat(list(self._encode(prompts, lengths, cache)))
+        prompt_of = [prompt for prompt in range(len(lengths)) for _ in range(group_size)]
+        cache.set_rows(prompt_of)
+        prompt_of_R = torch.tensor(prompt_of, device=device)
+        # a prompt ends with text, which stands behind all that came before on every axis
+        ends_N = torch.tensor(lengths, device=device).cumsum(0) - 1
+        self._rows.begin(prompts.position_ids_4BL[:, 0, ends_N[prompt_of_R]] + 1)
+        return language.base.lm_head(last_ND)[prompt_of_R]
+
+    def _encode(self, prompts: ModelInputs, lengths: Sequence[int], cache: KVCache) -> Iterator[Tensor]:
+        """Run the prompts, some at a time; hidden states of the last tokens of these, [some, D]."""
+        first, start = 0, 0
+        while first < len(lengths):
+            last, end = first + 1, start + lengths[first]
+            while last < len(lengths) and end + lengths[last] - start <= _TOGETHER:
+                end, last = end + lengths[last], last + 1
+            documents = Documents.of(lengths[first:last], cache.device)
+            some = replace(
+                prompts,
+                inputs_embeds_BLD=prompts.inputs_embeds_BLD[:, start:end],
+                position_ids_4BL=prompts.position_ids_4BL[:, :, start:end],
+                attends=cache.prefill(documents, start),
+            )
+            yield self.language.hidden(some)[0, documents.starts_N[1:].long() - 1]
+            first, start = last, end
+
+    def _go_on(self, batch: _Batch) -> int:
+        """Step after step until all rows have ended or said what they may; the number of tokens."""
+        cache = self._cache
+        assert cache is not None
+        with_graphs = cache.fits_graphs and self.graphs is not False
+        look = _LOOK if cache.fits_graphs and batch.on_token is None else 1
+        for said in range(1, batch.max_new_tokens + 1):
+            if batch.on_token is not None:
+                self._tell(batch)
+            if said == batch.max_new_tokens:
+                break
+            if (said - 1) % look == 0:
+                ended = self._rows.ended_R[: batch.at_work].tolist()
+                if all(ended):
+                    return said
+                self._let_go(batch, ended, with_graphs)
+            cache.advance(said - 1)
+            self._replay(batch) if with_graphs else self._step(batch)
+        return batch.max_new_tokens
+
+    def _tell(self, batch: _Batch) -> None:
+        """Hand on the tokens that were chosen last."""
+        assert batch.on_token is not None
+        here = slice(batch.at_work)
+        for row, token in zip(self._rows.number_R[here].tolist(), self._rows.token_R[here].tolist(), strict=True):
+            if row not in batch.told:
+                batch.on_token(row, token)
+                if token in batch.eos_ids:
+                    batch.told.add(row)
+
+    def _let_go(self, batch: _Batch, ended: Sequence[bool], with_graphs: bool) -> None:
+        """Take ended rows out, as many as bring the rest to a number that there is, or will be, a graph for."""
+        alive = ended.count(False)
+        wanted = min((size for size in _SIZES if size >= alive), default=batch.at_work) if with_graphs else alive
+        if wanted < batch.at_work:
+            spare = [row for row, end in enumerate(ended) if end][: wanted - alive]
+            rows = sorted([*(row for row, end in enumerate(ended) if not end), *spare])
+            self._rows.keep(rows)
+            assert self._cache is not None
+            self._cache.keep(rows)
+            batch.at_work = wanted
+
+    def _step(self, batch: _Batch) -> None:
+        """Feed each row's last token, and choose its next."""
+        rows, cache, language = self._rows, self._cache, self.language
+        assert cache is not None
+        positions_4R = rows.after_4R[:, : batch.at_work] + (rows.place_1 - 1)
+        embeds_RD = language.embedding(rows.token_R[: batch.at_work])
+        nothing = rows.token_R[:0]
+        inputs = ModelInputs(embeds_RD[None], None, positions_4R[:, None], nothing, nothing, cache)
+        rows.take(language.base.lm_head(language.hidden(inputs)[0]), batch.temperature, self._eos[batch.eos_ids])
+
+    def _replay(self, batch: _Batch) -> None:
+        """A step as a graph, captured where there is none yet for what the batch is like."""
+        language, cache = self.language, self._cache
+        assert cache is not None
+        made_of = (language.fused, language.head_weight_VD.data_ptr())
+        if made_of != self._made_of:  # the model was moved, or its blocks joined
+            self._graphs.clear()
+            self._made_of = made_of
+        key = (batch.at_work, batch.temperature, batch.eos_ids, cache.fixed, language.active_adapter)
+        if key not in self._graphs:
+            side, current = torch.cuda.Stream(cache.device), torch.cuda.current_stream(cache.device)
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(2):  # what compiles or allocates once does so now
+                    with self._rows.unmoved():
+                        self._step(batch)
+            current.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+            # other threads may use the GPU meanwhile: one writes checkpoints
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self._step(batch)
+            self._graphs[key] = graph
+        self._graphs[key].replay()
+
+    def _read(self, batch: _Batch, count: int) -> Decoded:
+        """What was said, up to its end."""
+        found = Decoded([], [], [])
+        said = self._rows.ids_RS[: batch.num_rows, :count].tolist()
+        for ids, logps in zip(said, self._rows.logps_RS[: batch.num_rows, :count].tolist(), strict=True):
+            end = next((place for place, token in enumerate(ids) if token in batch.eos_ids), None)
+            length = count if end is None else end + 1
+            found.token_ids.append(ids[:length])
+            found.logps.append(logps[:length])
+            found.finished.append(end is not None)
+        return found

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Documents, attend_documents
+from .attention import Attends
 from .block_parts import gate_back, gate_into, normalize_back, normalize_into, rotate_, rotate_back
 
 _COLUMNS = 16  # P is a multiple: rows of the matrix begin at whole 32 bytes
@@ -296,6 +296,7 @@ class FusedBlock:
 
     def __init__(self, layer: Any):
         attention, mlp = layer.self_attn, layer.mlp
+        self.layer = int(attention.layer_idx)
         if layer.mlp.act_fn.__class__.__name__ not in ("SiLU", "SiLUActivation") or attention.sliding_window:
             raise ValueError("Fused blocks gate by SiLU and attend to all; set blocks to compiled or plain.")
         self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
@@ -308,11 +309,11 @@ class FusedBlock:
         self.num_heads, self.num_kv_heads = attention.num_heads, attention.num_key_value_heads
         self.scale = attention.scaling
 
-    def __call__(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, documents: Documents) -> Tensor:
+    def __call__(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, attends: Attends) -> Tensor:
         qkv = self.qkv.factors()
         heads: Any = _Heads.apply(x_TD, self, cos_TE, sin_TE, qkv.scales, qkv.down_RK, *qkv.up)
         query_THE, key_TGE, value_TGE = heads
-        attended_THE = attend_documents(query_THE, key_TGE, value_TGE, *documents, causal=True, scale=self.scale)
+        attended_THE = attends.attend(self.layer, query_THE, key_TGE, value_TGE, self.scale)
         rest = [product.factors() for product in (self.out, self.gate_up, self.down)]
         scales = [factors.scales for factors in rest]
         down, up = [factors.down_RK for factors in rest], [value for factors in rest for value in factors.up]
@@ -321,7 +322,7 @@ class FusedBlock:
 
 
 class FusedBlocks:
-    """The decoder of a Qwen2.5-VL whose base is frozen, over packed documents.
+    """The decoder of a Qwen2.5-VL whose base is frozen, over packed rows.
 
     Made when the model is where it stays: weights are joined there, and moving the model would part them again.
     """
@@ -330,12 +331,12 @@ class FusedBlocks:
         self.decoder = decoder
         self.blocks = [FusedBlock(layer) for layer in decoder.layers]
 
-    def __call__(self, embeds_LD: Tensor, position_ids_4L: Tensor, documents: Documents) -> Tensor:
+    def __call__(self, embeds_LD: Tensor, position_ids_4L: Tensor, attends: Attends) -> Tensor:
         """Last hidden states [L, D]."""
         cos, sin = self.decoder.rotary_emb(embeds_LD[None], position_ids_4L[1:, None])
         hidden_LD = embeds_LD
         for block in self.blocks:
-            run = partial(block, cos_TE=cos[0], sin_TE=sin[0], documents=documents)
+            run = partial(block, cos_TE=cos[0], sin_TE=sin[0], attends=attends)
             if self.decoder.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_LD = checkpoint(run, hidden_LD, use_reentrant=False)
             else:

@@ -2,8 +2,9 @@
 
 SFT, rollouts, log-probabilities and evaluation all go through here, so they cannot disagree about what the model sees.
 
-Rows are padded to one length for generation, or packed one after the other for training: then B is 1, each row is a
-document that attends to itself alone, and no arithmetic goes into padding.
+Rows are packed one after the other, so B is 1, each row is a document that attends to itself alone, and no arithmetic
+goes into padding; or they are padded to one length, as other libraries take them. In a pack a row may have
+continuations, the completions of a prompt: these stand behind all rows, and each goes on from its own.
 
 Shapes: B rows, L tokens of the longest row (packed: of all rows), D width of the language model, I images,
 K proposals, M layout tokens, T taught tokens.
@@ -14,7 +15,7 @@ advance all three axes by one, as text does: they are few, and their place in th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..utils.text import format_name
-from .attention import Documents
+from .attention import Attends, Documents, Groups
 from .view_pixels import to_device
 
 IGNORE = -100
@@ -50,6 +51,11 @@ class Row:
         return len(self.labels) - self.labels.count(IGNORE)
 
 
+def continuation(token_ids: Sequence[int]) -> Row:
+    """A text that goes on from a row, taught in full."""
+    return Row(list(token_ids), [TEXT] * len(token_ids), list(token_ids), [])
+
+
 @dataclass
 class ModelInputs:
     """A batch, padded or packed, ready for the text decoder."""
@@ -60,7 +66,7 @@ class ModelInputs:
     # what is taught: the token at `targets_T[t]` by the hidden state at `predicting_T[t]`, counted over [B * L]
     predicting_T: Tensor
     targets_T: Tensor
-    documents: Documents | None = None  # where packed
+    attends: Attends | None = None  # where packed
 
 
 class RowWriter:
@@ -227,10 +233,10 @@ def _lay_out(
     return layout
 
 
-def pad_rows(rows: Sequence[Row], pad_id: int, *, left: bool, merge_size: int = 2) -> Layout:
-    """Rows [B, L] padded to the longest."""
+def pad_rows(rows: Sequence[Row], pad_id: int, *, merge_size: int = 2) -> Layout:
+    """Rows [B, L] filled up to the longest."""
     longest = max(len(row.token_ids) for row in rows)
-    starts = [(index, longest - len(row.token_ids) if left else 0) for index, row in enumerate(rows)]
+    starts = [(index, 0) for index in range(len(rows))]
     return _lay_out(rows, starts, (len(rows), longest), pad_id, merge_size)
 
 
@@ -249,6 +255,31 @@ def pack_rows(rows: Sequence[Row], pad_id: int, *, length: int = 0, merge_size: 
         layout.position_ids_4BL[:, 0, end:] = torch.arange(padding)
         lengths.append(padding)
     return layout, lengths
+
+
+def move_behind(layout: Layout, prompts: Sequence[int], completions: Sequence[int], after: Sequence[int]) -> Tensor:
+    """Let packed completions go on from their prompts, in positions, and in what their first tokens are predicted by.
+
+    Args:
+        layout: of a pack of prompts, then completions; its positions are changed.
+        prompts, completions: their lengths.
+        after: the prompt of each completion.
+
+    Returns:
+        for each token of the pack the one that predicts it, [L].
+    """
+    before_L = torch.arange(layout.token_ids_BL.shape[1]) - 1
+    ends = list(accumulate(prompts))
+    positions_4L = layout.position_ids_4BL[:, 0]
+    start = ends[-1]
+    for length, prompt in zip(completions, after, strict=True):
+        of_prompt_4P = positions_4L[:, ends[prompt] - prompts[prompt] : ends[prompt]]
+        here = slice(start, start + length)
+        positions_4L[0, here] += of_prompt_4P[0].max() + 1
+        positions_4L[1:, here] += of_prompt_4P[1:].max() + 1
+        before_L[start : start + min(length, 1)] = ends[prompt] - 1
+        start += length
+    return before_L
 
 
 def plan_packs(lengths: Sequence[int], budget: int, max_rows: int = 0) -> list[list[int]]:
@@ -285,29 +316,39 @@ def assemble(
     view_image_tokens: Tensor | None = None,
     view_depth_tokens: Tensor | None = None,
     pad_id: int,
-    left: bool = False,
     packed_length: int | None = None,
+    completions: Sequence[Sequence[Sequence[int]]] | None = None,
     merge_size: int = 2,
 ) -> ModelInputs:
     """Embed rows and put scene, image and view features at their placeholders.
 
-    What stands where is worked out on the host, so that a GPU is never waited for.
+    What stands where is worked out on the host, so that a GPU is never waited for. Of a pack with completions all
+    tokens of these are taught, and what the rows themselves teach is not.
 
     Args:
         embed_tokens: token embedding of the language model.
         scene_tokens: for each row its scene tokens [K + M, D], in the order of the row's placeholders.
         image_tokens: vision-tower tokens of all rows' images one after the other [n, D]; None without images.
         view_image_tokens, view_depth_tokens: the image encoder's and the depth's tokens of the same images, likewise.
-        left: pad on the left, for generation.
-        packed_length: pack the rows instead, into so many tokens at least (0: as many as they have). None pads.
+        packed_length: pack the rows, into so many tokens at least (0: as many as they have). None pads them.
+        completions: of a pack: for each row the token ids of the texts that go on from it.
     """
     device = next(embed_tokens.parameters()).device
-    documents = None
+    attends: Attends | None = None
+    before_L = None
     if packed_length is None:
-        layout = pad_rows(rows, pad_id, left=left, merge_size=merge_size)
-    else:
+        layout = pad_rows(rows, pad_id, merge_size=merge_size)
+    elif completions is None:
         layout, lengths = pack_rows(rows, pad_id, length=packed_length, merge_size=merge_size)
-        documents = Documents.of(lengths, device)
+        attends = Documents.of(lengths, device)
+    else:
+        texts = [continuation(ids) for its in completions for ids in its]
+        after = [prompt for prompt, its in enumerate(completions) for _ in its]
+        untaught = [replace(row, labels=[IGNORE] * len(row.labels)) for row in rows]
+        layout, lengths = pack_rows([*untaught, *texts], pad_id, length=packed_length, merge_size=merge_size)
+        prompts, behind = lengths[: len(rows)], lengths[len(rows) :]
+        before_L = move_behind(layout, prompts, behind[: len(texts)], after)
+        attends = Groups.of(prompts, behind, [*after, *[-1] * (len(behind) - len(texts))], device)
     embeds_BLD = embed_tokens(to_device(layout.token_ids_BL, device))
     flat_ND = embeds_BLD.flatten(0, 1)
     for kind, features in (
@@ -327,9 +368,9 @@ def assemble(
     (targets_at,) = torch.nonzero(taught_BL.flatten(), as_tuple=True)
     return ModelInputs(
         flat_ND.view_as(embeds_BLD),
-        None if documents else to_device(layout.attention_mask_BL, device),
+        None if attends else to_device(layout.attention_mask_BL, device),
         to_device(layout.position_ids_4BL, device),
-        to_device(targets_at - 1, device),
+        to_device(targets_at - 1 if before_L is None else before_L[targets_at], device),
         to_device(layout.labels_BL.flatten()[targets_at], device),
-        documents,
+        attends,
     )

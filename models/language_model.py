@@ -28,7 +28,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .attention import PACKED, use_packed_attention
+from .attention import PACKED, Documents, use_packed_attention
 from .fused_block import FusedBlocks
 from .inputs import ModelInputs
 from .view_pixels import Grid, tower_arguments
@@ -115,6 +115,18 @@ class LanguageModel(nn.Module):
         return isinstance(self.model, PeftModel)
 
     @property
+    def active_adapter(self) -> str | None:
+        """Name of the adapter that is added to what the base gives."""
+        return str(self.model.active_adapter) if isinstance(self.model, PeftModel) else None
+
+    @property
+    def attention_shape(self) -> tuple[int, int, int]:
+        """Query heads, key and value heads, width of a head."""
+        config = self.text_config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_attention_heads, config.num_key_value_heads, width
+
+    @property
     def head_weight_VD(self) -> torch.Tensor:
         """Weight of the LM head [V, D]."""
         return self.base.lm_head.weight
@@ -138,13 +150,15 @@ class LanguageModel(nn.Module):
 
     def hidden(self, inputs: ModelInputs) -> torch.Tensor:
         """Last hidden states [B, L, D] of the text decoder."""
-        if inputs.documents is not None and self.fused is not None:
-            hidden_LD = self.fused(inputs.inputs_embeds_BLD[0], inputs.position_ids_4BL[:, 0], inputs.documents)
-            return hidden_LD[None]
+        attends = inputs.attends
+        if attends is not None and self.fused is not None:
+            return self.fused(inputs.inputs_embeds_BLD[0], inputs.position_ids_4BL[:, 0], attends)[None]
         packed: dict[str, Any] = {"attention_mask": inputs.attention_mask_BL}
-        if inputs.documents is not None and self.attention == PACKED:
+        if attends is not None and self.attention == PACKED:
             # the kernel needs no mask; transformers would make one of [L, L] out of the positions
-            packed = {"attention_mask": {_FULL: None}, **inputs.documents.arguments()}
+            packed = {"attention_mask": {_FULL: None}, **attends.arguments()}
+        elif attends is not None and not isinstance(attends, Documents):
+            raise ValueError(f"Attention {self.attention} knows no shared prompts; set attention to {PACKED}.")
         return self.decoder(
             inputs_embeds=inputs.inputs_embeds_BLD,
             position_ids=inputs.position_ids_4BL,
@@ -157,6 +171,17 @@ class LanguageModel(nn.Module):
         """How the text decoder attends: `packed` (models/attention.py), or one of transformers' names."""
         config: Any = self.decoder.config
         return str(config._attn_implementation)
+
+    @contextmanager
+    def attending_packed(self) -> Iterator[None]:
+        """The text decoder takes packed rows in the block, whatever it attends by elsewhere: decoding needs it."""
+        config: Any = self.decoder.config
+        before = config._attn_implementation
+        config._attn_implementation = PACKED
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
     def compile_blocks(self, *, decoder: bool = True) -> None:
         """Compile each block of the vision tower, and of the decoder; blocks of one kind share one compiled graph."""
@@ -354,7 +379,8 @@ def copy_lora(language: LanguageModel, source: str, target: str) -> None:
 def active_adapter(language: LanguageModel, name: str) -> Iterator[None]:
     """Run with another adapter, then return to the one before, trainable as it was."""
     assert isinstance(language.model, PeftModel)
-    before = str(language.model.active_adapter)
+    before = language.active_adapter
+    assert before is not None
     trainable = {key for key, parameter in language.model.named_parameters() if parameter.requires_grad}
     language.model.set_adapter(name)
     try:

@@ -27,7 +27,7 @@ from ..datasets.scene import Sample, Scene
 from ..utils.text import parse_response, replace_boxes, resolve_boxes
 from .attention import PACKED
 from .connector import Connector, build_connector
-from .decoding import decode
+from .decoding import Decoder
 from .inputs import ModelInputs, Row, RowWriter, assemble
 from .language_model import (
     LanguageModel,
@@ -91,6 +91,7 @@ class SceneVLM(SceneObserver):
         self.view_selector = view_selector
         self.settings = settings
         self.view_features = view_features
+        self.decoder = Decoder(language)
         self.writer = RowWriter(language.tokenizer, merge_size=language.merge_size)
         self.patch_settings = PatchSettings.of(language.image_processor)
         self.train_vision_tower = False
@@ -272,12 +273,12 @@ class SceneVLM(SceneObserver):
         views: Sequence[Sequence[int]],
         *,
         gates: Sequence[torch.Tensor] | None = None,
-        left: bool = False,
         packed_length: int | None = None,
+        completions: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> ModelInputs:
         """Embed written rows with their scenes' tokens and views, these gated where `view_gates` gave gates.
 
-        `left` and `packed_length` are as in inputs.assemble.
+        `packed_length` and `completions` are as in inputs.assemble.
         """
         encoded = self.encode(observations)
         scene_tokens = self.scene_tokens(encoded)
@@ -304,8 +305,8 @@ class SceneVLM(SceneObserver):
             view_image_tokens=view_image_tokens,
             view_depth_tokens=view_depth_tokens,
             pad_id=self.language.pad_id,
-            left=left,
             packed_length=packed_length,
+            completions=completions,
             merge_size=self.language.merge_size,
         )
         if nothing is not None:
@@ -341,15 +342,8 @@ class SceneVLM(SceneObserver):
         self.encode([observation])
         sample = Sample(f"{scene.scene_id}-0", task, "own", scene.scene_id, question, answer="")
         row, views = self.write_row(sample, observation, DEFAULT_MODE[task], None)
-        with self.language.uncompiled():
-            decoded = decode(
-                self.language.decoder,
-                self.language.base.lm_head,
-                self.language.embedding,
-                self.embed_rows([row], [observation], [views], left=True),
-                eos_ids=self.language.eos_ids,
-                max_new_tokens=max_new_tokens,
-            )
+        inputs = self.embed_rows([row], [observation], [views], packed_length=0)
+        decoded = self.decoder(inputs, [len(row.token_ids)], max_new_tokens=max_new_tokens)
         return self.read_answer(self.language.decode(decoded.token_ids[0]), observation)
 
     def read_answer(self, text: str, observation: Observation) -> "Answer":
