@@ -82,7 +82,7 @@ class PeerStep:
 
     def _batch(self, entries: Sequence[Any]) -> dict[str, torch.Tensor]:
         language = self.model.language
-        layout = pad_rows([entry.row for entry in entries], language.pad_id, left=False)
+        layout = pad_rows([entry.row for entry in entries], language.pad_id)
         shown = [(entry.observation, view) for entry in entries for view in entry.views]
         batch = {
             "input_ids": layout.token_ids_BL,

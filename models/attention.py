@@ -83,8 +83,9 @@ class Documents(NamedTuple):
 class Groups(NamedTuple):
     """Prompts one after the other, then their completions, each of which goes on from its prompt.
 
-    Exact, and with gradients: a completion's keys are its prompt's and its own, brought together for the kernel. (Two
-    attentions merged by their log-sum-exps would spare that, but the kernel's backward pass knows no gradient of them.)
+    Exact, and with gradients: a completion's keys are its prompt's and its own, brought together for the kernel. (To
+    merge two attentions by their log-sum-exps would spare that, but the kernel's backward pass ignores what reaches
+    those.)
     """
 
     num_prompt_tokens: int
@@ -107,8 +108,7 @@ class Groups(NamedTuple):
             keys.append(torch.arange(start, start + length))
             start += length
         key_lengths = [
-            length + (prompts[prompt] if prompt >= 0 else 0)
-            for length, prompt in zip(completions, after, strict=True)
+            length + (prompts[prompt] if prompt >= 0 else 0) for length, prompt in zip(completions, after, strict=True)
         ]
         return cls(
             prompt_starts[-1],

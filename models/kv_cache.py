@@ -156,7 +156,9 @@ class _PlainSteps:
         self.mask_N11P = self.mask_N11P[:, None, None]
 
     def take_rows(self) -> None:
-        rows_of = [[row for row, its in enumerate(self.cache.prompt_of) if its == n] for n in range(len(self.padded[0, 0]))]
+        rows_of = [
+            [row for row, its in enumerate(self.cache.prompt_of) if its == n] for n in range(len(self.padded[0, 0]))
+        ]
         most = max(map(len, rows_of))
         filled = [[*rows, *[0] * (most - len(rows))] for rows in rows_of]
         slots = [(prompt, slot) for prompt, rows in enumerate(rows_of) for slot in range(len(rows))]

@@ -111,7 +111,7 @@ def test_the_token_stands_behind_the_words_that_point_at_the_object(model, scene
         assert row.num_scene_tokens == len(encoded.proposals) + 2 + 1
         np.testing.assert_allclose(row.asked_box_7, scene.to_model(box_7), atol=1e-5)
         # one position a token, as text
-        positions = pad_rows([row], 0, left=False).position_ids_4BL[:, 0]
+        positions = pad_rows([row], 0).position_ids_4BL[:, 0]
         assert torch.equal(positions, torch.arange(len(row.token_ids)).expand(4, -1))
 
 
@@ -141,19 +141,18 @@ def test_a_mixed_batch_gives_each_row_its_own_token(model, scene, rooms_root):
     samples = [caption(scene.boxes_K7[0]), QUESTION, caption(second.boxes_K7[1]), caption(scene.boxes_K7[2])]
     first, other = model.observe(scene), model.observe(second)
     observations = [first, first, other, first]
-    for left in (False, True):
-        with torch.no_grad():
-            rows, together = inputs_of(model, samples, observations, left=left)
-            for place, (sample, observation) in enumerate(zip(samples, observations, strict=True)):
-                (row,), alone = inputs_of(model, [sample], [observation])
-                real_L = together.attention_mask_BL[place].bool()
-                torch.testing.assert_close(together.inputs_embeds_BLD[place, real_L], alone.inputs_embeds_BLD[0])
-                if sample.query_box_7 is not None:
-                    queried = asked_objects([row.asked_box_7], model.encode([observation]))
-                    (token_D,) = model.connector.asked(queried)
-                    last = max(index for index, kind in enumerate(row.kinds) if kind == SCENE)
-                    torch.testing.assert_close(alone.inputs_embeds_BLD[0, last], token_D)
-        assert [row.asked_box_7 is None for row in rows] == [False, True, False, False]
+    with torch.no_grad():
+        rows, together = inputs_of(model, samples, observations)
+        for place, (sample, observation) in enumerate(zip(samples, observations, strict=True)):
+            (row,), alone = inputs_of(model, [sample], [observation])
+            real_L = together.attention_mask_BL[place].bool()
+            torch.testing.assert_close(together.inputs_embeds_BLD[place, real_L], alone.inputs_embeds_BLD[0])
+            if sample.query_box_7 is not None:
+                queried = asked_objects([row.asked_box_7], model.encode([observation]))
+                (token_D,) = model.connector.asked(queried)
+                last = max(index for index, kind in enumerate(row.kinds) if kind == SCENE)
+                torch.testing.assert_close(alone.inputs_embeds_BLD[0, last], token_D)
+    assert [row.asked_box_7 is None for row in rows] == [False, True, False, False]
 
 
 def test_the_token_changes_what_the_model_says(model, scene):

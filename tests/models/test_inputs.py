@@ -108,8 +108,7 @@ def test_view_tokens_in_a_row(writer, language):
     assert write(writer, grids=[], num_view_image_tokens=2, num_view_depth_tokens=1) == write(writer, grids=[])
 
 
-@pytest.mark.parametrize("left", [False, True])
-def test_view_tokens_land_at_their_placeholders(language, writer, left):
+def test_view_tokens_land_at_their_placeholders(language, writer):
     rows = [
         write(writer, grids=[(1, 2, 4), (1, 4, 2)], num_view_image_tokens=2, num_view_depth_tokens=1),
         write(writer, grids=[(1, 4, 4)], num_view_image_tokens=2, num_view_depth_tokens=1, num_proposals=1),
@@ -121,10 +120,9 @@ def test_view_tokens_land_at_their_placeholders(language, writer, left):
         "scene_tokens": [torch.randn(5, width), torch.randn(3, width)],
         "image_tokens": torch.randn(8, width),
         "pad_id": pad_id,
-        "left": left,
     }
     inputs = assemble(rows, view_image_tokens=images, view_depth_tokens=depths, **options)
-    kinds_BL = pad_rows(rows, pad_id, left=left).kinds_BL
+    kinds_BL = pad_rows(rows, pad_id).kinds_BL
     for index, (few, more) in enumerate(((slice(0, 2), slice(0, 4)), (slice(2, 3), slice(4, 6)))):
         embeds_LD = inputs.inputs_embeds_BLD[index]
         torch.testing.assert_close(embeds_LD[kinds_BL[index] == VIEW_IMAGE], images[more])
@@ -153,8 +151,7 @@ def test_mrope_positions_equal_transformers(language, parts):
     assert torch.equal(mrope_positions(kinds, grids), theirs[:, 0])
 
 
-@pytest.mark.parametrize("left", [False, True])
-def test_assembled_logits_equal_transformers_forward(language, writer, left):
+def test_assembled_logits_equal_transformers_forward(language, writer):
     """Images and text only: our embeddings and positions against the model's own forward, batched with padding."""
     pictures = [picture(56, 84, 1), picture(56, 56, 2), picture(84, 56, 3)]
     made = [language.image_processor(images=[image], return_tensors="pt") for image in pictures]
@@ -172,7 +169,6 @@ def test_assembled_logits_equal_transformers_forward(language, writer, left):
             scene_tokens=[],
             image_tokens=language.embed_images(pixels, grids),
             pad_id=language.tokenizer.pad_token_id,
-            left=left,
         )
         hidden = language.decoder(
             inputs_embeds=inputs.inputs_embeds_BLD,
@@ -204,7 +200,7 @@ def test_scene_tokens_land_at_their_placeholders(language, writer):
         image_tokens=None,
         pad_id=language.tokenizer.pad_token_id,
     )
-    batch = pad_rows(rows, language.tokenizer.pad_token_id, left=False)
+    batch = pad_rows(rows, language.tokenizer.pad_token_id)
     for index in range(2):
         torch.testing.assert_close(inputs.inputs_embeds_BLD[index, batch.kinds_BL[index] == SCENE], tokens[index])
     with pytest.raises(ValueError, match="8 placeholders of kind 2, but 7 features"):
