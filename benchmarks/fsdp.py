@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 
 from ..datasets.scene import Sample
+from ..engine.build import speed_up
 from ..engine.checkpoint import restore_run
 from ..engine.config import SftConfig
 from ..engine.data import fingerprint
 from ..engine.runtime import Runtime, close_runtime, init_runtime, seed_everything
 from ..engine.saving import Checkpoints
-from ..engine.sft import load_model, speed_up
+from ..engine.sft import load_model
 from ..models.tiny import SHAPES
 from ._arguments import measuring_parser, positive
 from ._measure import Load, report, seconds

@@ -24,11 +24,12 @@ import torch
 
 from ..datasets.scene import Sample
 from ..datasets.scene_store import SceneStore
+from ..engine.build import speed_up
 from ..engine.config import SftConfig, load_config
 from ..engine.data import ObservationCache
 from ..engine.optim import Optimizer
 from ..engine.runtime import Runtime, close_runtime, init_runtime, seed_everything
-from ..engine.sft import accumulate_gradients, load_model, speed_up
+from ..engine.sft import accumulate_gradients, load_model
 from ..engine.sft_data import Batches, Taught
 from ..engine.sharding import low_precision_names
 from ..engine.throughput import mfu, peak_flops, training_flops

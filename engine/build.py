@@ -127,3 +127,16 @@ def give_multiview(model: SceneVLM, data: DataConfig, samples: Iterable[Sample])
     model.multiview = open_multiview(data.multiview, model.settings.multiview_dim)
     if model.multiview is not None:
         model.multiview.check(sorted({sample.scene_id for sample in samples}))
+
+
+def speed_up(model: SceneVLM, blocks: str) -> None:
+    """Let the language model's blocks run as the configuration says (SftConfig.blocks)."""
+    on_gpu = model.device.type == "cuda"
+    adapted = any("lora_" in name for name in model.trainable_parameters())
+    sharded = model.language.sharded_from is not None  # waits for other GPUs more than for kernels
+    if blocks == "auto":
+        blocks = "plain" if sharded or not on_gpu else "fused" if adapted else "compiled"
+    if blocks == "compiled" or (on_gpu and not sharded):
+        model.language.compile_blocks(decoder=blocks == "compiled")
+    if blocks == "fused":
+        model.language.fuse_blocks()

@@ -62,6 +62,10 @@ class RunConfig:
         _at_least(self, keep_checkpoints=0, eval_every=0)
         _one_of(self, best_mode=("max", "min"))
 
+    def due(self, step: int, every: int) -> bool:
+        """Whether something that is done every so many steps, and at the end, is to be done after this one."""
+        return (step + 1) % every == 0 or step + 1 == self.steps
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -371,9 +375,11 @@ class RolloutConfig:
     max_new_tokens: int = 300
     temperature: float = 1.0
     batch_size: int = 64  # completions decoded together
+    resample_rounds: int = 0  # times that others take the place of prompts whose completions all earn the same
+    max_prompt_tokens: int = 0  # another takes the place of a longer prompt; 0: any length
 
     def __post_init__(self):
-        _at_least(self, max_new_tokens=1, batch_size=1)
+        _at_least(self, max_new_tokens=1, batch_size=1, resample_rounds=0, max_prompt_tokens=0)
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0.")
 
@@ -390,13 +396,15 @@ class GrpoConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     updates_per_rollout: int = 1
-    attention: str = "packed"  # models/attention.py; or transformers' own: sdpa, eager
+    token_budget: int = 8192  # tokens of one forward pass: prompts once, and their completions
+    blocks: str = "auto"  # plain; fused: LoRA in fewer products. auto: plain on a CPU, else fused
     gradient_checkpointing: bool = False
     lora_rank: int = 16  # of the policy adapter, where the SFT model has none
     lora_alpha: int = 32
 
     def __post_init__(self):
-        _at_least(self, updates_per_rollout=1, lora_rank=1, lora_alpha=1)
+        _one_of(self, blocks=("auto", "plain", "fused"))
+        _at_least(self, updates_per_rollout=1, token_budget=1, lora_rank=1, lora_alpha=1)
         _one_rate(self)
 
 

@@ -23,7 +23,7 @@ from ..utils.predictions import Prediction, write_predictions
 from .checkpoint import model_folder
 from .data import ObservationCache
 from .references import reference_of
-from .rollout import Rollout, roll_out
+from .rollout import Rollout, roll_out, write_prompts
 from .runtime import log, pick_device
 
 _BESIDE = 1.0  # metres that a click may lie outside of a scan
@@ -105,11 +105,10 @@ def answer(
         block = 8 * batch_size
         for start in range(0, len(samples), block):
             part = samples[start : start + block]
+            asked = [modes.get(sample.task, DEFAULT_MODE[sample.task]) for sample in part]
             rollouts = roll_out(
                 model,
-                part,
-                observations.of(part),
-                [modes.get(sample.task, DEFAULT_MODE[sample.task]) for sample in part],
+                write_prompts(model, part, observations.of(part), asked),
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 on_batch=bar.update,
@@ -182,13 +181,8 @@ def infer(
         Sample(f"{scene.scene_id}-{index}", task, "own", scene.scene_id, question, "", query_box_7=box_7, meta=meta)
         for index, ((box_7, meta), question) in enumerate(pairs)
     ]
-    rollouts = roll_out(
-        model,
-        samples,
-        [observation] * len(samples),
-        [DEFAULT_MODE[task]] * len(samples),
-        max_new_tokens=max_new_tokens,
-    )
+    prompts = write_prompts(model, samples, [observation] * len(samples), [DEFAULT_MODE[task]] * len(samples))
+    rollouts = roll_out(model, prompts, max_new_tokens=max_new_tokens)
     predictions = [to_prediction(model, rollout, Path(model_path).name) for rollout in rollouts]
     if out:
         save_views(rollouts, Path(out))

@@ -6,14 +6,25 @@ Shapes: G completions of a prompt.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..datasets.scene import Sample
-from ..models.inputs import TEXT, Row
+from ..models.inputs import Row
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
+
+
+class Prompt(NamedTuple):
+    """A question as the model is asked it."""
+
+    sample: Sample
+    observation: Observation
+    row: Row
+    views: list[int]
+    mode: str  # response mode that is asked for, "think" or "direct"
 
 
 @dataclass
@@ -32,11 +43,26 @@ class Rollout:
 
 
 @torch.no_grad()
+def write_prompts(
+    model: SceneVLM, samples: Sequence[Sample], observations: Sequence[Observation], modes: Sequence[str]
+) -> list[Prompt]:
+    """Samples as prompts, their views chosen.
+
+    Args:
+        observations: the samples' scenes, encoded.
+        modes: response mode of each sample, "think" or "direct".
+    """
+    model.expect(samples)
+    return [
+        Prompt(sample, observation, *model.write_row(sample, observation, mode, None), mode)
+        for sample, observation, mode in zip(samples, observations, modes, strict=True)
+    ]
+
+
+@torch.no_grad()
 def roll_out(
     model: SceneVLM,
-    samples: Sequence[Sample],
-    observations: Sequence[Observation],
-    modes: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     group_size: int = 1,
@@ -45,11 +71,9 @@ def roll_out(
     batch_size: int = 64,
     on_batch: Callable[[int], object] | None = None,
 ) -> list[Rollout]:
-    """Decode `group_size` completions for every sample.
+    """Decode `group_size` completions of every prompt.
 
     Args:
-        observations: the samples' scenes, encoded.
-        modes: response mode of each sample, "think" or "direct".
         generators: one for each completion, group by group; a row's tokens depend on its own stream alone, so the
             result is the same however rows are batched.
         batch_size: completions decoded together.
@@ -57,42 +81,33 @@ def roll_out(
     """
     was_training = model.training
     model.eval()
-    language = model.language
-    model.expect(samples)
-    written = [
-        model.write_row(sample, observation, mode, None)
-        for sample, observation, mode in zip(samples, observations, modes, strict=True)
-    ]
     # Prompts of like length share a batch: where they are padded, it is less.
-    order = sorted(range(len(samples)), key=lambda index: len(written[index][0].token_ids))
-    results: list[Rollout | None] = [None] * len(samples)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].row.token_ids))
+    results: dict[int, Rollout] = {}
     prompts_per_batch = max(1, batch_size // group_size)
     for start in range(0, len(order), prompts_per_batch):
         batch = order[start : start + prompts_per_batch]
-        prompts = model.embed_rows(
-            [written[index][0] for index in batch],
-            [observations[index] for index in batch],
-            [written[index][1] for index in batch],
+        chosen = [prompts[index] for index in batch]
+        inputs = model.embed_rows(
+            [prompt.row for prompt in chosen],
+            [prompt.observation for prompt in chosen],
+            [prompt.views for prompt in chosen],
             packed_length=0,
         )
+        numbers = [index * group_size + g for index in batch for g in range(group_size)]
         decoded = model.decoder(
-            prompts,
-            [len(written[index][0].token_ids) for index in batch],
+            inputs,
+            [len(prompt.row.token_ids) for prompt in chosen],
             max_new_tokens=max_new_tokens,
             group_size=group_size,
             temperature=temperature,
-            generators=[generators[index * group_size + g] for index in batch for g in range(group_size)]
-            if generators
-            else None,
+            generators=[generators[number] for number in numbers] if generators else None,
         )
-        texts = [language.decode(token_ids) for token_ids in decoded.token_ids]
+        texts = [model.language.decode(token_ids) for token_ids in decoded.token_ids]
         for place, index in enumerate(batch):
             rows = slice(place * group_size, (place + 1) * group_size)
             results[index] = Rollout(
-                samples[index],
-                observations[index],
-                *written[index],
-                mode=modes[index],
+                *prompts[index],
                 texts=texts[rows],
                 token_ids=decoded.token_ids[rows],
                 logps=decoded.logps[rows],
@@ -101,14 +116,4 @@ def roll_out(
         if on_batch:
             on_batch(len(batch))
     model.train(was_training)
-    return [result for result in results if result is not None]
-
-
-def completion_row(prompt: Row, token_ids: Sequence[int]) -> Row:
-    """The prompt followed by a completion, taught in full: a row for log-probabilities."""
-    return replace(
-        prompt,
-        token_ids=[*prompt.token_ids, *token_ids],
-        kinds=[*prompt.kinds, *[TEXT] * len(token_ids)],
-        labels=[*prompt.labels, *token_ids],
-    )
+    return [results[index] for index in range(len(prompts))]

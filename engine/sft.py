@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from ..datasets.scene import Sample
-from ..models.inputs import plan_packs
+from ..models.inputs import filled_length, plan_packs
 from ..models.model_files import part_of
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
-from .build import build_model, check_settings, give_multiview
+from .build import build_model, check_settings, give_multiview, speed_up
 from .checkpoint import model_folder, restore_run
 from .config import SftConfig
 from .data import ObservationCache, fingerprint, load_split
@@ -28,10 +28,10 @@ from .optim import Optimizer
 from .run_folder import open_run
 from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything
 from .saving import Checkpoints
-from .sft_data import Batches, Taught
+from .sft_data import Batches, Taught, num_tokens
 from .sft_eval import METRIC, HeldOut
 from .sft_log import SftLog, TaskSums
-from .sft_loss import filled_length, sft_loss
+from .sft_loss import sft_loss
 from .sharding import low_precision_names, shard_model, shards
 
 
@@ -64,19 +64,6 @@ def rate_factors(names: Iterable[str], config: SftConfig) -> dict[str, float]:
     """The factor on the learning rate of each trained parameter: its part's, or that of learned view weights."""
     factors = {**config.optim.lr_factors, "view_selector": config.model.views.lr_factor}
     return {name: factors.get(part_of(name), 1.0) for name in names}
-
-
-def speed_up(model: SceneVLM, blocks: str) -> None:
-    """Let the language model's blocks run as the configuration says (SftConfig.blocks)."""
-    on_gpu = model.device.type == "cuda"
-    adapted = any("lora_" in name for name in model.trainable_parameters())
-    sharded = model.language.sharded_from is not None  # waits for other GPUs more than for kernels
-    if blocks == "auto":
-        blocks = "plain" if sharded or not on_gpu else "fused" if adapted else "compiled"
-    if blocks == "compiled" or (on_gpu and not sharded):
-        model.language.compile_blocks(decoder=blocks == "compiled")
-    if blocks == "fused":
-        model.language.fuse_blocks()
 
 
 def cut_encodings(observations: Sequence[Observation]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -128,7 +115,7 @@ def accumulate_gradients(
         packs += [[lengths.index(min(lengths))]] * (optimizer.runtime.most(own) - own)
     for number, pack in enumerate(packs):
         rows = [taught[row] for row in pack]
-        length = filled_length(rows, model.device)
+        length = filled_length(num_tokens(rows), model.device)
         loss, losses_T = model(partial(sft_loss, model, rows, length=length, temperature=views.temperature))
         if number >= own:
             (0 * loss).backward()
@@ -224,13 +211,13 @@ def fine_tune(config: SftConfig, last: Path | None, runtime: Runtime) -> Path:
                 selector.project()
                 metrics |= {"view_w_text": selector.w_text.item(), "view_w_image": selector.w_image.item()}
             log_of_run.step(step, metrics, by_task)
-            if held_out is not None and log_of_run.due(step, run.eval_every):
+            if held_out is not None and run.due(step, run.eval_every):
                 batches.settle()
                 with log_of_run.aside():
                     scores = held_out.evaluate()
                 log_of_run.tracker.log(step, scores)
                 checkpoints.offer_best(step + 1, scores, model)
-            if log_of_run.due(step, run.save_every):
+            if run.due(step, run.save_every):
                 extra["since_log"] = log_of_run.means.state()
                 last = checkpoints.save(step + 1, model, optimizer, extra)
         if last is None:

@@ -22,6 +22,11 @@ class Taught(NamedTuple):
     views: list[int]
 
 
+def num_tokens(taught: Sequence[Taught]) -> int:
+    """Tokens of some rows."""
+    return sum(len(entry.row.token_ids) for entry in taught)
+
+
 def write_targets(
     model: SceneVLM, samples: Sequence[Sample], observations: Sequence[Observation], *, pointers: str
 ) -> list[Taught]:

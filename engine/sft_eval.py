@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from ..datasets.scene import Sample
-from ..models.inputs import plan_packs
+from ..models.inputs import filled_length, plan_packs
 from ..models.scene_vlm import SceneVLM
 from ..utils.metrics.score import score_predictions
 from ..utils.predictions import Prediction
@@ -14,9 +14,9 @@ from .config import SftConfig
 from .data import ObservationCache, load_held_out
 from .predict import answer
 from .runtime import Runtime, log, wait_for_beside
-from .sft_data import write_targets
+from .sft_data import num_tokens, write_targets
 from .sft_log import TaskSums
-from .sft_loss import filled_length, sft_loss
+from .sft_loss import sft_loss
 from .training_state import rng_state, set_rng_state
 
 METRIC = "eval/loss"  # which makes a model the best where the configuration names none
@@ -89,7 +89,7 @@ class HeldOut:
             # as many passes on every rank, should the model's parts be spread over them
             for number in range(self.runtime.most(len(packs))):
                 rows = [taught[row] for row in packs[number % len(packs)]]
-                length = filled_length(rows, self.runtime.device)
+                length = filled_length(num_tokens(rows), self.runtime.device)
                 losses_T = self.model(partial(sft_loss, self.model, rows, length=length))[1]
                 if counted and number < len(packs):
                     sums.add(rows, losses_T)

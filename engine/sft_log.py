@@ -109,7 +109,7 @@ class SftLog:
         self.means.add(*sums.over_ranks(self.runtime))
         self.meter.add(metrics["sequence_tokens"])
         self.tracker.advance(loss=metrics["loss"], lr=metrics["lr"], **{"tok/s": self.meter.rate})
-        if self.due(step, self.run.log_every):
+        if self.run.due(step, self.run.log_every):
             self.tracker.log(step, {**metrics, **self.means.read()}, speed=self.meter.read())
 
     @contextmanager
@@ -117,7 +117,3 @@ class SftLog:
         """For what is no training: its time does not count in tokens a second."""
         with self.meter.paused():
             yield
-
-    def due(self, step: int, every: int) -> bool:
-        """Whether something that is done every so many steps, and at the end, is to be done after this one."""
-        return (step + 1) % every == 0 or step + 1 == self.run.steps

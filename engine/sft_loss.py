@@ -8,14 +8,6 @@ from ..models.lm_head import summed_loss
 from ..models.scene_vlm import SceneVLM
 from .sft_data import Taught
 
-_MULTIPLE = 128  # of tokens in a pack on a GPU: its matrix products come in tiles
-
-
-def filled_length(taught: Sequence[Taught], device: torch.device) -> int:
-    """Tokens that a pack of these rows is filled up to."""
-    total = sum(len(entry.row.token_ids) for entry in taught)
-    return _MULTIPLE * -(-total // _MULTIPLE) if device.type == "cuda" else total
-
 
 def sft_loss(
     model: SceneVLM, taught: Sequence[Taught], *, length: int = 0, temperature: float = 0.5

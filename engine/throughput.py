@@ -43,6 +43,29 @@ def mfu(flops_per_s: float, device: torch.device) -> float:
     return flops_per_s / peak
 
 
+class Phases:
+    """Seconds that the parts of a step take, by name. On a GPU a part ends when its work is done."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """The block is part of what has this name."""
+        begun = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    def read(self) -> dict[str, float]:
+        """`seconds/<name>` since the last reading."""
+        found = {f"seconds/{name}": value for name, value in self.seconds.items()}
+        self.seconds = {}
+        return found
+
+
 class Meter:
     """Tokens a second between two readings, their share of the hardware's peak, and the most memory so far.
 

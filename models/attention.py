@@ -42,7 +42,7 @@ _SHORTEST = 512  # of the lengths that the kernel is told: few of them, or compi
 class Attends(Protocol):
     """How the tokens of a packed row attend."""
 
-    def attend(self, layer: int, query_LHE: Tensor, key_LGE: Tensor, value_LGE: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query_LHE: Tensor, key_LGE: Tensor, value_LGE: Tensor, scale: float, /) -> Tensor:
         """What attention gives [L, H, E] in one of the decoder's layers, counted from 0."""
         ...
 

@@ -213,7 +213,8 @@ class Decoder:
             self._cache = KVCache(*shape, dtype=language.dtype, device=device)
         cache = self._cache
         if cache.start(lengths, batch.num_rows, batch.max_new_tokens):
-            self._rows = _Rows(*cache.said.shape[2:4], device)
+            rows, tokens = cache.said.shape[2:4]
+            self._rows = _Rows(rows, tokens, device)
             self._graphs.clear()
         if batch.eos_ids not in self._eos:
             self._eos[batch.eos_ids] = torch.tensor(batch.eos_ids, dtype=torch.long, device=device)

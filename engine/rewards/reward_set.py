@@ -34,6 +34,14 @@ class RewardResult:
     failed: dict[str, np.ndarray]  # reward -> bool [N]
     gated_N: np.ndarray  # bool: not well formed, so that only the format reward counted
 
+    def put(self, rows: slice, other: "RewardResult", others: slice) -> None:
+        """Let some rows be those of another result of the same rewards."""
+        self.combined_N[rows] = other.combined_N[others]
+        self.gated_N[rows] = other.gated_N[others]
+        for name in self.table:
+            self.table[name][rows] = other.table[name][others]
+            self.failed[name][rows] = other.failed[name][others]
+
     def statistics(self, group_size: int) -> dict[str, float]:
         """For the log: mean and deviation of each reward, share of flat groups, shares gated, missing and failed."""
         metrics = {"rewards/gated": float(self.gated_N.mean()) if len(self.gated_N) else 0.0}

@@ -12,7 +12,7 @@ from threedr1.engine import detect, grpo, sft
 from threedr1.engine.config import load_config
 from threedr1.engine.data import ObservationCache, load_split
 from threedr1.engine.detection_data import SceneSamples
-from threedr1.engine.rollout import roll_out
+from threedr1.engine.rollout import roll_out, write_prompts
 from threedr1.engine.tracking import read_metrics
 from threedr1.models.scene_vlm import SceneVLM
 
@@ -44,7 +44,7 @@ def test_sft_overfits_a_handful_of_samples(rooms_root, tmp_path):
     model = SceneVLM.from_pretrained(last / "model").eval()
     observations = ObservationCache(store, model, seed=config.run.seed).of(samples)
     modes = [training_mode(sample) for sample in samples]
-    answered = roll_out(model, samples, observations, modes, max_new_tokens=300)
+    answered = roll_out(model, write_prompts(model, samples, observations, modes), max_new_tokens=300)
     targets = [
         model.with_names(build_target(sample, mode), observation)
         for sample, mode, observation in zip(samples, modes, observations, strict=True)

@@ -18,8 +18,9 @@ from threedr1.engine import sft
 from threedr1.engine.build import build_model
 from threedr1.engine.checkpoint import latest_checkpoint
 from threedr1.engine.config import load_config
+from threedr1.engine.grpo_packs import make_packs
 from threedr1.engine.predict import infer
-from threedr1.engine.rollout import completion_row, roll_out
+from threedr1.engine.rollout import roll_out, write_prompts
 from threedr1.engine.sft import sft_loss
 from threedr1.engine.sft_data import write_targets
 from threedr1.models.inputs import SCENE, SCENE_PLACEHOLDER, pad_rows
@@ -192,16 +193,19 @@ def test_rollouts_and_their_log_probabilities_see_the_same_token(model, scene):
     observation = model.observe(scene)
     model.encode([observation])
     samples = [caption(scene.boxes_K7[0]), QUESTION]
-    rollouts = roll_out(model, samples, [observation] * 2, ["direct"] * 2, max_new_tokens=4, group_size=2)
+    rollouts = roll_out(
+        model, write_prompts(model, samples, [observation] * 2, ["direct"] * 2), max_new_tokens=4, group_size=2
+    )
     rollout = rollouts[0]
-    longer = completion_row(rollout.row, rollout.token_ids[0])
-    assert longer.asked_box_7 == rollout.row.asked_box_7 is not None
+    assert rollout.row.asked_box_7 is not None
+    (pack,) = make_packs(model, [rollout], budget=10_000)
     with torch.no_grad():
-        inputs = model.embed_rows([longer], [observation], [[]])
-        logps_LV = (model.hidden(inputs)[0] @ model.language.head_weight_VD.T).log_softmax(-1)
-    start = len(rollout.row.token_ids) - 1
-    taken = [float(logps_LV[start + step, token]) for step, token in enumerate(rollout.token_ids[0])]
-    assert taken == pytest.approx([float(logps_LV[start + step].max()) for step in range(len(taken))], abs=1e-4)
+        logps_LV = (model.hidden(pack.inputs)[0] @ model.language.head_weight_VD.T).log_softmax(-1)
+    # greedy: each token that was taken was the likeliest
+    torch.testing.assert_close(
+        logps_LV[pack.inputs.predicting_T, pack.inputs.targets_T], logps_LV[pack.inputs.predicting_T].amax(1)
+    )
+    assert pack.inputs.targets_T.tolist() == [*rollout.token_ids[0], *rollout.token_ids[1]]
 
 
 def test_a_saved_model_keeps_its_token(model, folder, scene):

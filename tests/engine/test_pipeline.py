@@ -249,10 +249,29 @@ def test_grpo_logs_rewards_kl_and_an_agreeing_rollout(grpo_run):
         assert {"reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "length/mean"} <= row.keys()
         assert row["sampling_gap"] < 1e-4
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
-    completions = (grpo_run / "completions.jsonl").read_text().splitlines()
-    assert (
-        len(completions) == 2 * 2 * 3 and {"step", "sample_id", "text", "rewards"} == json.loads(completions[0]).keys()
+    rows = [json.loads(line) for line in (grpo_run / "completions.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 3
+    group = rows[:3]
+    assert len({row["sample_id"] for row in group}) == 1 and group[0]["question"]
+    rewards = np.array([row["reward"] for row in group])
+    for row in group:
+        its = row["rewards"]
+        known = {name: value for name, value in its.items() if value is not None}
+        weights = {"format": 0.3, "perception": 0.4, "semantic": 0.3}
+        total = sum(weights[name] * value for name, value in known.items()) / sum(weights[name] for name in known)
+        assert row["reward"] == pytest.approx(total, abs=2e-4)
+    assert [row["advantage"] for row in group] == pytest.approx(
+        (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4), abs=0.05
     )
+
+
+def test_grpo_logs_where_the_time_goes(grpo_run):
+    rows = read_metrics(grpo_run / "speed.jsonl")
+    assert [row["step"] for row in rows] == [0, 1]
+    names = {f"seconds/{name}" for name in ("prompts", "rollout", "rewards", "reference", "update")}
+    for row in rows:
+        assert names <= row.keys() and all(row[name] > 0 for name in names)
+        assert row["decode_tokens_per_s"] > 0 and row["tokens_per_s"] > 0
 
 
 def test_grpo_killed_and_resumed_equals_uninterrupted(grpo_run, sft_run, rooms_root, tmp_path):

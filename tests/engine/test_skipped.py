@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from threedr1.engine import detect, grpo, sft
+from threedr1.engine import detect, groups, grpo, sft
 from threedr1.engine.config import OptimConfig, load_config, save_config
 from threedr1.engine.data import load_split
 from threedr1.engine.optim import Optimizer
@@ -137,14 +137,14 @@ def test_a_poisoned_sample_on_one_of_two_ranks(rooms_root, tmp_path):
 
 def test_grpo_keeps_the_completions_of_a_skipped_step(rooms_root, tmp_path, monkeypatch):
     sft.train(sft_config(rooms_root, tmp_path / "sft", "run.steps=1"))
-    real = grpo.group_advantages
+    real = groups.group_advantages
     calls: list[int] = []
 
     def bad_in_the_second_step(*arguments):
         calls.append(len(calls))
         return real(*arguments) * (math.nan if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(grpo, "group_advantages", bad_in_the_second_step)
+    monkeypatch.setattr(groups, "group_advantages", bad_in_the_second_step)
     last = grpo.train(grpo_config(rooms_root, tmp_path / "sft", tmp_path / "grpo"))
     assert_same_weights(last, last.with_name("step-000001"))
     content = json.loads((tmp_path / "grpo" / "skipped" / "step-000001-rank0.json").read_text())

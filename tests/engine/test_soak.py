@@ -6,7 +6,7 @@ import numpy as np
 import psutil  # comes with accelerate
 import pytest
 
-from threedr1.engine import grpo, sft, sft_log
+from threedr1.engine import grpo, grpo_log, sft, sft_log
 from threedr1.engine.checkpoint import list_checkpoints
 from threedr1.engine.tracking import Tracker, read_metrics
 
@@ -41,7 +41,7 @@ def held(monkeypatch):
     """What was held after each step; start a loop's list anew with .clear()."""
     WatchedTracker.held = []
     monkeypatch.setattr(sft_log, "Tracker", WatchedTracker)
-    monkeypatch.setattr(grpo, "Tracker", WatchedTracker)
+    monkeypatch.setattr(grpo_log, "Tracker", WatchedTracker)
     return WatchedTracker.held
 
 

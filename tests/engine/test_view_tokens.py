@@ -15,7 +15,8 @@ from threedr1.engine import grpo, sft
 from threedr1.engine.build import build_model
 from threedr1.engine.checkpoint import latest_checkpoint, list_checkpoints
 from threedr1.engine.config import load_config
-from threedr1.engine.rollout import completion_row, roll_out
+from threedr1.engine.grpo_packs import make_packs
+from threedr1.engine.rollout import roll_out, write_prompts
 from threedr1.engine.sft import sft_loss
 from threedr1.engine.sft_data import write_targets
 from threedr1.engine.tracking import read_metrics
@@ -168,15 +169,20 @@ def test_rollouts_and_their_log_probabilities_see_the_same_tokens(model, scene):
     observation = model.observe(scene)
     model.encode([observation])
     other = replace(QUESTION, sample_id="r", question="Where is the bed in this large room, and what is behind it?")
-    rollouts = roll_out(model, [QUESTION, other], [observation] * 2, ["direct"] * 2, max_new_tokens=4, group_size=2)
-    for rollout in rollouts:
-        longer = completion_row(rollout.row, rollout.token_ids[0])
-        with torch.no_grad():
-            inputs = model.embed_rows([longer], [observation], [rollout.views])
-            logps_LV = (model.hidden(inputs)[0] @ model.language.head_weight_VD.T).log_softmax(-1)
-        start = len(rollout.row.token_ids) - 1
-        taken = [float(logps_LV[start + step, token]) for step, token in enumerate(rollout.token_ids[0])]
-        assert taken == pytest.approx([float(logps_LV[start + step].max()) for step in range(len(taken))], abs=1e-4)
+    rollouts = roll_out(
+        model,
+        write_prompts(model, [QUESTION, other], [observation] * 2, ["direct"] * 2),
+        max_new_tokens=4,
+        group_size=2,
+    )
+    (pack,) = make_packs(model, rollouts, budget=10_000)
+    with torch.no_grad():
+        logps_LV = (model.hidden(pack.inputs)[0] @ model.language.head_weight_VD.T).log_softmax(-1)
+    # greedy: each token that was taken was the likeliest
+    torch.testing.assert_close(
+        logps_LV[pack.inputs.predicting_T, pack.inputs.targets_T], logps_LV[pack.inputs.predicting_T].amax(1)
+    )
+    assert len(pack.inputs.targets_T) == sum(len(ids) for rollout in rollouts for ids in rollout.token_ids)
 
 
 def test_a_saved_model_has_the_same_tokens_and_an_older_one_has_none(rooms_root, model, encoders, scene, tmp_path):

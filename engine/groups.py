@@ -1,0 +1,200 @@
+"""What a GRPO step learns from: groups of completions of some prompts, scored and compared within each group.
+
+Shapes: P prompts of this rank, G completions of each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..datasets.scene import Sample
+from ..models.scene_vlm import SceneVLM
+from .config import GrpoConfig
+from .data import ObservationCache
+from .grpo_loss import group_advantages, group_statistics, informative_groups
+from .mixture import Mixture
+from .rewards import RewardResult, RewardSet
+from .rollout import Prompt, Rollout, roll_out, write_prompts
+from .runtime import Runtime, log, torch_stream
+from .throughput import Phases
+
+MODE = "think"  # the response mode that is reinforced
+_TURNS = 32  # samples that are tried for one place
+
+
+@dataclass
+class Experience:
+    """Groups of one step."""
+
+    rollouts: list[Rollout]  # P, of this rank
+    scored: RewardResult  # of their completions, group by group
+    advantages_PG: torch.Tensor
+    metrics: dict[str, float]  # of all ranks together
+    num_informative: int  # groups of all ranks whose rewards differ: without one there is nothing to learn
+
+
+class Groups:
+    """Draws prompts, samples completions of the policy as it is, and scores them.
+
+    A prompt whose completions all earn the same has nothing to teach. With `rollout.resample_rounds` others take the
+    place of such prompts, as often as that says (dynamic sampling, DAPO, arXiv 2503.14476, with a limit).
+
+    Args:
+        samples: that prompts are drawn from.
+        rewards: of completions.
+    """
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        model: SceneVLM,
+        samples: Sequence[Sample],
+        observations: ObservationCache,
+        rewards: RewardSet,
+        runtime: Runtime,
+    ):
+        self.config = config
+        self.model = model
+        self.samples = samples
+        self.observations = observations
+        self.rewards = rewards
+        self.runtime = runtime
+        names, weights, seed = [sample.dataset for sample in samples], config.data.weights, config.run.seed
+        self.mixture = Mixture(names, weights, seed)
+        self.substitutes = Mixture(names, weights, seed + 1)  # for prompts with nothing to teach
+        self.shorter = Mixture(names, weights, seed + 2)  # for prompts that are too long
+        self.too_long = 0  # prompts of this rank in this step
+
+    def collect(self, step: int, phases: Phases) -> Experience:
+        """The groups of a step. All ranks take part; while completions are sampled none waits for another."""
+        run, rounds = self.config.run, self.config.rollout.resample_rounds
+        self.too_long = 0
+        rollouts, scored = self._draw(self.mixture.rows(step, run.batch_size, self.runtime), step, 0, phases)
+        replaced = 0
+        for again in range(1, rounds + 1):
+            (flat_P,) = torch.nonzero(~informative_groups(self._by_group(scored)), as_tuple=True)
+            flat = flat_P.tolist()
+            if not self.runtime.most(len(flat)):
+                break
+            rows = self.substitutes.rows(step * rounds + again - 1, run.batch_size, self.runtime)[: len(flat)]
+            if not rows:
+                continue
+            others, their_scores = self._draw(rows, step, again, phases)
+            better_P = informative_groups(self._by_group(their_scores)).tolist()
+            for place, (prompt, better) in enumerate(zip(flat, better_P, strict=True)):
+                if better:
+                    rollouts[prompt] = others[place]
+                    scored.put(self._rows(prompt), their_scores, self._rows(place))
+                    replaced += 1
+        return self._compared(rollouts, scored, replaced)
+
+    def _draw(self, rows: Sequence[int], step: int, again: int, phases: Phases) -> tuple[list[Rollout], RewardResult]:
+        """Completions of some prompts and what they earn."""
+        rollout, runtime = self.config.rollout, self.runtime
+        samples = [self.samples[row] for row in rows]
+        with phases("prompts"):
+            prompts = write_prompts(self.model, samples, self.observations.of(samples), [MODE] * len(samples))
+            prompts = [self._short(prompt, place, step) for place, prompt in enumerate(prompts)]
+        # A completion's random stream is named by its place in the global batch, so that ranks change nothing.
+        first = runtime.rank * (self.config.run.batch_size // runtime.world_size) * rollout.group_size
+        with phases("rollout"):
+            rollouts = roll_out(
+                self.model,
+                prompts,
+                max_new_tokens=rollout.max_new_tokens,
+                group_size=rollout.group_size,
+                temperature=rollout.temperature,
+                generators=[
+                    torch_stream("cpu", self.config.run.seed, 23, step, again, first + row)
+                    for row in range(len(prompts) * rollout.group_size)
+                ],
+                batch_size=rollout.batch_size,
+            )
+        with phases("rewards"):
+            return rollouts, score_rollouts(self.rewards, rollouts)
+
+    def _short(self, prompt: Prompt, place: int, step: int) -> Prompt:
+        """A prompt, or that of another sample where it is too long."""
+        limit, run = self.config.rollout.max_prompt_tokens, self.config.run
+        for turn in range(_TURNS):
+            length = len(prompt.row.token_ids)
+            if not limit or length <= limit:
+                return prompt
+            self.too_long += 1
+            name = prompt.sample.sample_id
+            log.warning("step %d: the prompt of %s has %d tokens; another takes its place", step, name, length)
+            sample = self.samples[self.shorter.rows(step * _TURNS + turn, run.batch_size, self.runtime)[place]]
+            (prompt,) = write_prompts(self.model, [sample], self.observations.of([sample]), [MODE])
+        raise ValueError(
+            f"{_TURNS + 1} prompts one after the other have more than rollout.max_prompt_tokens = {limit} tokens; "
+            "raise it, or give the model fewer views or layout tokens."
+        )
+
+    def _compared(self, rollouts: list[Rollout], scored: RewardResult, replaced: int) -> Experience:
+        """Advantages of this rank's groups, and what all ranks' are like."""
+        group_size = self.config.rollout.group_size
+        everyone = gather_scores(scored, self.runtime)
+        rewards_PG = self._by_group(everyone)
+        advantages_PG = group_advantages(rewards_PG, self.config.loss.scale).float()  # type: ignore[arg-type]
+        resampled, too_long = self.runtime.total(replaced, self.too_long)
+        metrics = group_statistics(rewards_PG) | everyone.statistics(group_size)
+        metrics |= length_statistics(rollouts, self.runtime) | {"resampled": resampled, "too_long": too_long}
+        own = slice(self.runtime.rank * len(rollouts), (self.runtime.rank + 1) * len(rollouts))
+        informative = int(informative_groups(rewards_PG).sum())
+        return Experience(rollouts, scored, advantages_PG[own], metrics, informative)
+
+    def _by_group(self, scored: RewardResult) -> torch.Tensor:
+        return torch.from_numpy(scored.combined_N).view(-1, self.config.rollout.group_size)
+
+    def _rows(self, prompt: int) -> slice:
+        size = self.config.rollout.group_size
+        return slice(prompt * size, (prompt + 1) * size)
+
+
+def score_rollouts(rewards: RewardSet, rollouts: Sequence[Rollout]) -> RewardResult:
+    """Rewards of all completions, group by group. Boxes go in the model frame, which answers are written in."""
+    columns: dict[str, list] = {"task": [], "question": [], "references": [], "target_boxes": [], "proposals": []}
+    for rollout in rollouts:
+        sample, observation = rollout.sample, rollout.observation
+        assert observation.encoded is not None
+        entry = {
+            "task": sample.task,
+            "question": sample.question,
+            "references": sample.references or [sample.answer],
+            "target_boxes": observation.scene.to_model(sample.target_boxes_K7),
+            "proposals": observation.encoded.named,
+        }
+        for name, value in entry.items():
+            columns[name] += [value] * len(rollout.texts)
+    return rewards([text for rollout in rollouts for text in rollout.texts], **columns)
+
+
+def gather_scores(scored: RewardResult, runtime: Runtime) -> RewardResult:
+    """The rewards of all ranks as one result, in the order of ranks."""
+    parts = runtime.gather(scored)
+    return RewardResult(
+        np.concatenate([part.combined_N for part in parts]),
+        {name: np.concatenate([part.table[name] for part in parts]) for name in scored.table},
+        {name: np.concatenate([part.failed[name] for part in parts]) for name in scored.failed},
+        np.concatenate([part.gated_N for part in parts]),
+    )
+
+
+def length_statistics(rollouts: Sequence[Rollout], runtime: Runtime) -> dict[str, float]:
+    """Lengths of the completions of all ranks in tokens, and the share that the limit cut off."""
+    own = [
+        (len(ids), finished)
+        for rollout in rollouts
+        for ids, finished in zip(rollout.token_ids, rollout.finished, strict=True)
+    ]
+    everyone = [entry for part in runtime.gather(own) for entry in part]
+    lengths, ended = [length for length, _ in everyone], [length for length, finished in everyone if finished]
+    found = {
+        "length/mean": sum(lengths) / len(lengths),
+        "length/min": min(lengths),
+        "length/max": max(lengths),
+        "length/cut": 1 - len(ended) / len(lengths),
+    }
+    return found | ({"length/ended_mean": sum(ended) / len(ended)} if ended else {})
