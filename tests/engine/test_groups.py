@@ -1,0 +1,185 @@
+"""Which groups a GRPO step learns from: substitutes for prompts that teach nothing or are too long; packs of groups."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from threedr1.datasets.scene import Sample
+from threedr1.engine import groups
+from threedr1.engine.config import load_config
+from threedr1.engine.grpo_packs import completion_mask, filled, plan_groups
+from threedr1.engine.groups import Groups
+from threedr1.engine.rewards import RewardSet
+from threedr1.engine.rollout import Prompt, Rollout
+from threedr1.engine.runtime import Runtime
+from threedr1.engine.throughput import Phases
+from threedr1.models.inputs import Row
+
+CPU = torch.device("cpu")
+
+
+# Packs ------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(1, 20), min_size=1, max_size=5)), max_size=5),
+    st.integers(20, 120),
+    st.integers(0, 4),
+)
+def test_packs_hold_each_completion_once_behind_its_prompt(prompts_and_completions, budget, max_rows):
+    prompts = [length for length, _ in prompts_and_completions]
+    completions = [lengths for _, lengths in prompts_and_completions]
+    packs = plan_groups(prompts, completions, budget, max_rows)
+    found = [(prompt, row) for pack in packs for prompt, its in pack for row in its]
+    assert sorted(found) == [(prompt, row) for prompt, its in enumerate(completions) for row in range(len(its))]
+    for pack in packs:
+        tokens = sum(prompts[prompt] + sum(completions[prompt][row] for row in its) for prompt, its in pack)
+        rows = sum(len(its) for _, its in pack)
+        assert tokens <= budget or rows == 1
+        assert not max_rows or rows <= max_rows
+
+
+def test_packs_of_groups_by_hand():
+    # 100 + 3 * 20 fit into 200 with the second group's 30 + 10; the third goes in pieces, its prompt in each
+    packs = plan_groups([100, 30, 150], [[20, 20, 20], [10], [40, 30, 30]], 200)
+    assert packs == [[(0, [0, 1, 2]), (1, [0])], [(2, [0])], [(2, [1])], [(2, [2])]]
+    assert plan_groups([100], [[20, 20, 20]], 10) == [[(0, [0])], [(0, [1])], [(0, [2])]]
+    assert plan_groups([10, 10], [[5, 5], [5, 5]], 100, max_rows=3) == [[(0, [0, 1])], [(1, [0, 1])]]
+
+
+def test_numbers_and_masks_of_ragged_completions():
+    assert filled([[1.0, 2.0], [3.0]]).tolist() == [[1, 2], [3, 0]]
+    assert completion_mask([[7], [7, 7, 7]]).tolist() == [[True, False, False], [True, True, True]]
+
+
+# Which groups -----------------------------------------------------------------------------------------------------
+
+
+def samples(count, lengths=None):
+    boxes = np.zeros((0, 7), np.float32)
+    return [
+        Sample(f"s{number}", "qa", "own", "scene", "Why?", "so", target_boxes_K7=boxes, meta={"length": length})
+        for number, length in zip(range(count), lengths or [10] * count, strict=True)
+    ]
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Prompts and completions without a model; a text is the sample's number, the round and the stream it came of."""
+    observation = SimpleNamespace(
+        encoded=SimpleNamespace(named=np.zeros((0, 7))), scene=SimpleNamespace(to_model=lambda boxes: boxes)
+    )
+
+    def write_prompts(model, chosen, observations, modes):
+        assert modes == ["think"] * len(chosen)
+        rows = [Row([1] * sample.meta["length"], [], [], []) for sample in chosen]
+        return [Prompt(sample, observation, row, [], "think") for sample, row in zip(chosen, rows, strict=True)]
+
+    def roll_out(model, prompts, *, group_size, generators, **options):
+        assert len(generators) == len(prompts) * group_size
+        drawn = [f"{torch.rand(1, generator=generator).item():.6f}" for generator in generators]
+        return [
+            Rollout(
+                *prompt,
+                texts=[f"{prompt.sample.sample_id} {number}" for number in drawn[at : at + group_size]],
+                token_ids=[[5]] * group_size,
+                logps=[[0.0]] * group_size,
+                finished=[True] * group_size,
+            )
+            for at, prompt in zip(range(0, len(drawn), group_size), prompts, strict=True)
+        ]
+
+    monkeypatch.setattr(groups, "write_prompts", write_prompts)
+    monkeypatch.setattr(groups, "roll_out", roll_out)
+
+
+def make_groups(chosen, reward, *more, rank=0, world_size=1):
+    settings = ["run.batch_size=4", "rollout.group_size=2", "data.datasets=scanqa", *more]
+    config = load_config("grpo", None, settings)
+    rewards = RewardSet({"own": reward}, {"own": 1.0}, gate_by_format=False)
+    observations = SimpleNamespace(of=lambda wanted: [None] * len(wanted))
+    runtime = Runtime(CPU, rank, world_size, rank)
+    return Groups(config, SimpleNamespace(), chosen, observations, rewards, runtime)
+
+
+def number_of(text):
+    return int(text.split()[0][1:])
+
+
+def only_odd_differ(completions, **columns):
+    """Completions of odd samples earn what they drew, those of even ones nothing."""
+    return [float(text.split()[1]) if number_of(text) % 2 else 0.0 for text in completions]
+
+
+def informative(experience):
+    return [bool(row.any()) for row in experience.advantages_PG]
+
+
+def test_prompts_with_nothing_to_teach_make_room_for_others(stand_ins):
+    chosen = samples(20)
+    plain = make_groups(chosen, only_odd_differ).collect(0, Phases(CPU))
+    odd = [number_of(rollout.texts[0]) % 2 == 1 for rollout in plain.rollouts]
+    assert informative(plain) == odd and 0 < sum(odd) < 4
+    assert plain.metrics["resampled"] == 0 and plain.num_informative == sum(odd)
+
+    again = make_groups(chosen, only_odd_differ, "rollout.resample_rounds=8").collect(0, Phases(CPU))
+    assert informative(again) == [True] * 4 and again.num_informative == 4
+    assert again.metrics["resampled"] == 4 - sum(odd) and again.metrics["frac_reward_zero_std"] == 0
+    for mine, before, kept in zip(again.rollouts, plain.rollouts, odd, strict=True):
+        assert (mine.texts == before.texts) == kept  # what taught something stays as it was
+    # the scores are those of the texts that are there
+    texts = [text for rollout in again.rollouts for text in rollout.texts]
+    assert again.scored.table["own"].tolist() == only_odd_differ(texts)
+
+
+def test_substitutes_have_a_limit_and_steps_repeat(stand_ins):
+    rounds: list[int] = []
+
+    def constant(completions, **columns):
+        rounds.append(len(completions))
+        return [1.0] * len(completions)
+
+    experience = make_groups(samples(9), constant, "rollout.resample_rounds=3").collect(5, Phases(CPU))
+    assert rounds == [8] * 4 and experience.num_informative == 0 and not experience.advantages_PG.any()
+    assert experience.metrics["frac_reward_zero_std"] == 1
+
+    texts = []
+    for _ in range(2):
+        found = make_groups(samples(20), only_odd_differ, "rollout.resample_rounds=2").collect(3, Phases(CPU))
+        texts.append([rollout.texts for rollout in found.rollouts])
+    assert texts[0] == texts[1]
+
+
+def test_a_prompt_that_is_too_long_is_another_one(stand_ins, caplog):
+    lengths = [50 if number % 3 == 0 else 10 for number in range(12)]
+    made = make_groups(samples(12, lengths), only_odd_differ, "rollout.max_prompt_tokens=20")
+    free = make_groups(samples(12, lengths), only_odd_differ)
+    replaced = 0
+    for step in range(6):
+        with_limit, without = made.collect(step, Phases(CPU)), free.collect(step, Phases(CPU))
+        for mine, its in zip(with_limit.rollouts, without.rollouts, strict=True):
+            assert len(mine.row.token_ids) <= 20
+            if len(its.row.token_ids) <= 20:
+                assert mine.sample is its.sample or mine.sample.sample_id == its.sample.sample_id
+            else:
+                replaced += 1
+        assert with_limit.metrics["too_long"] >= sum(len(its.row.token_ids) > 20 for its in without.rollouts)
+    assert replaced > 0 and "has 50 tokens; another takes its place" in caplog.text
+    with pytest.raises(ValueError, match=r"33 prompts one after the other have more than rollout.max_prompt_tokens = 20"):
+        make_groups(samples(4, [50] * 4), only_odd_differ, "rollout.max_prompt_tokens=20").collect(0, Phases(CPU))
+
+
+def test_a_rank_draws_its_share_of_what_one_process_draws(stand_ins, monkeypatch):
+    """Only sampling: what ranks tell each other is left out."""
+    monkeypatch.setattr(Runtime, "gather", lambda self, value: [value])
+    monkeypatch.setattr(Runtime, "total", lambda self, *values: [float(value) for value in values])
+    chosen = samples(20)
+    alone = make_groups(chosen, only_odd_differ).collect(2, Phases(CPU))
+    for rank in range(2):
+        part = make_groups(chosen, only_odd_differ, rank=rank, world_size=2)
+        rollouts, _ = part._draw(part.mixture.rows(2, 4, part.runtime), 2, 0, Phases(CPU))
+        assert [its.texts for its in rollouts] == [its.texts for its in alone.rollouts[2 * rank : 2 * rank + 2]]
