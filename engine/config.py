@@ -401,10 +401,12 @@ class GrpoConfig:
     gradient_checkpointing: bool = False
     lora_rank: int = 16  # of the policy adapter, where the SFT model has none
     lora_alpha: int = 32
+    eval_datasets: tuple[str, ...] = ()  # that are evaluated on; () takes those that have held-out samples
+    eval_samples: int = 64  # of data.eval_split at most, every data set alike, where run.eval_every is above 0
 
     def __post_init__(self):
         _one_of(self, blocks=("auto", "plain", "fused"))
-        _at_least(self, updates_per_rollout=1, token_budget=1, lora_rank=1, lora_alpha=1)
+        _at_least(self, updates_per_rollout=1, token_budget=1, lora_rank=1, lora_alpha=1, eval_samples=1)
         _one_rate(self)
 
 

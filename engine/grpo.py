@@ -26,6 +26,7 @@ from .checkpoint import model_folder, restore_run
 from .config import GrpoConfig, RewardConfig
 from .data import ObservationCache, fingerprint, load_split
 from .groups import Experience, Groups
+from .grpo_eval import METRIC, GrpoHeldOut
 from .grpo_log import GrpoLog
 from .grpo_loss import GrpoLossConfig, Normalizer, grpo_loss, merge_metrics
 from .grpo_packs import Pack, filled, make_packs, pack_logprobs
@@ -153,6 +154,8 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
     """Run GRPO and return the last checkpoint. With `resume` it goes on from the newest one."""
     if config.rollout.group_size < 2:
         raise ValueError("rollout.group_size must be at least 2: advantages are relative to a group.")
+    if config.run.best_metric and not config.run.eval_every:
+        raise ValueError("run.best_metric is set, but nothing is evaluated; set run.eval_every too.")
     if not config.init:
         raise ValueError("GRPO starts from an SFT model: set init to the run folder that `sft` wrote.")
     model_folder(config.init)
@@ -193,8 +196,13 @@ def reinforce(
         cache_views=config.data.cache_views,
     )
     groups = Groups(config, model, samples, observations, rewards, runtime)
+    held_out = GrpoHeldOut(config, model, rewards, runtime) if run.eval_every else None
     checkpoints = Checkpoints(
-        runtime, config, samples=Counter(sample.dataset for sample in samples), fresh=last is None
+        runtime,
+        config,
+        samples=Counter(sample.dataset for sample in samples),
+        fresh=last is None,
+        metric=METRIC,
     )
     log_of_run = GrpoLog(config, runtime, first_step=first_step)
     with log_of_run, checkpoints:
@@ -207,6 +215,10 @@ def reinforce(
             else:
                 log.warning("step %d: no group has two different rewards; the policy stays as it is", step)
             log_of_run.step(step, metrics, experience)
+            if held_out is not None and run.due(step, run.eval_every):
+                scores = held_out.evaluate()
+                log_of_run.tracker.log(step, scores)
+                checkpoints.offer_best(step + 1, scores, model)
             if run.due(step, run.save_every):
                 last = checkpoints.save(step + 1, model, optimizer, extra)
         if last is None:

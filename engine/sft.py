@@ -29,7 +29,7 @@ from .run_folder import open_run
 from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything
 from .saving import Checkpoints
 from .sft_data import Batches, Taught, num_tokens
-from .sft_eval import METRIC, HeldOut
+from .sft_eval import METRIC, SftHeldOut
 from .sft_log import SftLog, TaskSums
 from .sft_loss import sft_loss
 from .sharding import low_precision_names, shard_model, shards
@@ -173,7 +173,7 @@ def fine_tune(config: SftConfig, last: Path | None, runtime: Runtime) -> Path:
     state = restore_run(last, optimizer, extra["data"])
     num_trained = sum(parameter.numel() for parameter in trained.values())
     log.info("%d samples of %s, %.2f M trained parameters", len(samples), config.data.datasets, num_trained / 1e6)
-    held_out = HeldOut(config, model, runtime) if run.eval_every else None
+    held_out = SftHeldOut(config, model, runtime) if run.eval_every else None
     mixture = Mixture([sample.dataset for sample in samples], config.data.weights, run.seed)
     observations = ObservationCache(
         store,

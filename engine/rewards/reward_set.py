@@ -34,6 +34,15 @@ class RewardResult:
     failed: dict[str, np.ndarray]  # reward -> bool [N]
     gated_N: np.ndarray  # bool: not well formed, so that only the format reward counted
 
+    def part(self, rows: slice) -> "RewardResult":
+        """Some of the rows."""
+        return RewardResult(
+            self.combined_N[rows],
+            {name: values[rows] for name, values in self.table.items()},
+            {name: values[rows] for name, values in self.failed.items()},
+            self.gated_N[rows],
+        )
+
     def put(self, rows: slice, other: "RewardResult", others: slice) -> None:
         """Let some rows be those of another result of the same rewards."""
         self.combined_N[rows] = other.combined_N[others]

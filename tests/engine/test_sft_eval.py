@@ -13,7 +13,7 @@ from threedr1.engine.config import load_config
 from threedr1.engine.data import load_held_out
 from threedr1.engine.runtime import init_runtime
 from threedr1.engine.sft_data import write_targets
-from threedr1.engine.sft_eval import HeldOut
+from threedr1.engine.sft_eval import SftHeldOut
 from threedr1.engine.sft_loss import sft_loss
 from threedr1.engine.tracking import read_metrics
 from threedr1.engine.training_state import load_state, rng_state
@@ -74,7 +74,7 @@ def test_its_loss_is_the_mean_over_held_out_tokens(evaluated_run, rooms_root, tm
     """Against each sample by itself, through the saved model; by task and overall."""
     config = sft_config(rooms_root, tmp_path, *EVALUATED)
     model = SceneVLM.from_pretrained(latest_checkpoint(evaluated_run) / "model")
-    held_out = HeldOut(config, model, init_runtime("cpu"))
+    held_out = SftHeldOut(config, model, init_runtime("cpu"))
     row = evaluations(evaluated_run)[-1]
     assert {sample.scene_id for sample in held_out.samples} <= set(
         (rooms_root / "scannetv2_val.txt").read_text().split()
@@ -92,7 +92,7 @@ def test_its_loss_is_the_mean_over_held_out_tokens(evaluated_run, rooms_root, tm
         assert row[f"eval/loss/{task}"] == pytest.approx(total / count, rel=1e-5)
     overall = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
     assert row["eval/loss"] == pytest.approx(overall, rel=1e-5)
-    packed = HeldOut(sft_config(rooms_root, tmp_path, *EVALUATED, "token_budget=1"), model, init_runtime("cpu"))
+    packed = SftHeldOut(sft_config(rooms_root, tmp_path, *EVALUATED, "token_budget=1"), model, init_runtime("cpu"))
     assert packed.evaluate()["eval/loss"] == pytest.approx(overall, rel=1e-5)
 
 
@@ -119,7 +119,7 @@ def test_the_model_of_the_lowest_loss_is_the_best(evaluated_run, rooms_root, tmp
 
 def test_random_generators_and_modes_are_left_alone(evaluated_run, rooms_root, tmp_path):
     model = SceneVLM.from_pretrained(latest_checkpoint(evaluated_run) / "model").train()
-    held_out = HeldOut(sft_config(rooms_root, tmp_path, *EVALUATED), model, init_runtime("cpu"))
+    held_out = SftHeldOut(sft_config(rooms_root, tmp_path, *EVALUATED), model, init_runtime("cpu"))
     before = rng_state()
     held_out.evaluate()
     after = rng_state()
