@@ -23,11 +23,13 @@ from ..models.image_encoder import load_text_encoder
 from ..models.language_model import active_adapter, add_lora, copy_lora, load_lora
 from ..models.lm_head import token_logprobs
 from ..models.scene_vlm import POLICY, SceneVLM
+from .advantages import group_advantages, group_statistics
 from .build import give_multiview
 from .checkpoint import model_folder, restore_run
 from .config import GrpoConfig, RewardConfig
 from .data import ObservationCache, fingerprint, load_split
-from .grpo_loss import GrpoLossConfig, Normalizer, group_advantages, group_statistics, grpo_loss, merge_metrics
+from .grpo_loss import Normalizer, grpo_loss, merge_metrics
+from .grpo_presets import GrpoLossConfig
 from .mixture import Mixture
 from .optim import Optimizer
 from .rewards import RewardResult, RewardSet, build_rewards
