@@ -145,24 +145,39 @@ def policy_loss(
         losses_BT = losses_BT * factors_BT
     loss = (losses_BT * token_weights(mask_BT, loss_type, normalizer)).sum()
 
-    with torch.no_grad():
-        gap_BT = (masked(logps_BT, mask_BT) - masked(old_logps_BT, mask_BT)).abs()
-        rising_B1, falling_B1 = advantages_B[:, None] > 0, advantages_B[:, None] < 0
-        clipped = {
-            "low": (ratio_BT < 1 - clip_low) & falling_B1 & (loss_type != "cispo"),
-            "high": (ratio_BT > 1 + clip_high) & (rising_B1 | (loss_type == "cispo")),
-        }
-        clipped["region"] = clipped["low"] | clipped["high"]
-        if delta is not None:
-            clipped["delta"] = (ratio_BT > delta) & falling_B1
-        metrics = {
-            "policy_loss": loss.detach(),
-            **_spread("ratio", ratio_BT, mask_BT, normalizer),
-            **{f"clip/{name}": _share(where_BT, mask_BT, normalizer) for name, where_BT in clipped.items()},
-            "logp_diff/mean": _share(gap_BT, mask_BT, normalizer),
-            "logp_diff/max": gap_BT.max(),
-        }
+    clipped = _clipped_tokens(ratio_BT, advantages_B[:, None], loss_type, clip_low, clip_high, delta)
+    gap_BT = (masked(logps_BT.detach(), mask_BT) - masked(old_logps_BT, mask_BT)).abs()
+    metrics = {
+        "policy_loss": loss.detach(),
+        **_spread("ratio", ratio_BT.detach(), mask_BT, normalizer),
+        **{f"clip/{name}": _share(where_BT, mask_BT, normalizer) for name, where_BT in clipped.items()},
+        "logp_diff/mean": _share(gap_BT, mask_BT, normalizer),
+        "logp_diff/max": gap_BT.max(),
+    }
     return Loss(loss, metrics)
+
+
+def _clipped_tokens(
+    ratio_BT: Tensor,
+    advantages_B1: Tensor,
+    loss_type: LossType,
+    clip_low: float,
+    clip_high: float,
+    delta: float | None,
+) -> dict[str, Tensor]:
+    """Tokens that a bound takes the gradient from, by bound; with cispo those whose weight it lowers."""
+    rising_B1, falling_B1 = advantages_B1 > 0, advantages_B1 < 0
+    if loss_type == "cispo":
+        high_BT = ratio_BT > 1 + clip_high
+        return {"low": torch.zeros_like(high_BT), "high": high_BT, "region": high_BT}
+    clipped = {
+        "low": (ratio_BT < 1 - clip_low) & falling_B1,
+        "high": (ratio_BT > 1 + clip_high) & rising_B1,
+    }
+    clipped["region"] = clipped["low"] | clipped["high"]
+    if delta is not None:
+        clipped["delta"] = (ratio_BT > delta) & falling_B1
+    return clipped
 
 
 def kl_loss(
@@ -209,14 +224,8 @@ def grpo_loss(
     sampling), unless `config.sampler_correction` weights the policy terms by it. Where `config.mask_truncated` is
     set, `mask_BT` and `normalizer` are the caller's to make with `without_truncated`.
     """
-    batch = {"old_logps": old_logps_BT, "ref_logps": ref_logps_BT, "sampler_logps": sampler_logps_BT, "mask": mask_BT}
-    _check_batch(logps_BT, advantages_B, batch)
-    if ref_logps_BT is None and config.beta > 0:
-        raise ValueError(f"beta is {config.beta}, so the reference policy's log-probabilities are needed.")
-    if sampler_logps_BT is None and config.sampler_correction != "none":
-        raise ValueError(
-            f"sampler_correction is {config.sampler_correction}, so the sampler's log-probabilities are needed."
-        )
+    others = {"old_logps": old_logps_BT, "ref_logps": ref_logps_BT, "sampler_logps": sampler_logps_BT, "mask": mask_BT}
+    _check_batch(logps_BT, advantages_B, others, config)
     mask_BT = mask_BT.bool()
     normalizer = normalizer or Normalizer.of(mask_BT)
     old_logps_BT = logps_BT.detach() if old_logps_BT is None else old_logps_BT
@@ -301,9 +310,15 @@ def _spread(name: str, values_BT: Tensor, mask_BT: Tensor, normalizer: Normalize
     return {f"{name}/mean": mean, f"{name}/min": values_BT.min(), f"{name}/max": values_BT.max()}
 
 
-def _check_batch(logps_BT: Tensor, advantages_B: Tensor, batch: dict[str, Tensor | None]) -> None:
-    for name, value in batch.items():
+def _check_batch(
+    logps_BT: Tensor, advantages_B: Tensor, others: dict[str, Tensor | None], config: GrpoLossConfig
+) -> None:
+    for name, value in others.items():
         if value is not None and value.shape != logps_BT.shape:
             raise ValueError(f"{name} must have logps' shape {tuple(logps_BT.shape)}, not {tuple(value.shape)}.")
     if advantages_B.shape != logps_BT.shape[:1]:
         raise ValueError(f"There must be {logps_BT.shape[0]} advantages, not {tuple(advantages_B.shape)}.")
+    if config.beta > 0 and others["ref_logps"] is None:
+        raise ValueError(f"beta is {config.beta}, so the reference policy's log-probabilities are needed.")
+    if config.sampler_correction != "none" and others["sampler_logps"] is None:
+        raise ValueError(f"sampler_correction is {config.sampler_correction}, so the sampler's log-probs are needed.")

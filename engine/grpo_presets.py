@@ -65,6 +65,10 @@ class GrpoLossConfig:
         check_clip(self.clip_low, self.clip_high, self.delta)
         if self.delta is not None and self.loss_type == "cispo":
             raise ValueError(f"delta is {self.delta}, which cispo has no use for; leave it out.")
+        if self.kl_ratio and self.kl == "k2":
+            raise ValueError(
+                "kl_ratio is true, but k2 has the gradient of the KL without it; set it to false, or kl to k3."
+            )
         if not self.beta >= 0:
             raise ValueError(f"beta is {self.beta}; it must not be below 0.")
         if not self.sampler_cap >= 1:

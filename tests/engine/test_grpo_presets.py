@@ -50,6 +50,7 @@ def test_the_papers_numbers():
         ({"clip_high": -0.1}, "clip_high is -0.1"),
         ({"delta": 1.1}, "delta is 1.1; it must lie above"),
         ({"delta": 4.0, "loss_type": "cispo"}, "cispo has no use for"),
+        ({"kl": "k2", "kl_ratio": True}, "k2 has the gradient of the KL without it"),
         ({"beta": -0.1}, "beta is -0.1"),
         ({"beta": float("nan")}, "beta is nan"),
         ({"sampler_correction": "off"}, "sampler_correction is 'off'; choose one of none, token_truncate"),

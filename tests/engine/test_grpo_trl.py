@@ -17,6 +17,8 @@ from threedr1.engine.grpo_loss import Normalizer, grpo_loss
 from threedr1.engine.grpo_presets import GrpoLossConfig
 from threedr1.engine.ratios import without_truncated
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about names that TRL uses
+
 P, G, T, MAX_LENGTH = 2, 4, 7, 9
 LENGTHS = torch.tensor([7, 4, 1, 6, 5, 2, 7, 3])
 CUT = (3, 6)  # rows that end without an end token, one in each half
@@ -27,6 +29,7 @@ NAN = float("nan")
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
     """Folder of a language model of one layer and five words, and its tokenizer."""
+    pytest.importorskip("datasets")  # Hugging Face's, which TRL needs
     pytest.importorskip("trl")
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
