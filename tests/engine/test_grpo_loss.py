@@ -122,6 +122,13 @@ def test_clip_metrics_count_tokens():
     assert got["ratio/max"].item() == pytest.approx(9.0) and got["ratio/min"].item() == pytest.approx(0.5)
 
 
+def test_clip_metrics_of_cispo_count_lowered_weights():
+    """Ratios 0.5, 1.5 and 1 with either sign: one weight in three is lowered, none is raised."""
+    logps_BT = tensor([0.5, 1.5, 1.0], [0.5, 1.5, 1.0]).log()
+    got = policy_loss(logps_BT, torch.zeros_like(logps_BT), tensor(1, -1), torch.ones(2, 3), loss_type="cispo").metrics
+    assert got["clip/low"] == 0 and got["clip/high"].item() == got["clip/region"].item() == pytest.approx(1 / 3)
+
+
 def test_cispo_keeps_the_gradient_of_clipped_tokens():
     logps_BT = torch.tensor([[math.log(5.0)]], dtype=torch.float64, requires_grad=True)
     got = policy_loss(
