@@ -18,6 +18,7 @@ import yaml
 
 from ..models.view_kinds import kinds_of
 from ..utils.files import read_text
+from .grpo_presets import GrpoLossConfig
 
 
 def _at_least(config: Any, **bounds: int) -> None:
@@ -353,21 +354,6 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """GRPO loss; the fields are those of engine.grpo_loss.GrpoLossConfig, which explains them."""
-
-    loss_type: str = "grpo"  # grpo, dr_grpo, dapo, bnpo, cispo, gspo
-    ratio_level: str = "token"  # token, sequence, response (the paper's)
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    delta: float | None = None
-    beta: float = 0.02
-    kl: str = "k3"
-    kl_ratio: bool = False
-    scale: str = "group"  # group, batch, none
-
-
-@dataclass(frozen=True)
 class RolloutConfig:
     """Sampling of completions."""
 
@@ -392,7 +378,7 @@ class GrpoConfig:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-6, schedule="constant", weight_decay=0.0))
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: GrpoLossConfig = field(default_factory=GrpoLossConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     updates_per_rollout: int = 1
@@ -612,7 +598,8 @@ def _convert(kind: Any, value: Any, key: str, base: Any = None) -> Any:
         if value is None:
             return None
         return _convert(next(part for part in typing.get_args(kind) if part is not type(None)), value, key)
-    return _convert_scalar(kind, value, key)
+    # what a Literal allows is checked by the class that has the field
+    return _convert_scalar(str if origin is typing.Literal else kind, value, key)
 
 
 def _convert_scalar(kind: type, value: Any, key: str) -> Any:

@@ -11,9 +11,9 @@ import torch
 
 from ..datasets.scene import Sample
 from ..models.scene_vlm import SceneVLM
+from .advantages import group_advantages, group_statistics, informative_groups
 from .config import GrpoConfig
 from .data import ObservationCache
-from .grpo_loss import group_advantages, group_statistics, informative_groups
 from .mixture import Mixture
 from .rewards import RewardResult, RewardSet
 from .rollout import Prompt, Rollout, roll_out, write_prompts
@@ -137,7 +137,7 @@ class Groups:
         group_size = self.config.rollout.group_size
         everyone = gather_scores(scored, self.runtime)
         rewards_PG = self._by_group(everyone)
-        advantages_PG = group_advantages(rewards_PG, self.config.loss.scale).float()  # type: ignore[arg-type]
+        advantages_PG = group_advantages(rewards_PG, self.config.loss.scale).float()
         resampled, too_long = self.runtime.total(replaced, self.too_long)
         metrics = group_statistics(rewards_PG) | everyone.statistics(group_size)
         metrics |= length_statistics(rollouts, self.runtime) | {"resampled": resampled, "too_long": too_long}

@@ -1,92 +1,35 @@
-"""GRPO as pure functions: group advantages, ratios, clipping, KL, aggregation. No state, no devices, no I/O.
+"""The GRPO loss as pure functions: clipping, KL, aggregation. No state, no devices, no I/O.
 
-    advantage   A_pg = (r_pg - mean_g r) / (std_g r + eps)                                  `group_advantages`
     objective   min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) - beta KL         `policy_loss`, `kl_estimate`
+
+Advantages A are made in advantages.py, ratios in ratios.py; docs/grpo.md has the formulae of every option.
 
 Losses are sums over the tokens of a micro-batch with weights that a `Normalizer` of the WHOLE optimisation batch
 fixes, so the gradient does not depend on how that batch is cut into micro-batches, padded or spread over ranks: add
 the micro-batch losses up; under DDP, which averages gradients, multiply by the number of ranks.
 
 Sources: GRPO and its KL estimate (DeepSeekMath, arXiv 2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476),
-CISPO (MiniMax-M1, 2506.13585), GSPO (2507.18071), two-sided clipping (INTELLECT-2, 2505.07291), GDPO (2601.05242),
+CISPO (MiniMax-M1, 2506.13585), GSPO (2507.18071), two-sided clipping (INTELLECT-2, 2505.07291),
 estimators k1, k2, k3 (Schulman, "Approximating KL divergence").
 
-Shapes: P prompts, G samples of a group, R rewards, B sequences of a micro-batch, T tokens of the padded responses.
+Shapes: B sequences of a micro-batch, T tokens of the padded responses.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo"]
-RatioLevel = Literal["token", "sequence", "response"]
-KlKind = Literal["k1", "k2", "k3"]
-Scale = Literal["group", "batch", "none"]
-
-MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: far outside any clip range, and finite in float32
-ADVANTAGE_EPS = 1e-4
-
-
-def _level_of(loss_type: LossType, ratio_level: RatioLevel) -> RatioLevel:
-    _check_choice("loss_type", loss_type, LossType)
-    _check_choice("ratio_level", ratio_level, RatioLevel)
-    if ratio_level == "response" and loss_type != "grpo":
-        raise ValueError(
-            f'ratio_level "response" is one term a response; use it with loss_type grpo, not {loss_type}.'
-        )
-    return "sequence" if loss_type == "gspo" else ratio_level
-
-
-def _check_choice(name: str, value: str, choices: object) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(get_args(choices))}.")
-
-
-def _check_clip(clip_low: float, clip_high: float, delta: float | None) -> None:
-    if not 0 <= clip_low < 1 or clip_high < 0:
-        raise ValueError(f"Clip ranges must be 0 <= clip_low < 1 and clip_high >= 0, not {clip_low} and {clip_high}.")
-    if delta is not None and delta <= 1 + clip_high:
-        raise ValueError(f"delta must lie above 1 + clip_high = {1 + clip_high}, not at {delta}.")
-
-
-@dataclass(frozen=True)
-class GrpoLossConfig:
-    """Everything that `grpo_loss` needs to know; `PAPER` and `RECOMMENDED` are the presets."""
-
-    loss_type: LossType = "grpo"
-    ratio_level: RatioLevel = "token"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    delta: float | None = None  # upper bound of the ratio where the advantage is negative
-    beta: float = 0.02
-    kl: KlKind = "k3"
-    # multiply the KL estimate by the token ratio: unbiased off policy, and with k3 (or k1) the gradient of the
-    # REVERSE KL, which is what the objective names; plain k3 descends the forward KL
-    kl_ratio: bool = False
-    scale: Scale = "group"
-
-    def __post_init__(self):
-        _check_choice("loss_type", self.loss_type, LossType)
-        _check_choice("ratio_level", self.ratio_level, RatioLevel)
-        _check_choice("kl", self.kl, KlKind)
-        _check_choice("scale", self.scale, Scale)
-        _check_clip(self.clip_low, self.clip_high, self.delta)
-        _level_of(self.loss_type, self.ratio_level)
-        if self.beta < 0:
-            raise ValueError(f"beta must not be negative, not {self.beta}.")
-
-
-# The paper: ratio of whole responses, KL to the SFT policy with beta 0.02; the clip range 0.2 is our filling.
-PAPER = GrpoLossConfig(ratio_level="response")
-# Token mean over the batch, wider upper clip range, reverse-KL gradient.
-RECOMMENDED = GrpoLossConfig(loss_type="dapo", clip_high=0.28, kl_ratio=True)
+from .grpo_presets import GrpoLossConfig, KlKind, LossType, RatioLevel, check_choice, check_clip, level_of
+from .ratios import MAX_LOG_RATIO, correct_sampler, lengths, masked, ratios
 
 
 class Normalizer(NamedTuple):
-    """Size of the whole optimisation batch (all micro-batches, all ranks), which the token weights are made of."""
+    """Size of the whole optimisation batch (all micro-batches, all ranks), which the token weights are made of.
+
+    Both numbers are of what `without_truncated` has left; add those of micro-batches or ranks up.
+    """
 
     num_sequences: Tensor | float
     num_tokens: Tensor | float
@@ -94,8 +37,8 @@ class Normalizer(NamedTuple):
 
     @classmethod
     def of(cls, mask_BT: Tensor, max_length: int | None = None) -> "Normalizer":
-        """The sizes of one batch, given the response mask of all of it."""
-        return cls(mask_BT.shape[0], mask_BT.sum(), max_length)
+        """The sizes of one batch, given the response mask of all of it. Rows without a token do not count."""
+        return cls(_num_rows(mask_BT), mask_BT.sum(), max_length)
 
 
 class Loss(NamedTuple):
@@ -106,98 +49,7 @@ class Loss(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Advantages
-
-
-def group_advantages(rewards_PG: Tensor, scale: Scale = "group", eps: float = ADVANTAGE_EPS) -> Tensor:
-    """Advantages [P, G]: rewards minus their group's mean, divided by the standard deviation plus `eps`.
-
-    The deviation (unbiased) is the group's own, that of all rewards of the batch, or left out ("none"; Dr. GRPO).
-    NaN rewards are failures: they count in no mean and no deviation and get advantage 0. A group without variance,
-    or with fewer than two rewards, gets exactly 0. For "batch", pass the rewards of all ranks.
-    """
-    _check_choice("scale", scale, Scale)
-    if rewards_PG.dim() != 2:
-        raise ValueError(f"Rewards must be [P, G], not {tuple(rewards_PG.shape)}.")
-    valid_PG = ~rewards_PG.isnan()
-    known_PG = rewards_PG.masked_fill(~valid_PG, 0.0)
-    mean_P1 = _masked_mean(known_PG, valid_PG)
-    centred_PG = known_PG - mean_P1
-    counts_PG = valid_PG & informative_groups(rewards_PG)[:, None]
-    if scale == "none":
-        return torch.where(counts_PG, centred_PG, 0.0)
-    if scale == "group":
-        squares_P1 = (centred_PG.square() * valid_PG).sum(1, keepdim=True)
-        std = (squares_P1 / (valid_PG.sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()
-    else:
-        values_N = rewards_PG[valid_PG]
-        std = values_N.std() if values_N.numel() > 1 else rewards_PG.new_ones(())
-    return torch.where(counts_PG, centred_PG / (std + eps), 0.0)
-
-
-def informative_groups(rewards_PG: Tensor) -> Tensor:
-    """Whether each group [P] has two different rewards, and so a gradient; compared exactly, without rounding."""
-    valid_PG = ~rewards_PG.isnan()
-    highest_P = rewards_PG.masked_fill(~valid_PG, float("-inf")).amax(1)
-    lowest_P = rewards_PG.masked_fill(~valid_PG, float("inf")).amin(1)
-    return highest_P > lowest_P
-
-
-def decoupled_advantages(rewards_RPG: Tensor, weights_R: Tensor, eps: float = ADVANTAGE_EPS) -> Tensor:
-    """GDPO, "normalize then sum": advantages [P, G] from R rewards of different scales.
-
-    Each reward is normalised within its groups, then their weighted sum over the batch. NaN entries (a reward that
-    does not apply or failed) add 0; a response whose rewards are all NaN gets advantage 0.
-    """
-    if rewards_RPG.dim() != 3 or weights_R.shape != rewards_RPG.shape[:1]:
-        raise ValueError(
-            f"Rewards must be [R, P, G] with weights [R], not {tuple(rewards_RPG.shape)}, {tuple(weights_R.shape)}."
-        )
-    normalized_RPG = torch.stack([group_advantages(rewards_PG, "group", eps) for rewards_PG in rewards_RPG])
-    summed_PG = (weights_R[:, None, None] * normalized_RPG).sum(0)
-    values_N = summed_PG[~rewards_RPG.isnan().all(0)]
-    std = values_N.std() if values_N.numel() > 1 else rewards_RPG.new_zeros(())
-    # the batch's mean is 0 already, reward by reward and group by group
-    return summed_PG / (std + eps)
-
-
-def group_statistics(rewards_PG: Tensor) -> dict[str, float]:
-    """Health of a batch of rewards: mean, mean deviation within groups, shares of flat groups and of failures."""
-    valid_PG = ~rewards_PG.isnan()
-    values_N = rewards_PG[valid_PG]
-    stds = [row[keep].std().item() for row, keep in zip(rewards_PG, valid_PG, strict=True) if keep.sum() > 1]
-    return {
-        "reward": values_N.mean().item() if values_N.numel() else float("nan"),
-        "reward_std": sum(stds) / len(stds) if stds else 0.0,
-        "frac_reward_zero_std": 1.0 - informative_groups(rewards_PG).float().mean().item(),
-        "frac_reward_missing": 1.0 - valid_PG.float().mean().item(),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Ratios, clipping, KL
-
-
-def log_ratios(logps_BT: Tensor, old_logps_BT: Tensor, mask_BT: Tensor, level: RatioLevel = "token") -> Tensor:
-    """Log importance ratios [B, T], clamped to +-20 and 0 outside the mask.
-
-    "token": log pi(o_t) - log pi_old(o_t). "sequence": its mean over the response at every token (GSPO, the
-    geometric mean). "response": its sum over the response at every token (the paper's pi(o|q) / pi_old(o|q)).
-    """
-    _check_choice("ratio level", level, RatioLevel)
-    mask_BT = mask_BT.bool()
-    difference_BT = _masked(logps_BT, mask_BT) - _masked(old_logps_BT, mask_BT)
-    if level != "token":
-        total_B1 = difference_BT.sum(1, keepdim=True)
-        if level == "sequence":
-            total_B1 = total_B1 / _lengths(mask_BT)
-        difference_BT = _masked(total_B1.expand_as(difference_BT), mask_BT)
-    return difference_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-
-
-def ratios(logps_BT: Tensor, old_logps_BT: Tensor, mask_BT: Tensor, level: RatioLevel = "token") -> Tensor:
-    """Importance ratios [B, T]: exp of `log_ratios`, 1 outside the mask."""
-    return log_ratios(logps_BT, old_logps_BT, mask_BT, level).exp()
+# Clipping, KL
 
 
 def clipped_surrogate(
@@ -208,7 +60,7 @@ def clipped_surrogate(
     With `delta` the unclipped ratio is bounded by it, so that a bad response which became likely cannot give an
     unbounded loss (two-sided clipping).
     """
-    _check_clip(clip_low, clip_high, delta)
+    check_clip(clip_low, clip_high, delta)
     advantages_B1 = advantages_B[:, None]
     free_BT = ratio_BT if delta is None else ratio_BT.clamp(max=delta)
     return -torch.minimum(free_BT * advantages_B1, ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_B1)
@@ -221,7 +73,7 @@ def kl_estimate(logps_BT: Tensor, ref_logps_BT: Tensor, kind: KlKind = "k3", rat
     the gradient of k1 is 0 on average, that of k2 is the reverse KL's, that of k3 the FORWARD KL's. Multiplied by
     `ratio` = pi / pi_old (with its gradient), k1 and k3 give the reverse KL's gradient, off policy too.
     """
-    _check_choice("kl", kind, KlKind)
+    check_choice("kl", kind, KlKind)
     difference_BT = (logps_BT - ref_logps_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if kind == "k1":
         kl_BT = difference_BT
@@ -243,17 +95,18 @@ def token_weights(mask_BT: Tensor, loss_type: LossType, normalizer: Normalizer |
     dr_grpo: 1 / (sequences * max_length). dapo, cispo: 1 / tokens of the whole batch. bnpo: the token mean of THIS
     micro-batch, times its share of the sequences; the one type whose result depends on the cut, by its definition.
     """
-    _check_choice("loss_type", loss_type, LossType)
+    check_choice("loss_type", loss_type, LossType)
     normalizer = normalizer or Normalizer.of(mask_BT)
+    num_sequences = _at_least_one(normalizer.num_sequences)
     mask_BT = mask_BT.bool()
     if loss_type in ("grpo", "gspo"):
-        return mask_BT / _lengths(mask_BT) / normalizer.num_sequences
+        return mask_BT / lengths(mask_BT) / num_sequences
     if loss_type == "dr_grpo":
         if normalizer.max_length is None:
             raise ValueError("dr_grpo divides by the longest response allowed; give Normalizer a max_length.")
-        return mask_BT / (normalizer.num_sequences * normalizer.max_length)
+        return mask_BT / (num_sequences * normalizer.max_length)
     if loss_type == "bnpo":
-        share = mask_BT.shape[0] / normalizer.num_sequences
+        share = _num_rows(mask_BT) / num_sequences
         return mask_BT * share / mask_BT.sum().clamp(min=1)
     return mask_BT / _at_least_one(normalizer.num_tokens)
 
@@ -270,42 +123,86 @@ def policy_loss(
     loss_type: LossType = "grpo",
     ratio_level: RatioLevel = "token",
     normalizer: Normalizer | None = None,
+    factors_BT: Tensor | None = None,
 ) -> Loss:
     """The clipped policy objective, negated, as a weighted sum over the tokens of a micro-batch.
 
     `logps_BT` (with gradient) and `old_logps_BT` are log-probabilities of the sampled tokens, both at the sampling
     temperature; `mask_BT` is 1 on response tokens. cispo clips the ratio's weight from above only and keeps every
     token's gradient. Ratio level "response" gives one clipped term a response, weighted alike for any length.
+    `factors_BT` (from `correct_sampler`) multiply the tokens' terms, after clipping.
     """
-    level = _level_of(loss_type, ratio_level)
+    level = level_of(loss_type, ratio_level)
     mask_BT = mask_BT.bool()
     normalizer = normalizer or Normalizer.of(mask_BT)
     ratio_BT = ratios(logps_BT, old_logps_BT, mask_BT, level)
     if loss_type == "cispo":
         weight_BT = ratio_BT.detach().clamp(max=1 + clip_high)
-        losses_BT = -weight_BT * advantages_B[:, None] * _masked(logps_BT, mask_BT)
+        losses_BT = -weight_BT * advantages_B[:, None] * masked(logps_BT, mask_BT)
     else:
         losses_BT = clipped_surrogate(ratio_BT, advantages_B, clip_low=clip_low, clip_high=clip_high, delta=delta)
+    if factors_BT is not None:
+        losses_BT = losses_BT * factors_BT
     loss = (losses_BT * token_weights(mask_BT, loss_type, normalizer)).sum()
 
-    with torch.no_grad():
-        gap_BT = (_masked(logps_BT, mask_BT) - _masked(old_logps_BT, mask_BT)).abs()
-        low_BT = (ratio_BT < 1 - clip_low) & (advantages_B[:, None] < 0) & (loss_type != "cispo")
-        high_BT = (ratio_BT > 1 + clip_high) & ((advantages_B[:, None] > 0) | (loss_type == "cispo"))
-        metrics = {
-            "policy_loss": loss.detach(),
-            "ratio/mean": _share(ratio_BT, mask_BT, normalizer),
-            "ratio/min": ratio_BT.min(),
-            "ratio/max": ratio_BT.max(),
-            "clip/low": _share(low_BT, mask_BT, normalizer),
-            "clip/high": _share(high_BT, mask_BT, normalizer),
-            "logp_diff/mean": _share(gap_BT, mask_BT, normalizer),
-            "logp_diff/max": gap_BT.max(),
-        }
-        if delta is not None:
-            beyond_BT = (ratio_BT > delta) & (advantages_B[:, None] < 0)
-            metrics["clip/delta"] = _share(beyond_BT, mask_BT, normalizer)
+    clipped = _clipped_tokens(ratio_BT, advantages_B[:, None], loss_type, clip_low, clip_high, delta)
+    gap_BT = (masked(logps_BT.detach(), mask_BT) - masked(old_logps_BT, mask_BT)).abs()
+    metrics = {
+        "policy_loss": loss.detach(),
+        **_spread("ratio", ratio_BT.detach(), mask_BT, normalizer),
+        **{f"clip/{name}": _share(where_BT, mask_BT, normalizer) for name, where_BT in clipped.items()},
+        "logp_diff/mean": _share(gap_BT, mask_BT, normalizer),
+        "logp_diff/max": gap_BT.max(),
+    }
     return Loss(loss, metrics)
+
+
+def _clipped_tokens(
+    ratio_BT: Tensor,
+    advantages_B1: Tensor,
+    loss_type: LossType,
+    clip_low: float,
+    clip_high: float,
+    delta: float | None,
+) -> dict[str, Tensor]:
+    """Tokens that a bound takes the gradient from, by bound; with cispo those whose weight it lowers."""
+    rising_B1, falling_B1 = advantages_B1 > 0, advantages_B1 < 0
+    if loss_type == "cispo":
+        high_BT = ratio_BT > 1 + clip_high
+        return {"low": torch.zeros_like(high_BT), "high": high_BT, "region": high_BT}
+    clipped = {
+        "low": (ratio_BT < 1 - clip_low) & falling_B1,
+        "high": (ratio_BT > 1 + clip_high) & rising_B1,
+    }
+    clipped["region"] = clipped["low"] | clipped["high"]
+    if delta is not None:
+        clipped["delta"] = (ratio_BT > delta) & falling_B1
+    return clipped
+
+
+def kl_loss(
+    logps_BT: Tensor,
+    old_logps_BT: Tensor,
+    ref_logps_BT: Tensor,
+    mask_BT: Tensor,
+    config: GrpoLossConfig,
+    normalizer: Normalizer,
+) -> Loss:
+    """beta times the KL to the reference policy; with beta 0 a zero, and the KL is only reported.
+
+    The KL of a token weighs like its policy term; at ratio level "response" the KL of a response is the sum over its
+    tokens, so that both are about whole responses.
+    """
+    token_ratio = ratios(logps_BT, old_logps_BT, mask_BT) if config.kl_ratio else None
+    kl_BT = kl_estimate(masked(logps_BT, mask_BT), masked(ref_logps_BT, mask_BT), config.kl, token_ratio)
+    metrics = {"kl": _share(kl_BT.detach(), mask_BT, normalizer)}
+    if config.beta == 0:
+        return Loss(logps_BT.new_zeros(()), metrics)
+    weights_BT = token_weights(mask_BT, config.loss_type, normalizer)
+    if config.ratio_level == "response":
+        weights_BT = weights_BT * lengths(mask_BT)
+    loss = config.beta * (kl_BT * weights_BT).sum()
+    return Loss(loss, metrics | {"kl_loss": loss.detach()})
 
 
 def grpo_loss(
@@ -318,18 +215,24 @@ def grpo_loss(
     *,
     normalizer: Normalizer | None = None,
     entropy_BT: Tensor | None = None,
+    sampler_logps_BT: Tensor | None = None,
 ) -> Loss:
     """The whole loss of a micro-batch: clipped policy objective plus beta times the KL to the reference policy.
 
     `old_logps_BT` None means on policy (the ratio is 1, with gradient). `ref_logps_BT` may be None where beta is 0.
-    `entropy_BT` is only reported. The KL of a token weighs like its policy term; at ratio level "response" the KL of
-    a response is the sum over its tokens, so that both are about whole responses.
+    `entropy_BT` is only reported, and so is the distance to `sampler_logps_BT` (the log-probabilities noted while
+    sampling), unless `config.sampler_correction` weights the policy terms by it. Where `config.mask_truncated` is
+    set, `mask_BT` and `normalizer` are the caller's to make with `without_truncated`.
     """
-    _check_batch(logps_BT, old_logps_BT, ref_logps_BT, advantages_B, mask_BT)
+    others = {"old_logps": old_logps_BT, "ref_logps": ref_logps_BT, "sampler_logps": sampler_logps_BT, "mask": mask_BT}
+    _check_batch(logps_BT, advantages_B, others, config)
     mask_BT = mask_BT.bool()
     normalizer = normalizer or Normalizer.of(mask_BT)
     old_logps_BT = logps_BT.detach() if old_logps_BT is None else old_logps_BT
-    loss, metrics = policy_loss(
+    factors_BT, metrics = None, {}
+    if sampler_logps_BT is not None:
+        factors_BT, metrics = _sampler_factors(old_logps_BT, sampler_logps_BT, mask_BT, config, normalizer)
+    loss, policy_metrics = policy_loss(
         logps_BT,
         old_logps_BT,
         advantages_B,
@@ -340,24 +243,31 @@ def grpo_loss(
         loss_type=config.loss_type,
         ratio_level=config.ratio_level,
         normalizer=normalizer,
+        factors_BT=factors_BT,
     )
+    metrics |= policy_metrics
     if ref_logps_BT is not None:
-        token_ratio = ratios(logps_BT, old_logps_BT, mask_BT) if config.kl_ratio else None
-        kl_BT = kl_estimate(_masked(logps_BT, mask_BT), _masked(ref_logps_BT, mask_BT), config.kl, token_ratio)
-        metrics["kl"] = _share(kl_BT.detach(), mask_BT, normalizer)
-        if config.beta > 0:
-            weights_BT = token_weights(mask_BT, config.loss_type, normalizer)
-            if config.ratio_level == "response":
-                weights_BT = weights_BT * _lengths(mask_BT)
-            kl_loss = config.beta * (kl_BT * weights_BT).sum()
-            loss = loss + kl_loss
-            metrics["kl_loss"] = kl_loss.detach()
-    elif config.beta > 0:
-        raise ValueError(f"beta is {config.beta}, so the reference policy's log-probabilities are needed.")
+        kl, kl_metrics = kl_loss(logps_BT, old_logps_BT, ref_logps_BT, mask_BT, config, normalizer)
+        loss, metrics = loss + kl, metrics | kl_metrics
     if entropy_BT is not None:
-        metrics["entropy"] = _share(_masked(entropy_BT.detach(), mask_BT), mask_BT, normalizer)
+        metrics["entropy"] = _share(masked(entropy_BT.detach(), mask_BT), mask_BT, normalizer)
     metrics["loss"] = loss.detach()
     return Loss(loss, metrics)
+
+
+@torch.no_grad()
+def _sampler_factors(
+    old_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor, config: GrpoLossConfig, normalizer: Normalizer
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Factors of the tokens' terms, None where nothing is corrected, and how far sampler and trainer are apart."""
+    gap_BT = (masked(old_logps_BT, mask_BT) - masked(sampler_logps_BT, mask_BT)).abs()
+    metrics = {"mismatch/mean": _share(gap_BT, mask_BT, normalizer), "mismatch/max": gap_BT.max()}
+    if config.sampler_correction == "none":
+        return None, metrics
+    kind, cap = config.sampler_correction, config.sampler_cap
+    factors_BT, capped_BT = correct_sampler(old_logps_BT, sampler_logps_BT, mask_BT, kind, cap)
+    metrics |= _spread("correction", factors_BT, mask_BT, normalizer)
+    return factors_BT, metrics | {"correction/capped": _share(capped_BT, mask_BT, normalizer)}
 
 
 def merge_metrics(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -380,21 +290,12 @@ def merge_metrics(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 # Small pieces
 
 
-def _masked(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Padding may hold anything, infinities too; here it becomes 0 in value and in gradient."""
-    return values_BT.masked_fill(~mask_BT, 0.0)
-
-
-def _lengths(mask_BT: Tensor) -> Tensor:
-    return mask_BT.sum(1, keepdim=True).clamp(min=1)
-
-
-def _masked_mean(values_PG: Tensor, mask_PG: Tensor) -> Tensor:
-    return (values_PG * mask_PG).sum(1, keepdim=True) / mask_PG.sum(1, keepdim=True).clamp(min=1)
-
-
 def _at_least_one(count: Tensor | float) -> Tensor | float:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def _num_rows(mask_BT: Tensor) -> Tensor:
+    return mask_BT.bool().any(1).sum()
 
 
 def _share(values_BT: Tensor, mask_BT: Tensor, normalizer: Normalizer) -> Tensor:
@@ -402,11 +303,22 @@ def _share(values_BT: Tensor, mask_BT: Tensor, normalizer: Normalizer) -> Tensor
     return (values_BT * mask_BT).sum() / _at_least_one(normalizer.num_tokens)
 
 
+def _spread(name: str, values_BT: Tensor, mask_BT: Tensor, normalizer: Normalizer) -> dict[str, Tensor]:
+    """Mean, least and greatest value over response tokens; padding, and a batch without any, counts as 1."""
+    values_BT = values_BT.masked_fill(~mask_BT, 1.0)
+    mean = _share(values_BT, mask_BT, normalizer)
+    return {f"{name}/mean": mean, f"{name}/min": values_BT.min(), f"{name}/max": values_BT.max()}
+
+
 def _check_batch(
-    logps_BT: Tensor, old_logps_BT: Tensor | None, ref_logps_BT: Tensor | None, advantages_B: Tensor, mask_BT: Tensor
+    logps_BT: Tensor, advantages_B: Tensor, others: dict[str, Tensor | None], config: GrpoLossConfig
 ) -> None:
-    for name, value in (("old_logps", old_logps_BT), ("ref_logps", ref_logps_BT), ("mask", mask_BT)):
+    for name, value in others.items():
         if value is not None and value.shape != logps_BT.shape:
             raise ValueError(f"{name} must have logps' shape {tuple(logps_BT.shape)}, not {tuple(value.shape)}.")
     if advantages_B.shape != logps_BT.shape[:1]:
         raise ValueError(f"There must be {logps_BT.shape[0]} advantages, not {tuple(advantages_B.shape)}.")
+    if config.beta > 0 and others["ref_logps"] is None:
+        raise ValueError(f"beta is {config.beta}, so the reference policy's log-probabilities are needed.")
+    if config.sampler_correction != "none" and others["sampler_logps"] is None:
+        raise ValueError(f"sampler_correction is {config.sampler_correction}, so the sampler's log-probs are needed.")

@@ -6,7 +6,7 @@ costs P + G R tokens instead of G (P + R). Values and gradients are those of sep
 Shapes: B completions of a pack, T tokens of the longest of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,20 +28,21 @@ class Pack(NamedTuple):
 
 
 def plan_groups(
-    prompts: Sequence[int], completions: Sequence[Sequence[int]], budget: int, max_rows: int = 0
+    prompts: Sequence[int], completions: Sequence[Mapping[int, int]], budget: int, max_rows: int = 0
 ) -> list[list[Piece]]:
     """Which groups go into one pack of at most `budget` tokens; a group that is longer goes in pieces.
 
     Each piece has the prompt again. A completion that does not fit even alone has a pack of its own.
 
     Args:
-        prompts, completions: lengths, the completions' by prompt.
+        prompts: lengths.
+        completions: of each prompt the lengths of those that are wanted, by number.
         max_rows: completions of a pack at most; 0: any number.
     """
     pieces: list[Piece] = []
     for prompt, lengths in enumerate(completions):
         room, its = 0, []
-        for row, length in enumerate(lengths):
+        for row, length in lengths.items():
             if not its or length > room or len(its) == max_rows:
                 its, room = [], budget - prompts[prompt]
                 pieces.append((prompt, its))
@@ -53,11 +54,18 @@ def plan_groups(
 
 
 @torch.no_grad()
-def make_packs(model: SceneVLM, rollouts: Sequence[Rollout], budget: int, max_rows: int = 0) -> list[Pack]:
-    """All groups in packs, embedded: what lies before the language model is frozen, so once is enough for a step."""
+def make_packs(
+    model: SceneVLM, rollouts: Sequence[Rollout], kept: Sequence[Sequence[int]], budget: int, max_rows: int = 0
+) -> list[Pack]:
+    """Groups in packs, embedded: what lies before the language model is frozen, so once is enough for a step.
+
+    Args:
+        kept: which of each group's completions are wanted.
+        budget, max_rows: of `plan_groups`.
+    """
     plan = plan_groups(
         [len(rollout.row.token_ids) for rollout in rollouts],
-        [[len(ids) for ids in rollout.token_ids] for rollout in rollouts],
+        [{row: len(rollout.token_ids[row]) for row in its} for rollout, its in zip(rollouts, kept, strict=True)],
         budget,
         max_rows,
     )

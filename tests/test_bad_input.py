@@ -590,7 +590,7 @@ def test_an_encoder_of_another_size(refused: Refused, run: Path, prepared: Path,
     [
         ([], "GRPO starts from an SFT model: set init to the run folder that `sft` wrote."),
         (["init=none"], "There is no model at none"),
-        (["init=RUN", "loss.loss_type=ppo"], "Unknown loss_type 'ppo'; choose one of grpo"),
+        (["init=RUN", "loss.loss_type=ppo"], "Config key loss.loss_type is 'ppo'; choose one of grpo"),
         (["init=RUN", "rollout.max_new_tokens=0"], "rollout.max_new_tokens is 0; it must be at least 1."),
         (["init=RUN", "rollout.temperature=0"], "rollout.temperature is 0.0; it must be above 0."),
         (["init=RUN", "reward.names=[formatt]", "reward.weights=[1.0]"], "Unknown reward 'formatt'; did you mean"),

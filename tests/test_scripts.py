@@ -178,6 +178,40 @@ def test_infer_help_names_recipes_that_exist():
                 assert (ROOT / name).is_file() or "tiny.." in name, f"{script.name} names {name}"
 
 
+# Stands in for the interpreter: `pip install` makes a folder `trl`, unless it is to fail; pytest notes what it sees.
+PEER_RECORDER = f"""#!{sys.executable}
+import json, os, pathlib, sys
+arguments = sys.argv[1:]
+if arguments[:2] == ["-m", "pip"]:
+    if "FAIL_PIP" in os.environ:
+        sys.exit(1)
+    pathlib.Path(arguments[arguments.index("--target") + 1], "trl").mkdir()
+elif arguments[:2] == ["-m", "pytest"]:
+    path = os.environ["PYTHONPATH"].split(":")[0]
+    row = [*arguments[2:], path, pathlib.Path(path, "trl").is_dir()]
+    pathlib.Path(os.environ["RECORD"]).write_text(json.dumps(row))
+    sys.exit(1 if "FAIL_PYTEST" in os.environ else 0)
+else:
+    os.execv({sys.executable!r}, [{sys.executable!r}, *arguments])
+"""
+
+
+def test_the_comparison_with_trl_fetches_it_into_a_folder_that_goes_again(shell: Shell):
+    shell.python.write_text(PEER_RECORDER)
+    for failing, status in (({}, 0), ({"FAIL_PYTEST": "1"}, 1)):
+        done = shell.run("test.sh", "--trl", "-q", **failing)
+        assert done.returncode == status, done.stderr
+        *arguments, folder, fetched = json.loads(shell.record.read_text())
+        assert arguments == ["tests/engine/test_grpo_trl.py", "-q"] and (ROOT / arguments[0]).is_file()
+        assert fetched and not Path(folder).exists()
+
+
+def test_where_trl_cannot_be_fetched_the_comparison_is_left_out(shell: Shell):
+    shell.python.write_text(PEER_RECORDER)
+    done = shell.run("test.sh", "--trl", FAIL_PIP="1")
+    assert done.returncode == 0 and "cannot be fetched here" in done.stderr and not shell.record.exists()
+
+
 # Slurm ----------------------------------------------------------------------------------------------------------
 
 

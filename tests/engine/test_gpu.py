@@ -76,7 +76,7 @@ def test_sft_grpo_and_evaluation_in_bfloat16(rooms_root, tmp_path, train_encoder
         )
     )
     for row in read_metrics(grpo_run / "metrics.jsonl"):
-        assert row["kl"] is not None and row["sampling_gap"] < 0.05
+        assert row["kl"] is not None and row["mismatch/mean"] < 0.05
     evaluate.evaluate(
         load_config(
             "eval",

@@ -1,4 +1,4 @@
-"""Which groups a GRPO step learns from: substitutes for prompts that teach nothing or are too long; packs of groups."""
+"""Which groups a GRPO step learns from, substitutes for prompts that teach nothing or are too long, and packs."""
 
 from types import SimpleNamespace
 
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from threedr1.datasets.scene import Sample
 from threedr1.engine import groups
 from threedr1.engine.config import load_config
-from threedr1.engine.grpo_packs import completion_mask, filled, plan_groups
 from threedr1.engine.groups import Groups
+from threedr1.engine.grpo_packs import completion_mask, filled, plan_groups
 from threedr1.engine.rewards import RewardSet
 from threedr1.engine.rollout import Prompt, Rollout
 from threedr1.engine.runtime import Runtime
@@ -25,6 +25,10 @@ CPU = torch.device("cpu")
 # Packs ------------------------------------------------------------------------------------------------------------
 
 
+def numbered(completions):
+    return [dict(enumerate(lengths)) for lengths in completions]
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(1, 20), min_size=1, max_size=5)), max_size=5),
     st.integers(20, 120),
@@ -33,7 +37,7 @@ CPU = torch.device("cpu")
 def test_packs_hold_each_completion_once_behind_its_prompt(prompts_and_completions, budget, max_rows):
     prompts = [length for length, _ in prompts_and_completions]
     completions = [lengths for _, lengths in prompts_and_completions]
-    packs = plan_groups(prompts, completions, budget, max_rows)
+    packs = plan_groups(prompts, numbered(completions), budget, max_rows)
     found = [(prompt, row) for pack in packs for prompt, its in pack for row in its]
     assert sorted(found) == [(prompt, row) for prompt, its in enumerate(completions) for row in range(len(its))]
     for pack in packs:
@@ -45,10 +49,12 @@ def test_packs_hold_each_completion_once_behind_its_prompt(prompts_and_completio
 
 def test_packs_of_groups_by_hand():
     # 100 + 3 * 20 fit into 200 with the second group's 30 + 10; the third goes in pieces, its prompt in each
-    packs = plan_groups([100, 30, 150], [[20, 20, 20], [10], [40, 30, 30]], 200)
+    packs = plan_groups([100, 30, 150], numbered([[20, 20, 20], [10], [40, 30, 30]]), 200)
     assert packs == [[(0, [0, 1, 2]), (1, [0])], [(2, [0])], [(2, [1])], [(2, [2])]]
-    assert plan_groups([100], [[20, 20, 20]], 10) == [[(0, [0])], [(0, [1])], [(0, [2])]]
-    assert plan_groups([10, 10], [[5, 5], [5, 5]], 100, max_rows=3) == [[(0, [0, 1])], [(1, [0, 1])]]
+    assert plan_groups([100], numbered([[20, 20, 20]]), 10) == [[(0, [0])], [(0, [1])], [(0, [2])]]
+    assert plan_groups([10, 10], numbered([[5, 5], [5, 5]]), 100, max_rows=3) == [[(0, [0, 1])], [(1, [0, 1])]]
+    # what is not wanted is in none, and its prompt neither
+    assert plan_groups([10, 10, 10], [{1: 5}, {}, {0: 5, 3: 5}], 100) == [[(0, [1]), (2, [0, 3])]]
 
 
 def test_numbers_and_masks_of_ragged_completions():
@@ -169,7 +175,9 @@ def test_a_prompt_that_is_too_long_is_another_one(stand_ins, caplog):
                 replaced += 1
         assert with_limit.metrics["too_long"] >= sum(len(its.row.token_ids) > 20 for its in without.rollouts)
     assert replaced > 0 and "has 50 tokens; another takes its place" in caplog.text
-    with pytest.raises(ValueError, match=r"33 prompts one after the other have more than rollout.max_prompt_tokens = 20"):
+    with pytest.raises(
+        ValueError, match=r"33 prompts one after the other have more than rollout.max_prompt_tokens = 20"
+    ):
         make_groups(samples(4, [50] * 4), only_odd_differ, "rollout.max_prompt_tokens=20").collect(0, Phases(CPU))
 
 

@@ -81,6 +81,42 @@ def test_grpo_follows_a_reward(rooms_root, tmp_path):
     assert np.mean([text.count("e") / max(1, len(text)) for text in last]) == pytest.approx(rewards[-1], abs=1e-4)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_grpo_raises_the_reward_over_the_sft_model(seed, rooms_root, tmp_path):
+    """The run's own rewards (format, perception, semantic), from an SFT model that answers in form only now and then:
+    0.2 more within some dozen steps, whatever the seed."""
+    sft.train(
+        sft_config(
+            rooms_root,
+            tmp_path / "sft",
+            f"run.seed={seed}",
+            "run.steps=100",
+            "run.batch_size=6",
+            "run.save_every=1000",
+            "data.datasets=scene30k",
+        )
+    )
+    grpo.train(
+        grpo_config(
+            rooms_root,
+            tmp_path / "sft",
+            tmp_path / "grpo",
+            f"run.seed={seed}",
+            "run.steps=40",
+            "run.batch_size=4",
+            "run.save_every=1000",
+            "optim.warmup_steps=0",
+            "rollout.group_size=8",
+            "rollout.max_new_tokens=96",
+            "rollout.batch_size=32",
+            "reward.gate_by_format=true",
+        )
+    )
+    rewards = [row["reward"] for row in read_metrics(tmp_path / "grpo" / "metrics.jsonl")]
+    print(seed, np.round(rewards, 3))
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:2]) + 0.2
+
+
 def test_the_scene_encoder_overfits_two_rooms(rooms_root, tmp_path):
     """mAP@0.5 above 0.9 over the classes that the two rooms have; measured 0.98."""
     root = tmp_path / "rooms"

@@ -198,7 +198,7 @@ def test_rollouts_and_their_log_probabilities_see_the_same_token(model, scene):
     )
     rollout = rollouts[0]
     assert rollout.row.asked_box_7 is not None
-    (pack,) = make_packs(model, [rollout], budget=10_000)
+    (pack,) = make_packs(model, [rollout], [[0, 1]], budget=10_000)
     with torch.no_grad():
         logps_LV = (model.hidden(pack.inputs)[0] @ model.language.head_weight_VD.T).log_softmax(-1)
     # greedy: each token that was taken was the likeliest

@@ -247,7 +247,7 @@ def test_grpo_logs_rewards_kl_and_an_agreeing_rollout(grpo_run):
     assert len(rows) == 2
     for row in rows:
         assert {"reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "length/mean"} <= row.keys()
-        assert row["sampling_gap"] < 1e-4
+        assert row["mismatch/mean"] < 1e-4
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
     rows = [json.loads(line) for line in (grpo_run / "completions.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * 2 * 3
