@@ -13,6 +13,7 @@ from PIL import Image
 from ..datasets.scene import load_scene
 from ..utils.files import read_log
 from ..utils.predictions import Prediction, read_predictions
+from .completions import completions_section
 from .curves import plot
 from .pictures import DETECTED, PREDICTED, TARGET, data_url, scene_picture
 
@@ -35,9 +36,22 @@ _CURVES = (
     ("sft", ("tokens_per_s",), "SFT: tokens a second"),
     ("sft", ("mfu",), "SFT: share of the hardware's peak"),
     ("grpo", ("reward",), "GRPO: reward"),
-    ("grpo", ("rewards/format/mean", "rewards/perception/mean", "rewards/semantic/mean"), "GRPO: each reward"),
+    ("grpo", ("rewards/*/mean",), "GRPO: each reward"),
+    ("grpo", ("eval/reward", "eval/rewards/*"), "GRPO: rewards of held-out answers"),
+    (
+        "grpo",
+        tuple(f"eval/*/{name}" for name in ("EM", "EM@1", "Acc@0.25", "CIDEr")),
+        "GRPO: held-out scores, percent",
+    ),
+    ("grpo", ("frac_reward_zero_std",), "GRPO: share of groups with equal rewards"),
     ("grpo", ("kl",), "GRPO: KL to the SFT policy"),
-    ("grpo", ("length/mean",), "GRPO: tokens per completion"),
+    ("grpo", ("entropy",), "GRPO: entropy of a token, nats"),
+    ("grpo", ("clip/region", "clip/low", "clip/high"), "GRPO: share of tokens that are clipped"),
+    ("grpo", ("mismatch/mean",), "GRPO: sampler against trainer, nats a token"),
+    ("grpo", ("length/mean", "length/max"), "GRPO: tokens per completion"),
+    ("grpo", ("length/cut",), "GRPO: share of completions that the limit cut"),
+    ("grpo", ("seconds/*",), "GRPO: seconds of each phase"),
+    ("grpo", ("decode_tokens_per_s",), "GRPO: tokens a second while sampling"),
 )
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1f2937;max-width:1180px;margin:2rem auto;padding:0 1rem}
@@ -50,6 +64,7 @@ td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}
 border:1px solid #e5e7eb;border-radius:8px}.example img.scene{width:100%}.views img{height:112px;margin:.2rem}
 .think{color:#6b7280}.answer{font-weight:600}.tag{background:#eef2ff;border-radius:4px;padding:0 .4rem;font-size:.8rem}
 .key span{display:inline-block;width:1.6em;height:.35em;margin:0 .3em 0 1em;vertical-align:middle}
+.completions td.text{text-align:left;white-space:pre-wrap;overflow-wrap:anywhere}
 .note{color:#6b7280;font-size:.88rem}code{background:#f3f4f6;padding:0 .25em}
 """
 
@@ -167,13 +182,14 @@ def _cell(scores: dict | None, metric: str) -> str:
 
 
 def curves_section(run: Path) -> str:
-    """Training curves of a run, or of the stages under a run folder."""
+    """Training curves of a run, or of the stages under a run folder, and what GRPO sampled."""
     folders = {stage: run / stage for stage in ("detect", "sft", "grpo")}
     if (run / METRICS).exists():
         folders = {_stage(run): run}
     rows = {stage: read_log(folder / METRICS) + read_log(folder / SPEED) for stage, folder in folders.items()}
     drawn = [plot(rows[stage], names, title) for stage, names, title in _CURVES if rows.get(stage)]
-    return f"<h2>Training</h2><div class='curves'>{''.join(drawn)}</div>" if any(drawn) else ""
+    curves = f"<h2>Training</h2><div class='curves'>{''.join(drawn)}</div>" if any(drawn) else ""
+    return curves + (completions_section(folders["grpo"]) if "grpo" in folders else "")
 
 
 def _stage(run: Path) -> str:
