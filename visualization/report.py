@@ -24,13 +24,14 @@ _COLUMN_ORDER = ("most-frequent", "untrained", "sft", "grpo")
 _SHOWN = ("EM", "EM@1", "Acc@0.25", "Acc@0.5", "mIoU", "CIDEr@0.25", "CIDEr@0.5", "CIDEr", "ROUGE-L")
 _MAX_SHOWN = 2
 METRICS, SPEED = "metrics.jsonl", "speed.jsonl"
+_HELD_OUT = tuple(f"eval/*/{name}" for name in ("EM", "EM@1", "Acc@0.25", "CIDEr"))
 _CURVES = (
     ("detect", ("loss",), "Scene encoder: loss"),
     ("detect", ("map25", "map50"), "Scene encoder: held-out mAP"),
     ("sft", ("loss",), "SFT: cross-entropy per token"),
     ("sft", ("loss/*",), "SFT: cross-entropy by task"),
     ("sft", ("eval/loss", "eval/loss/*"), "SFT: held-out cross-entropy"),
-    ("sft", tuple(f"eval/*/{name}" for name in ("EM", "EM@1", "Acc@0.25", "CIDEr")), "SFT: held-out scores, percent"),
+    ("sft", _HELD_OUT, "SFT: held-out scores, percent"),
     ("sft", ("lr",), "SFT: learning rate"),
     ("sft", ("grad_norm",), "SFT: gradient norm before clipping"),
     ("sft", ("tokens_per_s",), "SFT: tokens a second"),

@@ -1,4 +1,4 @@
-"""The GRPO loop: what it does when rewards fail, groups teach nothing, or completions are cut; evaluation; resuming."""
+"""The GRPO loop where rewards fail, groups teach nothing or completions are cut; evaluation; resuming."""
 
 import json
 import math

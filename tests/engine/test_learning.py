@@ -112,9 +112,10 @@ def test_grpo_raises_the_reward_over_the_sft_model(seed, rooms_root, tmp_path):
             "optim.warmup_steps=0",
             f"optim.lr={lr}",
             "rollout.group_size=8",
-            "rollout.max_new_tokens=96",
+            f"rollout.max_new_tokens={os.environ.get('TRY_N', '200')}",
             "rollout.batch_size=32",
             "reward.gate_by_format=true",
+            f"rollout.temperature={os.environ.get('TRY_T', '1.0')}",
         )
     )
     rewards = [row["reward"] for row in read_metrics(tmp_path / "grpo" / "metrics.jsonl")]
