@@ -96,7 +96,7 @@ class PeerStep:
 
     def __call__(self) -> None:
         language = self.model.language
-        with language.uncompiled():
+        with torch.compiler.set_stance("force_eager"):  # ours has compiled the vision tower
             for batch in self._batches:
                 loss = language.model(**batch, use_cache=False, num_items_in_batch=self.targets).loss
                 loss.backward()

@@ -2,8 +2,8 @@
 
 All rows take a step together. Each prompt's keys are there once for all of its completions (kv_cache.py), adapters
 stay apart from the weights, so that what is sampled from is the policy that is trained, and rows that have finished
-leave. On a GPU a step is one CUDA graph for each number of rows that there may be; what changes from step to step is
-on the device, which is waited for every few tokens only.
+leave. With the flash kernel a step is one CUDA graph for each number of rows that there may be: what changes from step
+to step is on the device, which is waited for every few tokens only.
 
 Shapes: P prompts, G completions of each, R = P * G rows, L prompt tokens packed, S tokens of a completion, V
 vocabulary.
@@ -49,7 +49,7 @@ def pick_tokens(logits_RV: Tensor, temperature: float, uniform_R: Tensor | None)
     The draws come in as numbers, so that a row's sample depends on its own stream alone, not on its neighbours.
     """
     logits_RV = logits_RV.float()
-    if temperature > 0:
+    if temperature not in (0, 1):
         logits_RV = logits_RV / temperature
     norm_R1 = torch.logsumexp(logits_RV, -1, keepdim=True)
     if temperature > 0:
@@ -65,7 +65,8 @@ def _draw(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
 
     In float64: in float32 the running sum over 150,000 tokens loses the small probabilities.
     """
-    probs_RNB = F.pad(probs_RV, (0, -probs_RV.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    missing = -probs_RV.shape[1] % _BLOCK
+    probs_RNB = (F.pad(probs_RV, (0, missing)) if missing else probs_RV).unflatten(1, (-1, _BLOCK))
     sums_RN = probs_RNB.sum(-1, dtype=torch.float64)
     cdf_RN = sums_RN.cumsum(-1)
     wanted_R1 = uniform_R.to(cdf_RN)[:, None] * cdf_RN[:, -1:]

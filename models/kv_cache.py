@@ -4,14 +4,15 @@ All rows that go on from one prompt read its keys together, as one block of quer
 all that a step reads. Each row's own keys are read by that row. The two attentions are merged by their log-sum-exps,
 which is exact (Hydragen, arXiv 2402.05099, section 3.1).
 
-On CUDA in half precision both are torch's flash kernel, and nothing that a step does depends on what the host knows,
-so that a step can be captured as a CUDA graph; elsewhere they are plain products over padded prompts.
+Both are plain products over padded prompts; or, on CUDA in half precision, torch's flash kernel, where nothing that a
+step does depends on what the host knows, so that it can be captured as a CUDA graph. THREEDR1_DECODING=flash says so.
 
 Shapes: N prompts, P tokens of the longest (packed: of all), R rows, S tokens that a row may say, L tokens of a packed
 row; H query heads, G key and value heads, M = H / G query heads of one, E width of a head; Q rows of the prompt that
 has most.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ class KVCache:
         self.prompts = self._room(0)  # keys and values, of each layer, packed: [2, layers, P, G, E]
         self.said = self._room(0, 0)  # [2, layers, R, S, G, E]
         self.prompt_of: list[int] = []  # of each row
-        self._steps = _FlashSteps(self) if uses_kernel(self.prompts) else _PlainSteps(self)
+        self._steps = _FlashSteps(self) if _takes_flash(self.prompts) else _PlainSteps(self)
 
     def _room(self, *tokens: int) -> Tensor:
         return torch.empty(2, self.layers, *tokens, self.kv_heads, self.width, dtype=self.dtype, device=self.device)
@@ -292,6 +293,13 @@ class _FlashSteps:
             seqused_k=used,
         )
         return out, lse
+
+
+def _takes_flash(like: Tensor) -> bool:
+    choice = os.environ.get("THREEDR1_DECODING", "plain")
+    if choice not in ("plain", "flash"):
+        raise ValueError(f"THREEDR1_DECODING={choice} is not known; set it to plain or flash, or unset it.")
+    return choice == "flash" and uses_kernel(like)
 
 
 def _starts(lengths: Sequence[int], room: int) -> Tensor:

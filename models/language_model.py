@@ -60,7 +60,7 @@ class LanguageModel(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.compiled = False  # whether blocks are
+        self.compiled = False  # whether the decoder's blocks are
         self.fused: FusedBlocks | None = None
         self.sharded_from: torch.dtype | None = None  # the dtype from before engine/sharding.py cut the parameters
 
@@ -192,14 +192,14 @@ class LanguageModel(nn.Module):
                 block.compile()
             else:  # what gathers and frees its parameters stays outside
                 block.forward = torch.compile(block.forward)
-        self.compiled = True
+        self.compiled = self.compiled or decoder
 
     def fuse_blocks(self) -> None:
         """From now on packed rows go through fused_block.py; the model must be on its device, its base frozen."""
         self.fused = FusedBlocks(self.decoder)
 
     def uncompiled(self) -> AbstractContextManager[object]:
-        """Run compiled blocks as they are, for decoding: every token brings another shape."""
+        """Run compiled blocks of the decoder as they are, for decoding, where shapes change with every few tokens."""
         return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     def embed_images(self, patches_PC: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:

@@ -1,0 +1,155 @@
+"""Decoding and shared prompts on a CUDA device in bfloat16: the flash kernel, CUDA graphs."""
+
+import pytest
+import torch
+
+from threedr1.models.attention import Documents, Groups, attend_documents
+from threedr1.models.decoding import Decoder
+from threedr1.models.inputs import IGNORE, Row, assemble
+from threedr1.models.kv_cache import KVCache, _FlashSteps, _PlainSteps
+from threedr1.models.language_model import add_lora, load_language_model
+from threedr1.models.lm_head import token_logprobs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+LENGTHS = (37, 5, 64, 128, 1)
+
+
+@pytest.fixture(autouse=True)
+def flash(monkeypatch):
+    monkeypatch.setenv("THREEDR1_DECODING", "flash")
+
+
+def random(*shape, seed):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cuda").bfloat16()
+
+
+def test_steps_by_the_kernel_equal_plain_ones():
+    prompt_of = [0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 4]
+    caches = []
+    for _ in range(2):
+        cache = KVCache(2, 28, 4, 128, dtype=torch.bfloat16, device=torch.device("cuda"))
+        assert isinstance(cache._steps, _FlashSteps)
+        if caches:
+            cache._steps = _PlainSteps(cache)
+        cache.start(LENGTHS, len(prompt_of), 9)
+        query, key, value = (random(sum(LENGTHS), heads, 128, seed=heads) for heads in (28, 4, 4))
+        cache.prefill(Documents.of(LENGTHS, "cuda"), 0).attend(1, query, key, -value, 0.1)
+        cache.set_rows(prompt_of)
+        caches.append(cache)
+    rows = len(prompt_of)
+    for step in range(9):
+        query, key = random(rows, 28, 128, seed=100 + step), random(rows, 4, 128, seed=200 + step)
+        found = []
+        for cache in caches:
+            cache.advance(step)
+            found.append(cache.attend(1, query, key, key, 0.1).float())
+        torch.testing.assert_close(found[0], found[1], atol=2e-2, rtol=2e-2)
+        if step == 4:
+            kept = [0, 2, 3, 5, 8, 10]
+            rows = len(kept)
+            for cache in caches:
+                cache.keep(kept)
+
+
+def test_a_shared_prompt_equals_separate_documents_and_so_do_gradients():
+    prompts, completions, after = [70, 9], [30, 1, 65, 12], [0, 0, 1, 1]
+    length = sum(prompts) + sum(completions)
+    tensors = [random(length, heads, 128, seed=heads).requires_grad_() for heads in (28, 4, 4)]
+    weight = random(length, 28, 128, seed=3)
+    ours = Groups.of(prompts, completions, after, "cuda").attend(0, *tensors, 0.1)
+    mine = torch.autograd.grad((ours * weight).sum(), tensors)
+
+    wide = [tensor.detach().float().requires_grad_() for tensor in tensors]  # no kernel: SDPA in float32
+    theirs = Groups.of(prompts, completions, after, "cuda").attend(0, *wide, 0.1)
+    expected = torch.autograd.grad((theirs * weight.float()).sum(), wide)
+    torch.testing.assert_close(ours.float(), theirs, atol=2e-2, rtol=2e-2)
+    for own, other in zip(mine, expected, strict=True):
+        scale = float(other.abs().max())
+        torch.testing.assert_close(own.float(), other, atol=1e-2 * scale, rtol=2e-2)
+    alone = attend_documents(*tensors, *Documents.of([length], "cuda"), causal=True, scale=0.1)
+    assert not torch.allclose(alone.float(), theirs, atol=2e-2)
+
+
+def language_and_prompts(tiny_qwen, kind):
+    language = load_language_model(tiny_qwen, dtype="bfloat16").eval()
+    add_lora(language, "policy", rank=4, alpha=8)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in language.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    language.cuda()
+    if kind == "fused":
+        language.fuse_blocks()
+    generator = torch.Generator().manual_seed(2)
+    rows = []
+    for length in LENGTHS[:4]:
+        ids = torch.randint(20, 300, (length,), generator=generator).tolist()
+        rows.append(Row(ids, [0] * length, [IGNORE] * length, []))
+    return language, rows
+
+
+def assembled(language, rows, **more):
+    with torch.no_grad():
+        return assemble(
+            rows,
+            embed_tokens=language.embedding,
+            scene_tokens=[],
+            image_tokens=None,
+            pad_id=language.pad_id,
+            packed_length=0,
+            **more,
+        )
+
+
+@pytest.mark.parametrize("kind", ["fused", "plain"])
+def test_graphs_give_what_steps_give_one_by_one(tiny_qwen, kind):
+    language, rows = language_and_prompts(tiny_qwen, kind)
+    inputs = assembled(language, rows)
+
+    def sampled(decoder, **changes):
+        options = {"max_new_tokens": 40, "group_size": 8, "temperature": 1.0, "eos_ids": range(0, 400, 9)}
+        generators = [torch.Generator().manual_seed(row) for row in range(32)]
+        return decoder(inputs, [len(row.token_ids) for row in rows], generators=generators, **{**options, **changes})
+
+    graphs, steps = Decoder(language), Decoder(language, graphs=False)
+    ours, theirs = sampled(graphs), sampled(steps)
+    assert len(graphs._graphs) > 1 and not steps._graphs  # rows left, so there are graphs of several sizes
+    assert ours.token_ids == theirs.token_ids and ours.logps == theirs.logps
+    assert len({len(ids) for ids in ours.token_ids}) > 2
+    # what the graphs read is what the optimizer moves
+    with torch.no_grad():
+        for name, parameter in language.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1.5)
+    count = len(graphs._graphs)
+    ours, moved = sampled(graphs), sampled(steps)
+    assert ours.token_ids == moved.token_ids != theirs.token_ids and len(graphs._graphs) == count
+    # another limit, other ends, greedy
+    for changes in ({"max_new_tokens": 7}, {"eos_ids": []}, {"temperature": 0.0}, {"temperature": 0.7}):
+        assert sampled(graphs, **changes).token_ids == sampled(steps, **changes).token_ids
+
+    # the trainer's log-probabilities of the same tokens
+    ours = sampled(graphs)
+    groups = assembled(language, rows, completions=[ours.token_ids[at : at + 8] for at in range(0, 32, 8)])
+    with torch.no_grad():
+        hidden = language.hidden(groups)[0][groups.predicting_T]
+        logps = token_logprobs(hidden, language.head_weight_VD, groups.targets_T).logps_T.float()
+    kept = torch.tensor([value for its in ours.logps for value in its], device="cuda")
+    assert float((logps - kept).abs().mean()) < 0.02
+
+
+def test_streaming_hears_what_is_said(tiny_qwen):
+    language, rows = language_and_prompts(tiny_qwen, "fused")
+    heard: dict[int, list[int]] = {row: [] for row in range(4)}
+    said = Decoder(language)(
+        assembled(language, rows),
+        [len(row.token_ids) for row in rows],
+        max_new_tokens=20,
+        on_token=lambda row, token: heard[row].append(token),
+    )
+    assert [heard[row] for row in range(4)] == said.token_ids
