@@ -3,7 +3,7 @@
 Shapes: P prompts of this rank, G completions of each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,34 +71,37 @@ class Groups:
         """The groups of a step. All ranks take part; while completions are sampled none waits for another."""
         run, rounds = self.config.run, self.config.rollout.resample_rounds
         self.too_long = 0
-        rollouts, scored = self._draw(self.mixture.rows(step, run.batch_size, self.runtime), step, 0, phases)
+        drawn = self.mixture.rows(step, run.batch_size, self.runtime)
+        rollouts, scored = self._draw(dict(enumerate(drawn)), step, 0, phases)
         replaced = 0
         for again in range(1, rounds + 1):
             (flat_P,) = torch.nonzero(~informative_groups(self._by_group(scored)), as_tuple=True)
             flat = flat_P.tolist()
             if not self.runtime.most(len(flat)):
                 break
-            rows = self.substitutes.rows(step * rounds + again - 1, run.batch_size, self.runtime)[: len(flat)]
-            if not rows:
+            if not flat:
                 continue
-            others, their_scores = self._draw(rows, step, again, phases)
-            better_P = informative_groups(self._by_group(their_scores)).tolist()
-            for place, (prompt, better) in enumerate(zip(flat, better_P, strict=True)):
+            rows = self.substitutes.rows(step * rounds + again - 1, run.batch_size, self.runtime)
+            others, their_scores = self._draw({place: rows[place] for place in flat}, step, again, phases)
+            for number, better in enumerate(informative_groups(self._by_group(their_scores)).tolist()):
                 if better:
-                    rollouts[prompt] = others[place]
-                    scored.put(self._rows(prompt), their_scores, self._rows(place))
+                    rollouts[flat[number]] = others[number]
+                    scored.put(self._of_group(flat[number]), their_scores, self._of_group(number))
                     replaced += 1
         return self._compared(rollouts, scored, replaced)
 
-    def _draw(self, rows: Sequence[int], step: int, again: int, phases: Phases) -> tuple[list[Rollout], RewardResult]:
-        """Completions of some prompts and what they earn."""
+    def _draw(
+        self, rows: Mapping[int, int], step: int, again: int, phases: Phases
+    ) -> tuple[list[Rollout], RewardResult]:
+        """Completions of some prompts and what they earn; `rows`: the sample for each place in this rank's batch."""
         rollout, runtime = self.config.rollout, self.runtime
-        samples = [self.samples[row] for row in rows]
+        samples = [self.samples[row] for row in rows.values()]
         with phases("prompts"):
-            prompts = write_prompts(self.model, samples, self.observations.of(samples), [MODE] * len(samples))
-            prompts = [self._short(prompt, place, step) for place, prompt in enumerate(prompts)]
+            written = write_prompts(self.model, samples, self.observations.of(samples), [MODE] * len(samples))
+            prompts = [self._short(prompt, place, step) for prompt, place in zip(written, rows, strict=True)]
         # A completion's random stream is named by its place in the global batch, so that ranks change nothing.
-        first = runtime.rank * (self.config.run.batch_size // runtime.world_size) * rollout.group_size
+        first = runtime.rank * (self.config.run.batch_size // runtime.world_size)
+        numbers = [(first + place) * rollout.group_size + g for place in rows for g in range(rollout.group_size)]
         with phases("rollout"):
             rollouts = roll_out(
                 self.model,
@@ -106,10 +109,7 @@ class Groups:
                 max_new_tokens=rollout.max_new_tokens,
                 group_size=rollout.group_size,
                 temperature=rollout.temperature,
-                generators=[
-                    torch_stream("cpu", self.config.run.seed, 23, step, again, first + row)
-                    for row in range(len(prompts) * rollout.group_size)
-                ],
+                generators=[torch_stream("cpu", self.config.run.seed, 23, step, again, number) for number in numbers],
                 batch_size=rollout.batch_size,
             )
         with phases("rewards"):
@@ -148,7 +148,7 @@ class Groups:
     def _by_group(self, scored: RewardResult) -> torch.Tensor:
         return torch.from_numpy(scored.combined_N).view(-1, self.config.rollout.group_size)
 
-    def _rows(self, prompt: int) -> slice:
+    def _of_group(self, prompt: int) -> slice:
         size = self.config.rollout.group_size
         return slice(prompt * size, (prompt + 1) * size)
 

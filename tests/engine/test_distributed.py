@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from threedr1.engine.checkpoint import latest_checkpoint
 from threedr1.engine.config import save_config
 from threedr1.engine.tracking import read_metrics
 
-from .test_pipeline import grpo_config, sft_config, weights
+from .test_pipeline import assert_same_weights, grpo_config, sft_config, weights
 
 pytestmark = pytest.mark.slow
 
@@ -23,16 +24,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_on_two_ranks(kind: str, config, recipe: Path, *more: str) -> None:
+    done = started_on_two_ranks(kind, config, recipe, *more)
+    assert done.returncode == 0, done.stderr[:6000] + "\n[…]\n" + done.stderr[-2000:]
+
+
+def started_on_two_ranks(kind: str, config, recipe: Path, *more: str) -> subprocess.CompletedProcess[str]:
     save_config(config, recipe)
     arguments = ["--standalone", "--nproc-per-node=2", str(ROOT / "main.py"), kind, "--config", str(recipe), *more]
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *arguments],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
-    assert done.returncode == 0, done.stderr[:6000] + "\n[…]\n" + done.stderr[-2000:]
 
 
 def assert_equal_up_to_rounding(start: Path, alone: Path, pair: Path) -> None:
@@ -75,7 +80,8 @@ def test_grpo(scale, rooms_root, tmp_path):
     """The same completions are sampled, and every logged number is that of both ranks together."""
     sft.train(sft_config(rooms_root, tmp_path / "sft", "run.steps=10"))
     more = ("run.steps=3", "run.save_every=3", "optim.warmup_steps=0", "optim.lr=1e-3", f"loss.scale={scale}")
-    more += ("loss.loss_type=dapo", "updates_per_rollout=2")
+    more += ("loss.loss_type=dapo", "updates_per_rollout=2", "rollout.resample_rounds=1", "run.eval_every=2")
+    more += ("eval_samples=3", "eval_datasets=scanrefer,planning")
     grpo.train(grpo_config(rooms_root, tmp_path / "sft", tmp_path / "start", *more, "run.steps=0"))
     grpo.train(grpo_config(rooms_root, tmp_path / "sft", tmp_path / "alone", *more, "run.batch_size=4"))
     pair = grpo_config(rooms_root, tmp_path / "sft", tmp_path / "pair", *more, "run.batch_size=4")
@@ -92,3 +98,40 @@ def test_grpo(scale, rooms_root, tmp_path):
         for name in one.keys() - {"seconds", "mismatch/mean", "mismatch/max"}:
             assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-5), name
     assert_equal_up_to_rounding(tmp_path / "start", tmp_path / "alone", tmp_path / "pair")
+
+
+# Once, in the third step, the second rank is killed while its reward is computed. (Two processes take turns.)
+DEADLY = """
+import os, signal
+from pathlib import Path
+
+died = Path(__file__).with_name("died")
+calls = []
+
+def reward(completions, **columns):
+    calls.append(1)
+    if os.environ.get("RANK") == "1" and len(calls) == 2 and not died.exists():
+        died.touch()
+        os.kill(os.getppid(), signal.SIGKILL)
+    return [text.count("e") / (1 + len(text)) for text in completions]
+"""
+
+
+def test_grpo_goes_on_after_a_rank_has_died(rooms_root, tmp_path):
+    """The other rank ends with it, at once; resumed, the run is what it would have been: only the step was lost."""
+    sft.train(sft_config(rooms_root, tmp_path / "sft", "run.steps=10"))
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    more = ("run.steps=4", "run.save_every=1", "run.keep_checkpoints=0", "loss.beta=0.0")
+    more += (f"reward.names=[{tmp_path / 'deadly.py'}:reward]", "reward.weights=[1.0]")
+    pair = grpo_config(rooms_root, tmp_path / "sft", tmp_path / "pair", *more)
+    begun = time.monotonic()
+    done = started_on_two_ranks("grpo", pair, tmp_path / "grpo.yaml")
+    assert done.returncode != 0 and time.monotonic() - begun < 120
+    assert (tmp_path / "died").exists() and latest_checkpoint(tmp_path / "pair").name == "step-000002"
+    run_on_two_ranks("grpo", pair, tmp_path / "grpo.yaml", "--resume")
+    whole = grpo_config(rooms_root, tmp_path / "sft", tmp_path / "whole", *more)
+    run_on_two_ranks("grpo", whole, tmp_path / "whole.yaml")
+    assert_same_weights(latest_checkpoint(tmp_path / "pair"), latest_checkpoint(tmp_path / "whole"))
+    assert column(tmp_path / "pair", "reward") == column(tmp_path / "whole", "reward")
+    rows = [(tmp_path / name / "completions.jsonl").read_text() for name in ("pair", "whole")]
+    assert rows[0] == rows[1]

@@ -181,13 +181,14 @@ def test_a_prompt_that_is_too_long_is_another_one(stand_ins, caplog):
         make_groups(samples(4, [50] * 4), only_odd_differ, "rollout.max_prompt_tokens=20").collect(0, Phases(CPU))
 
 
-def test_a_rank_draws_its_share_of_what_one_process_draws(stand_ins, monkeypatch):
-    """Only sampling: what ranks tell each other is left out."""
-    monkeypatch.setattr(Runtime, "gather", lambda self, value: [value])
+@pytest.mark.parametrize("more", [(), ("rollout.resample_rounds=3",), ("rollout.max_prompt_tokens=20",)])
+def test_ranks_together_learn_from_what_one_process_does(stand_ins, monkeypatch, more):
+    """Substitutes too are a matter of the place in the batch. What ranks tell each other is left out."""
+    chosen = samples(20, [50 if number % 5 == 0 else 10 for number in range(20)])
+    alone = make_groups(chosen, only_odd_differ, *more).collect(2, Phases(CPU))
+    monkeypatch.setattr(Runtime, "gather", lambda self, value: [value] * 2)
     monkeypatch.setattr(Runtime, "total", lambda self, *values: [float(value) for value in values])
-    chosen = samples(20)
-    alone = make_groups(chosen, only_odd_differ).collect(2, Phases(CPU))
+    monkeypatch.setattr(Runtime, "most", lambda self, count: count)
     for rank in range(2):
-        part = make_groups(chosen, only_odd_differ, rank=rank, world_size=2)
-        rollouts, _ = part._draw(part.mixture.rows(2, 4, part.runtime), 2, 0, Phases(CPU))
-        assert [its.texts for its in rollouts] == [its.texts for its in alone.rollouts[2 * rank : 2 * rank + 2]]
+        part = make_groups(chosen, only_odd_differ, *more, rank=rank, world_size=2).collect(2, Phases(CPU))
+        assert [its.texts for its in part.rollouts] == [its.texts for its in alone.rollouts[2 * rank : 2 * rank + 2]]
