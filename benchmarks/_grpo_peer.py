@@ -6,6 +6,7 @@ end tokens back. Generation is transformers', without vLLM; TRL's continuous bat
 """
 
 import gc
+import importlib
 import shutil
 import statistics
 import tempfile
@@ -131,7 +132,7 @@ class TrlPeer:
         from peft import LoraConfig
         from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]
 
-        from datasets import Dataset  # Hugging Face's
+        dataset = importlib.import_module("datasets").Dataset  # Hugging Face's, not the folder beside this one
 
         work, on_gpu = self.work, self.device.type == "cuda"
         tokenizer = AutoTokenizer.from_pretrained(str(self.folder), padding_side="left")
@@ -165,7 +166,7 @@ class TrlPeer:
             model=model,
             reward_funcs=random_rewards(),
             args=config,
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            train_dataset=dataset.from_dict({"prompt": prompts}),
             processing_class=tokenizer,
             callbacks=[clock.callback()],
             peft_config=LoraConfig(

@@ -47,7 +47,7 @@ LENGTHS = {
     "long": {"tiny": (520, 24), "else": (2500, 300)},
 }  # tokens of prompts and completions
 ROUNDS = 3  # of rooms, so that a room is dropped before it comes again
-LAYOUT_TOKENS, PROPOSALS = 32, 32
+LAYOUT_TOKENS, PROPOSALS = 32, 24
 MODE = "think"
 
 
@@ -181,6 +181,7 @@ def fit_prompts(
 
     def tokens(sample: Sample) -> int:
         (observation,) = observations.of([sample])
+        observation.choices.clear()  # made for another number of views
         return len(model.write_row(sample, observation, MODE, None)[0].token_ids)
 
     def shortest(num_views: int) -> dict[str, int]:
@@ -245,12 +246,20 @@ def measure_peer(folder: Path, work: Workload, arguments: argparse.Namespace) ->
         print(f"{TrlPeer.title}: does not fit", flush=True)
         release(torch.device(arguments.device))
         return None
-    print(
-        f"{TrlPeer.title}: {found.step_s:.2f} s a step (prefill {found.generate_s - found.decode_s:.2f}, decoding "
-        f"{found.decode_s:.2f}, reference and rewards {found.score_s:.2f}, update {found.update_s:.2f}), peak {found.peak_gib:.1f} GiB; {found.settings}",
-        flush=True,
-    )
+    phases = {
+        "prefill": found.generate_s - found.decode_s,
+        "decoding": found.decode_s,
+        "reference and rewards": found.score_s,
+        "update": found.update_s,
+    }
+    say(TrlPeer.title, found.step_s, phases, found.peak_gib, found.settings)
     return found
+
+
+def say(who: str, step_s: float, phases: dict[str, float], peak_gib: float, settings: str) -> None:
+    """Print a step and its phases."""
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in phases.items())
+    print(f"{who}: {step_s:.2f} s a step ({parts}), peak {peak_gib:.1f} GiB; {settings}", flush=True)
 
 
 def rows_of(name: str, work: Workload, ours: Times, peer: PeerResult | None) -> list[Row]:
@@ -349,10 +358,11 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         ours = Ours(folder, model_config(arguments, folder), init_runtime(arguments.device))
         for prefix, work in works.items():
             times = measure_ours(ours, work, arguments.repeats)
-            print(
-                f"ours: {times.step_s:.2f} s a step (up to the first token {times.first_token_s:.2f}, decoding "
-                f"{times.decode_s:.2f}, update {times.update_s:.2f}), peak {times.peak_gib:.1f} GiB",
-                flush=True,
-            )
+            phases = {
+                "up to the first token": times.first_token_s,
+                "decoding": times.decode_s,
+                "update": times.update_s,
+            }
+            say("ours", times.step_s, phases, times.peak_gib, f"{times.num_views} views a prompt")
             rows += rows_of(prefix, work, times, peers[prefix])
     return rows
