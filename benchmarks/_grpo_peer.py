@@ -86,13 +86,20 @@ class TrlPeer:
     Args:
         folder: the Qwen2.5-VL to train; loaded in bfloat16 on a GPU, else in float32.
         work: the shape of a step.
-        device: cpu, cuda or cuda:INDEX.
+        device: cpu, or cuda where one GPU is visible.
+
+    Raises:
+        ValueError: there are more, all of which the trainer would take.
     """
 
     title = "TRL GRPOTrainer, transformers generate"
 
     def __init__(self, folder: Path, work: Workload, device: str):
         self.folder, self.work, self.device = folder, work, torch.device(device)
+        if self.device.type == "cuda" and torch.cuda.device_count() > 1:
+            raise ValueError(
+                "TRL's trainer takes every GPU that it sees; set CUDA_VISIBLE_DEVICES=0, or measure without --peers."
+            )
 
     def measure(self, repeats: int, warm: int = 1) -> PeerResult:
         """Steps with as many rows a pass as fit: all without gradient checkpointing first, which is faster.
