@@ -156,14 +156,15 @@ def _pooling_of(source: str) -> str:
     path = cached_file(source, _POOLING_FILE, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return "mean"
-    said = json.loads(Path(path).read_text(encoding="utf-8"))
-    before = {key.removeprefix("pooling_mode_") for key, on in said.items() if key.startswith("pooling_mode_") and on}
-    names = {key.removeprefix("pooling_mode_"): name for name, key in POOLINGS.items()}
-    modes = said.get("pooling_mode") or [names.get(mode, mode) for mode in sorted(before)]
-    modes = [modes] if isinstance(modes, str) else modes
+    said: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    modes = said.get("pooling_mode")
+    if modes is None:  # one key each, as it was before
+        names = {key: name for name, key in POOLINGS.items()}
+        modes = [names.get(key, key) for key in sorted(said) if key.startswith("pooling_mode_") and said[key]]
+    modes = [modes] if isinstance(modes, str) else list(modes)
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise ValueError(f"it pools tokens by {' and '.join(modes) or 'nothing'}, not by {' or '.join(POOLINGS)}")
-    return str(modes[0])
+    return modes[0]
 
 
 def _pooled(output: Any) -> Tensor:

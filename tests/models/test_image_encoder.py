@@ -68,7 +68,10 @@ def test_the_mask_says_which_token_is_first_and_last():
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"pooling_mode_max_tokens": True}, "pools tokens by max_tokens, not by mean or cls or lasttoken"),
+        (
+            {"pooling_mode_max_tokens": True},
+            "pools tokens by pooling_mode_max_tokens, not by mean or cls or lasttoken",
+        ),
         ({"pooling_mode": ["cls", "mean"]}, "pools tokens by cls and mean"),
         ({"pooling_mode_mean_tokens": False}, "pools tokens by nothing"),
         ("{", "Cannot load the encoder"),
