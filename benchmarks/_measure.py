@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from ._arguments import RESULTS
 from .results import ROOT, Row, record, shown
 
+T = TypeVar("T")
 QUEUED = 10  # calls that median_device_seconds times together where one takes under a millisecond
 _SPIN_CYCLES = 10_000_000  # some 5 ms: longer than it takes to queue QUEUED calls
 
@@ -36,11 +38,16 @@ class Load:
 
 def seconds(action: Callable[[], object], device: str) -> float:
     """Wall seconds of one call, until the device is done with it."""
+    return timed(action, device)[0]
+
+
+def timed(action: Callable[[], T], device: str) -> tuple[float, T]:
+    """Wall seconds of one call, until the device is done with it, and what it returned."""
     _wait(device)
     start = time.perf_counter()
-    action()
+    result = action()
     _wait(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
 def median_seconds(actions: Sequence[Callable[[], object]], repeats: int, device: str = "cpu") -> list[float]:

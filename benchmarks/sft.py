@@ -284,10 +284,10 @@ def main(argv: Sequence[str] = ()) -> int:
     return 0 if arguments.device == "cpu" or best >= TARGET else 1
 
 
-def prepare(folder: Path, arguments: argparse.Namespace, layers: int = 0) -> None:
+def prepare(folder: Path, arguments: argparse.Namespace, layers: int = 0, rooms: int = ROOMS) -> None:
     """Rooms, a view encoder and a language model, all with random weights; what is there already is kept."""
     if not (folder / "prepared").is_dir():
-        write_rooms(folder, ROOMS, POINTS)
+        write_rooms(folder, rooms, POINTS)
     if not (folder / "dual").is_dir():
         DualEncoder().save_pretrained(folder / "dual")
     if not (folder / "language").is_dir():

@@ -351,6 +351,22 @@ class RewardConfig:
     gate_by_format: bool = True
     per_task: dict[str, dict[str, float]] = field(default_factory=dict)  # weights changed for a task's rows
     semantic_encoder: str = "openai/clip-vit-large-patch14"
+    box_shape: str = "iou"  # of the perception reward; giou still tells near from far where nothing overlaps
+    length_slack: int | None = 20  # words above which long answers earn less (semantic.py); null: the plain cosine
+    # users' rewards
+    timeout_s: float = 30.0
+    workers: int = 2
+    max_failure_share: float = 0.1  # of the recent completions; above it the run ends
+
+    def __post_init__(self):
+        _one_of(self, box_shape=("iou", "giou"))
+        _at_least(self, workers=1)
+        if self.length_slack is not None:
+            _at_least(self, length_slack=0)
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s is {self.timeout_s}; it must be above 0.")
+        if not 0 <= self.max_failure_share <= 1:
+            raise ValueError(f"max_failure_share is {self.max_failure_share}; it must be from 0 to 1.")
 
 
 @dataclass(frozen=True)

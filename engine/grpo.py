@@ -17,12 +17,11 @@ import torch
 
 from ..datasets.scene import Sample
 from ..datasets.scene_store import SceneStore
-from ..models.image_encoder import load_text_encoder
 from ..models.language_model import active_adapter, add_lora, copy_lora, load_lora
 from ..models.scene_vlm import POLICY, SceneVLM
 from .build import give_multiview, speed_up
 from .checkpoint import model_folder, restore_run
-from .config import GrpoConfig, RewardConfig
+from .config import GrpoConfig
 from .data import ObservationCache, fingerprint, load_split
 from .groups import Experience, Groups
 from .grpo_eval import METRIC, GrpoHeldOut
@@ -30,7 +29,7 @@ from .grpo_log import GrpoLog
 from .grpo_loss import Normalizer, grpo_loss, merge_metrics
 from .grpo_packs import Pack, filled, make_packs, pack_logprobs
 from .optim import Optimizer
-from .rewards import RewardSet, build_rewards
+from .rewards import RewardSet, build_configured_rewards
 from .run_folder import open_run
 from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything
 from .saving import Checkpoints
@@ -59,14 +58,6 @@ def load_policy(config: GrpoConfig, checkpoint: Path | None, runtime: Runtime) -
     model.set_trainable(language="lora", connector=False, scene_encoder=False)
     speed_up(model, config.blocks)
     return model, initial
-
-
-def build_reward_set(config: RewardConfig, runtime: Runtime) -> RewardSet:
-    """The configured rewards, with their text encoder on the run's device."""
-    encoder = load_text_encoder(config.semantic_encoder).to(runtime.device) if "semantic" in config.names else None
-    return build_rewards(
-        config.names, config.weights, encoder=encoder, gate_by_format=config.gate_by_format, per_task=config.per_task
-    )
 
 
 @torch.no_grad()
@@ -162,7 +153,7 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
     last = open_run(config, resume)
     runtime = init_runtime(config.run.device)
     samples, store = load_split(config.data, config.data.train_split, config.run.seed)
-    rewards = build_reward_set(config.reward, runtime)
+    rewards = build_configured_rewards(config.reward, runtime.device)
     last = reinforce(config, last, samples, store, rewards, runtime)
     rewards.close()
     close_runtime(runtime)

@@ -89,6 +89,7 @@ def _fill(saved: dict, defaults: dict) -> None:
 _FREE_TO_CHANGE = {"run.log_every", "run.save_every", "run.keep_checkpoints", "run.trackers"}
 _FREE_TO_CHANGE |= {"run.eval_every", "eval_datasets", "eval_samples", "eval_answers", "eval_new_tokens"}
 _FREE_TO_CHANGE |= {"run.device", "run.dir", "data.cached_scenes", "data.workers", "model.language.sharding"}
+_FREE_TO_CHANGE |= {"reward.timeout_s", "reward.workers", "reward.max_failure_share"}
 # How a step is cut up and carried out changes its result by rounding alone: after running out of memory one wants to.
 _FREE_TO_CHANGE |= {"token_budget", "blocks", "run.micro_batch_size", "model.language.gradient_checkpointing"}
 _FREE_TO_CHANGE |= {"model.language.attention", "gradient_checkpointing", "attention"}

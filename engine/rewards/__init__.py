@@ -15,7 +15,7 @@ The paper's reward is .3 format + .4 perception + .3 semantic (the weights are o
 
 from .format import format_reward
 from .perception import PerceptionReward, box_set_score
-from .registry import PAPER_WEIGHTS, build_rewards
+from .registry import PAPER_WEIGHTS, build_configured_rewards, build_rewards
 from .reward_set import RewardFailure, RewardResult, RewardSet
 from .semantic import SemanticReward, TextEncoder
 from .task_score import task_reward
@@ -31,6 +31,7 @@ __all__ = [
     "TextEncoder",
     "UserReward",
     "box_set_score",
+    "build_configured_rewards",
     "build_rewards",
     "format_reward",
     "task_reward",

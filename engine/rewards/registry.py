@@ -4,6 +4,10 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from types import MappingProxyType
 
+import torch
+
+from ...models.image_encoder import load_text_encoder
+from ..config import RewardConfig
 from .format import format_reward
 from .perception import BoxShape, PerceptionReward
 from .reward_set import RewardFunction, RewardSet
@@ -12,6 +16,23 @@ from .task_score import task_reward
 from .user import UserReward
 
 PAPER_WEIGHTS: Mapping[str, float] = MappingProxyType({"format": 0.3, "perception": 0.4, "semantic": 0.3})
+
+
+def build_configured_rewards(config: RewardConfig, device: torch.device | str = "cpu") -> RewardSet:
+    """The rewards of a configuration, with the text encoder, where one is needed, on `device`."""
+    encoder = load_text_encoder(config.semantic_encoder).to(device) if "semantic" in config.names else None
+    return build_rewards(
+        config.names,
+        config.weights,
+        encoder=encoder,
+        gate_by_format=config.gate_by_format,
+        per_task=config.per_task,
+        box_shape=config.box_shape,  # type: ignore[arg-type]  # the configuration has checked it
+        length_slack=config.length_slack,
+        timeout_s=config.timeout_s,
+        num_workers=config.workers,
+        max_failure_share=config.max_failure_share,
+    )
 
 
 def build_rewards(

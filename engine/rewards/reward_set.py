@@ -5,6 +5,7 @@ Shapes: N completions, P prompts, G completions of a prompt.
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,6 +18,8 @@ from .format import format_reward
 from .user import UserReward
 
 RewardFunction = Callable[..., Sequence[float | None]]
+
+_LATEST_ROWS = 512
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +81,10 @@ class RewardSet:
     A reward that gives None does not apply to that row: the others take over its weight, so that a row's scale stays
     that of all weights together. Where no reward with weight applies, the combined reward is NaN.
 
-    A row on which a user's reward FAILED is NaN altogether, since it could not be compared with its group. Failures
-    are counted over the whole run; above `max_failure_share` of at least `min_rows` completions the run is aborted
-    with RewardFailure. Built-in rewards and callables are trusted: their errors propagate.
+    A row on which a user's reward FAILED is NaN altogether, since it could not be compared with its group. Above
+    `max_failure_share` of the latest completions (those of the last calls that make up 512, or all where there were
+    fewer, but at least `min_rows`) the run is aborted with RewardFailure. Built-in rewards and callables are trusted:
+    their errors propagate.
 
     With `gate_by_format` a completion that is not well formed earns nothing from the other rewards, which otherwise
     pay for answers that no parser can rely on.
@@ -115,8 +119,8 @@ class RewardSet:
         self.gate_by_format = gate_by_format
         self.max_failure_share = max_failure_share
         self.min_rows = min_rows
-        self._seen = dict.fromkeys(self.functions, 0)
-        self._failures = dict.fromkeys(self.functions, 0)
+        # rows and failures of the latest calls
+        self._latest: dict[str, deque[tuple[int, int]]] = {name: deque() for name in self.functions}
 
     def __call__(self, completions: list[str], **columns: Sequence[Any]) -> RewardResult:
         """Rewards of `completions`; every column has one entry per completion (see the package's docstring)."""
@@ -174,12 +178,14 @@ class RewardSet:
 
     def _count_failures(self, failed: dict[str, np.ndarray]) -> None:
         for name, failed_N in failed.items():
-            self._seen[name] += len(failed_N)
-            self._failures[name] += int(failed_N.sum())
+            latest = self._latest[name]
+            latest.append((len(failed_N), int(failed_N.sum())))
+            while sum(rows for rows, _ in latest) - latest[0][0] >= _LATEST_ROWS:
+                latest.popleft()
             function = self.functions[name]
             if not failed_N.any() or not isinstance(function, UserReward):
                 continue
-            count, seen = self._failures[name], self._seen[name]
+            seen, count = (sum(column) for column in zip(*latest, strict=True))
             logger.warning("Reward %s failed on %d of %d: %s", name, count, seen, function.last_failure)
             if seen >= self.min_rows and count > self.max_failure_share * seen:
                 raise RewardFailure(

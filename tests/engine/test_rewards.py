@@ -18,6 +18,7 @@ from threedr1.engine.rewards import (
     SemanticReward,
     UserReward,
     box_set_score,
+    build_configured_rewards,
     build_rewards,
     format_reward,
     task_reward,
@@ -72,6 +73,15 @@ class BagOfWords:
         (f"<think>{THINK}</think><answer>red", 0.0),
         (f"<Think>{THINK}</Think><Answer>red</Answer>", 0.0),
         ("<think></answer>", 0.0),
+        (respond("..."), 0.0),  # an answer without words
+        (respond("\u200b\u2060"), 0.0),  # invisible
+        (respond("红色"), 1.0),
+        (respond("red", think=f"{THINK} <Answer>red</Answer>"), 0.0),  # nested, in another spelling
+        (respond("red <THINK>so it is</THINK>"), 0.0),
+        (respond("red\uff1c/answer\uff1e\uff1canswer\uff1ered"), 0.0),  # full-width brackets
+        (respond("red <\u200banswer>red"), 0.0),  # an invisible character inside
+        (respond("red < / answer >"), 0.0),
+        (respond("red", think="I think that 2 < 3, and the answer > 1."), 1.0),  # no tags, only signs
         ("", 0.0),
     ],
 )
@@ -138,6 +148,34 @@ def test_box_stuffing_does_not_pay():
     assert perceive(format_box(UNIT) * 5, [UNIT]) == pytest.approx(1.0)  # one box said five times is one box
     huge = format_box([0, 0, 0, 50, 50, 50])
     assert perceive(huge, [UNIT]) < 1e-4
+
+
+@pytest.mark.parametrize("shape", ["iou", "giou"])
+def test_no_blind_choice_of_boxes_pays_as_much_as_a_near_miss(shape):
+    """Of twelve objects: grids, the whole room, the middle box, every object; near: a tenth of a side off."""
+    generator = np.random.default_rng(0)
+    sizes_K3 = generator.uniform(0.4, 1.5, (12, 3))
+    centres_K3 = np.column_stack([generator.uniform(-3, 3, (12, 2)), sizes_K3[:, 2] / 2])
+    room_K7 = np.column_stack([centres_K3, sizes_K3, np.zeros(12)])
+    middle_3 = np.median(sizes_K3, 0)
+
+    def grid(count):
+        places = np.linspace(-2.5, 2.5, count)
+        return np.array([[x, y, 0.5, *middle_3, 0] for x in places for y in places])
+
+    blind = {
+        "whole room": np.array([[0, 0, 1, 7, 7, 2.5, 0]]),
+        "half the room": np.array([[0, 0, 1, 3.5, 3.5, 1.2, 0]]),
+        "middle": np.array([[0, 0, 0.5, *middle_3, 0]]),
+        "grid of 4": grid(2),
+        "grid of 36": grid(6),
+        "everything": room_K7,
+        "huge": np.array([[0, 0, 0, 1e300, 1e300, 1e300, 0]]),
+    }
+    near = np.mean([box_set_score(box_7 + [*box_7[3:6] / 10, 0, 0, 0, 0], box_7[None], shape) for box_7 in room_K7])
+    for name, boxes_K7 in blind.items():
+        paid = np.mean([box_set_score(boxes_K7, box_7[None], shape) for box_7 in room_K7])
+        assert paid < near / 4, name
 
 
 def test_one_lucky_box_does_not_serve_two_targets():
@@ -250,6 +288,27 @@ def test_answers_in_the_words_of_the_question_are_not_copies():
     assert not repeats_question("the desk", "what is to the left of the desk?")
 
 
+def test_the_words_of_the_question_alone_earn_nothing():
+    question = "What is the colour of the chair next to the brown desk?"
+    references = ["dark red like the colour of wine"]
+    assert compare("it is dark", references, question) > 0.2
+    for echo in ("the chair next to the brown desk", "colour chair next brown desk", "desk brown, chair is next to"):
+        assert compare(echo, references, question) == 0.0
+        # where the reference itself has no others, they may be right
+        assert compare(echo, ["the brown desk"], question) > 0.0
+    assert compare("the brown desk", references, question) > 0.0  # short enough to be a choice
+
+
+def test_long_runs_without_spaces_are_not_one_word():
+    class FirstWord(BagOfWords):
+        def embed_texts(self, texts):
+            return super().embed_texts([text.split()[0] for text in texts])
+
+    assert compare("brown", ["brown"], encoder=FirstWord()) == pytest.approx(1.0)
+    assert compare("brown " + "red,blue,green," * 100, ["brown"], encoder=FirstWord()) < 0.25
+    assert compare("brown " + "." * 3000, ["brown"], encoder=FirstWord()) < 0.25
+
+
 def test_stuffing_an_answer_does_not_pay():
     colours = "red blue green white black brown grey yellow pink purple orange beige"
     assert compare(colours, ["brown"]) < 0.3 < compare("brown", ["brown"])
@@ -305,6 +364,42 @@ def test_a_real_encoder_prefers_the_answer_to_the_hacks(minilm):
     assert score(question) == 0.0
 
 
+def test_blind_answers_earn_less_than_guesses_of_which_one_in_four_is_right(minilm):
+    """Lists, echoes and filler over several questions, against an honest model that is right now and then."""
+    asked = [
+        ("What is on top of the wooden desk near the window?", "computer monitor"),
+        ("What colour is the chair next to the round table?", "brown"),
+        ("Where is the trash can located in the kitchen?", "under the sink"),
+        ("How many pillows are lying on the bed by the door?", "two"),
+    ]
+    things = "monitor chair table bed sofa lamp door window curtain sink toilet bathtub desk shelf picture counter"
+    frequent = "brown white right left two chair table black desk door"
+
+    def echo(question):
+        return " ".join(question.rstrip("?").split()[3:])
+
+    blind = {
+        "things": lambda _: things,
+        "things, no spaces": lambda _: things.replace(" ", ","),
+        "frequent": lambda _: frequent,
+        "echo": echo,
+        "echo, backwards": lambda question: " ".join(reversed(echo(question).split())),
+        "filler": lambda _: "the the the the the the",
+        "echo, many times": lambda question: " ".join([echo(question)] * 9),
+    }
+    reward = SemanticReward(minilm)
+
+    def mean(answers, references):
+        columns = {"references": [[text] for text in references], "question": [question for question, _ in asked]}
+        return float(np.mean(reward([respond(answer) for answer in answers], **columns)))
+
+    right = [answer for _, answer in asked]
+    wrong = [mean([right[(row + shift) % 4] for row in range(4)], right) for shift in (1, 2, 3)]
+    guesses = (1.0 + sum(wrong)) / 4
+    for name, answer in blind.items():
+        assert mean([answer(question) for question, _ in asked], right) < guesses, name
+
+
 # --- the task's own score -------------------------------------------------------------------------------------------
 
 
@@ -330,6 +425,35 @@ def test_task_reward_is_the_evaluations_score():
         proposals=[NO_BOXES] * len(rows),
     )
     assert rewards == [None if want is None else pytest.approx(want) for *_, want in rows]
+
+
+def test_hacks_earn_little_of_the_task_reward():
+    """A plan by ROUGE-L: filler, the question and stuffing, against a plan that shares half of its steps."""
+    plan = "pick up the cup from the table, walk to the sink, wash the cup, put it on the shelf"
+    question = "I want to clean the cup that stands on the table. What should I do?"
+    half = "go to the table, pick up the cup, wash the cup in the kitchen, dry it"
+
+    def score(answer, task="planning", references=(plan,), **columns):
+        given = {"task": [task], "question": [question], "references": [list(references)]}
+        return task_reward([respond(answer)], **given, target_boxes=[None], proposals=[NO_BOXES], **columns)[0]
+
+    honest = score(half)
+    assert honest > 0.4
+    for hack in ("the the the the the the", question, f"{question} " * 5, "the cup to the table and the sink " * 20):
+        assert score(hack) < 0.85 * honest
+    answers = ["brown", "red", "blue"]
+    assert score("brown red blue", "qa", ["red"]) == score(question, "qa", ["red"]) == 0.0
+    assert score(" ".join(answers), "qa", answers) == 0.0
+    stuffed = "".join(format_box([x, 0, 0.5, 1, 1, 1]) for x in range(10))
+    rewards = task_reward(
+        [respond(stuffed)],
+        task=["grounding"],
+        question=[question],
+        references=[[]],
+        target_boxes=[np.array([UNIT])],
+        proposals=[NO_BOXES],
+    )
+    assert rewards == [pytest.approx(0.1)]
 
 
 # --- the set -------------------------------------------------------------------------------------------------------
@@ -408,6 +532,12 @@ def test_trusted_rewards_fail_loudly():
     with pytest.raises(ValueError, match="column task has 1 entries for 2"):
         RewardSet({"a": fixed(1.0, 1.0)}, {"a": 1})(texts, task=["qa"])
 
+    def broken(completions, **columns):
+        raise KeyError("colour")
+
+    with pytest.raises(KeyError, match="colour"):
+        RewardSet({"a": broken}, {"a": 1})(texts)
+
 
 @pytest.mark.parametrize(
     ("names", "weights", "message"),
@@ -423,6 +553,52 @@ def test_trusted_rewards_fail_loudly():
 def test_build_rewards_names_the_mistake(names, weights, message):
     with pytest.raises(ValueError, match=message):
         build_rewards(names, weights)
+
+
+def test_the_configuration_reaches_every_setting(user_file):
+    from threedr1.engine.config import RewardConfig
+
+    name = f"{user_file}:fragile"
+    config = RewardConfig(
+        names=("format", "perception", "semantic", name),
+        weights=(1.0, 2.0, 3.0, 4.0),
+        gate_by_format=False,
+        per_task={"qa": {"perception": 0.0}},
+        semantic_encoder="all-MiniLM-L6-v2",
+        box_shape="giou",
+        length_slack=None,
+        timeout_s=7.0,
+        workers=1,
+        max_failure_share=0.5,
+    )
+    rewards = build_configured_rewards(config)
+    try:
+        perception, semantic, user = (rewards.functions[key] for key in ("perception", "semantic", name))
+        assert isinstance(perception, PerceptionReward) and perception.shape == "giou"
+        assert isinstance(semantic, SemanticReward) and semantic.length_slack is None
+        assert isinstance(user, UserReward) and (user.timeout_s, user.num_workers) == (7.0, 1)
+        assert rewards.max_failure_share == 0.5 and not rewards.gate_by_format
+        assert rewards.weights == {"format": 1.0, "perception": 2.0, "semantic": 3.0, name: 4.0}
+        assert rewards.per_task["qa"]["perception"] == 0.0
+    finally:
+        rewards.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"box_shape": "diou"}, "choose iou or giou"),
+        ({"timeout_s": 0.0}, "timeout_s is 0.0"),
+        ({"workers": 0}, "workers is 0"),
+        ({"length_slack": -1}, "length_slack is -1"),
+        ({"max_failure_share": 1.5}, "from 0 to 1"),
+    ],
+)
+def test_the_configuration_refuses_what_it_cannot_mean(change, message):
+    from threedr1.engine.config import RewardConfig
+
+    with pytest.raises(ValueError, match=message):
+        RewardConfig(**change)
 
 
 # --- users' rewards ------------------------------------------------------------------------------------------------
@@ -542,6 +718,18 @@ def test_columns_that_cannot_be_sent_are_the_callers_mistake(make_reward):
     with pytest.raises(ValueError, match="cannot be sent"):
         reward(["fine"], extra=[lambda: None])
     assert reward(["fine"]) == [1.0]
+
+
+def test_a_reward_that_breaks_late_aborts_soon(user_file):
+    """After 2,048 good completions 64 bad ones of the latest 512 are 12.5 %, though only 3 % of all."""
+    rewards = build_rewards([f"{user_file}:fragile"], [1.0], gate_by_format=False)
+    try:
+        for _ in range(32):
+            rewards([respond("red")] * 64)
+        with pytest.raises(RewardFailure, match="failed on 64 of 512 completions"):
+            rewards([respond("raise")] * 64)
+    finally:
+        rewards.close()
 
 
 def test_failed_rows_are_left_out_and_many_abort(user_file):
