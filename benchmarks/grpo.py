@@ -356,7 +356,8 @@ def main(argv: Sequence[str] = ()) -> int:
     rows = measure(arguments)
     note = f"Qwen2.5-VL {arguments.shape} shape, random weights"
     rows = [replace(row, note=f"{note}; {row.note}") for row in rows]
-    report("grpo", rows, arguments, load, argv=argv, packages=("transformers", "peft", "trl"))
+    packages = ("transformers", "peft", *(["trl"] if any(row.peer for row in rows) else []))
+    report("grpo", rows, arguments, load, argv=argv, packages=packages)
     return 0 if arguments.device == "cpu" or reached(rows) else 1
 
 
