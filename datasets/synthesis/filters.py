@@ -108,8 +108,9 @@ def check_response(text: str, question: Question, options: FilterOptions) -> str
         "think_short": lambda: count_words(think) >= options.min_think_words,
         "answer_short": lambda: count_words(response.answer) >= options.min_answer_words,
         "few_steps": lambda: len(starts) >= options.min_steps,
-        "target_unnamed": lambda: not question.target_names
-        or names_target(think[starts[-1] :] if starts else think, question.target_names),
+        "target_unnamed": lambda: (
+            not question.target_names or names_target(think[starts[-1] :] if starts else think, question.target_names)
+        ),
     }
     return next((reason for reason, passes in checks.items() if options.applies(reason) and not passes()), "")
 
