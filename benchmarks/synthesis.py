@@ -2,10 +2,10 @@
 
 The teacher is a local server that speaks Gemini's protocol and answers after a fixed time, in a process of its own;
 the engine asks it through google-genai with everything on: journal, filters, budget, progress bar. Against 500 ms the
-peer is the ideal rate, 64 / 0.5 s; against 50 ms it is google-genai alone, called with the same prompts by 64 tasks in
-the same process. They take turns. Memory is the growth of the largest resident size from the first tenth of the
-questions to the end of the run, with a teacher that answers at once. The exit status says whether both shares reach
-0.9 and memory grows by at most 64 MiB.
+peer is the ideal rate, 64 / 0.5 s; against 50 ms it is google-genai alone, called with the same prompts by 64 tasks
+in the same process, with one client and a typed configuration as its documentation shows. They take turns. Memory is
+the growth of the largest resident size from the first tenth of the questions to the end of the run, with a teacher
+that answers at once. The exit status says whether both shares reach 0.9 and memory grows by at most 64 MiB.
 """
 
 import asyncio

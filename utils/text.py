@@ -21,6 +21,7 @@ _NUMBER = r"[-+]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})"
 _BOX = re.compile(rf"<box>\s*({_NUMBER}(?:\s*,\s*{_NUMBER}){{5,6}})\s*</box>")
 _NAME = re.compile(r"<obj(\d{1,4})>")
 _POINTER = re.compile(rf"{_BOX.pattern}|{_NAME.pattern}")
+_SPACED_STOP = re.compile(r" ([.,;:?!])")
 
 
 @dataclass(frozen=True)
@@ -113,4 +114,4 @@ def replace_boxes(text: str, replace: Callable[[list[float]], str]) -> str:
 
 def strip_pointers(text: str) -> str:
     """The words of an answer: pointers removed, white space folded. This is what the text metrics score."""
-    return re.sub(r"\s+([.,;:?!])", r"\1", re.sub(r"\s+", " ", _POINTER.sub(" ", text))).strip()
+    return _SPACED_STOP.sub(r"\1", " ".join(_POINTER.sub(" ", text).split()))

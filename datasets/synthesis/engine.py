@@ -1,6 +1,7 @@
 """The data engine: questions -> teacher -> filters -> records, through a journal that no paid answer is lost from."""
 
 import asyncio
+import gc
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -198,6 +199,7 @@ def as_plain(options: FilterOptions | InputOptions) -> dict[str, Any]:
 def ask_all(engine: Engine, questions: Sequence[Question], spool: OutcomeSpool) -> None:
     """Ask and judge every question, then reject near-duplicates. Ctrl-C loses nothing that was received."""
     with Progress(len(questions), engine.budget) as progress:
+        gc.freeze()  # else all that is loaded is searched for garbage every few seconds, a tenth of the run's work
         try:
             asyncio.run(engine.run(questions, spool, progress))
         except KeyboardInterrupt:
@@ -207,6 +209,8 @@ def ask_all(engine: Engine, questions: Sequence[Question], spool: OutcomeSpool) 
                 engine.journal.path,
             )
             raise
+        finally:
+            gc.unfreeze()
         spool.mark_near_duplicates(questions, engine.options)
         progress.close(spool.tally)
 

@@ -6,7 +6,7 @@ looked at before the consistency check, which has to be paid for; near_duplicate
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,14 +103,16 @@ def check_response(text: str, question: Question, options: FilterOptions) -> str
     response = parse_response(text)
     if not (response.well_formed and response.think and response.answer):
         return "format"
-    named = not question.target_names or names_target(last_step(response.think), question.target_names)
-    found = {
-        "think_short": count_words(response.think) < options.min_think_words,
-        "answer_short": count_words(response.answer) < options.min_answer_words,
-        "few_steps": len(step_starts(response.think)) < options.min_steps,
-        "target_unnamed": not named,
+    think, starts = response.think, step_starts(response.think)
+    checks: dict[str, Callable[[], bool]] = {
+        "think_short": lambda: count_words(think) >= options.min_think_words,
+        "answer_short": lambda: count_words(response.answer) >= options.min_answer_words,
+        "few_steps": lambda: len(starts) >= options.min_steps,
+        "target_unnamed": lambda: (
+            not question.target_names or names_target(think[starts[-1] :] if starts else think, question.target_names)
+        ),
     }
-    return next((reason for reason, failed in found.items() if failed and options.applies(reason)), "")
+    return next((reason for reason, passes in checks.items() if options.applies(reason) and not passes()), "")
 
 
 def check_consistency(answer: str, again: str, options: FilterOptions) -> str:

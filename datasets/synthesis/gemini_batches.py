@@ -39,9 +39,7 @@ class GeminiBatches:
             {"inlineData": {"mimeType": media_type(image), "data": base64.b64encode(image).decode()}}
             for image in request.images
         ]
-        config: dict[str, Any] = {"thinkingConfig": {"thinkingBudget": self._teacher.thinking_budget}}
-        if request.think:
-            config["temperature"] = 0.0
+        config = self._teacher.generation_config(bool(request.think))
         content = {"role": "user", "parts": [*parts, {"text": request.prompt}]}
         return orjson.dumps({"key": key, "request": {"contents": [content], "generationConfig": config}})
 
@@ -49,7 +47,7 @@ class GeminiBatches:
         """Give Gemini a file of requests, which it keeps for two days."""
 
         async def send() -> Any:
-            with self._teacher.lend() as client:
+            with self._teacher.lend_plain() as client:
                 try:
                     config = {"display_name": path.name, "mime_type": "jsonl"}
                     return await client.aio.files.upload(file=path, config=config)
@@ -63,7 +61,7 @@ class GeminiBatches:
 
     async def submit(self, file: str, token: str) -> str:
         """Start a batch under the token as its display name."""
-        with self._teacher.lend() as client:
+        with self._teacher.lend_plain() as client:
             job = await self._within(
                 client.aio.batches.create(model=self._teacher.model, src=file, config={"display_name": token})
             )
@@ -75,7 +73,7 @@ class GeminiBatches:
         """The batch whose display name is the token."""
 
         async def search() -> str:
-            with self._teacher.lend() as client:
+            with self._teacher.lend_plain() as client:
                 async for job in await client.aio.batches.list(config={"page_size": 100}):
                     if job.display_name == token:
                         return job.name or ""
@@ -85,7 +83,7 @@ class GeminiBatches:
 
     async def look(self, batch_id: str) -> BatchState:
         """How a batch stands."""
-        with self._teacher.lend() as client:
+        with self._teacher.lend_plain() as client:
             job = await self._within(client.aio.batches.get(name=batch_id), gone=batch_id)
         state = job.state.value if job.state else ""
         files = (job.dest.file_name,) if job.dest and job.dest.file_name else ()
@@ -93,14 +91,14 @@ class GeminiBatches:
 
     async def read(self, file: str) -> AsyncIterator[tuple[str, Reply | str]]:
         """Rows of a file of replies."""
-        with self._teacher.lend() as client:
+        with self._teacher.lend_plain() as client:
             content: bytes = await self._within(client.aio.files.download(file=file), gone=file)
         for line in content.splitlines():
             yield read_row(line)
 
     async def cancel(self, batch_id: str) -> None:
         """Ask for an end."""
-        with self._teacher.lend() as client:
+        with self._teacher.lend_plain() as client:
             await self._within(client.aio.batches.cancel(name=batch_id), gone=batch_id)
 
     async def close(self) -> None:

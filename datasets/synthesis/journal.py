@@ -96,7 +96,7 @@ class Journal:
         self._index = RowIndex()
         self._size = self._synced = 0  # bytes written, bytes known to be on the disk
         self._file = self._open(read_only)
-        self._turn = asyncio.Lock()
+        self._followers: list[asyncio.Future[None]] | None = None  # who waits for the sync under way; None without one
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         try:
             self._read(read_only)
@@ -209,12 +209,22 @@ class Journal:
         await self._sync()
 
     async def _sync(self) -> None:
-        written = self._size
-        async with self._turn:
-            if self._synced < written:
-                written = self._size  # with all that came while this one waited for its turn
-                await asyncio.get_running_loop().run_in_executor(self._syncer, os.fsync, self._file)
-                self._synced = written
+        """Wait until all that is written is on the disk. Of those who come during a sync one begins the next."""
+        written, loop = self._size, asyncio.get_running_loop()
+        while self._synced < written:
+            if self._followers is not None:
+                self._followers.append(loop.create_future())
+                await self._followers[-1]
+                continue
+            self._followers, reached = [], self._size
+            try:
+                await loop.run_in_executor(self._syncer, os.fsync, self._file)
+                self._synced = reached
+            finally:
+                followers, self._followers = self._followers, None
+                for follower in followers:
+                    if not follower.done():
+                        follower.set_result(None)
 
     def _write(self, line: bytes) -> None:
         done = 0

@@ -15,7 +15,6 @@ from typing import Any
 from .limits import Limits
 from .teacher import Reply, Request, RetryOptions, TeacherUnavailable, backoff
 
-POOL_SIZE = 8  # requests that one client has in flight
 _log = logging.getLogger(__name__)
 
 
@@ -42,10 +41,10 @@ def ssl_context(library: Any) -> ssl.SSLContext:
 
 
 class Clients:
-    """HTTP clients that share the requests, made as they are needed.
+    """HTTP clients, one for a request in flight, made as they are needed.
 
-    A client looks at every idle connection of its pool before each request. Of one pool for 64 requests that costs as
-    much as the request itself; many small ones keep their connections as well and look at few.
+    A client looks at every idle connection of its pool before each request: of one pool for 64 requests that costs
+    as much as the request itself.
 
     Args:
         make: makes a client.
@@ -53,25 +52,24 @@ class Clients:
 
     def __init__(self, make: Callable[[], Any]):
         self._make = make
-        self._clients: list[Any] = []
-        self._lent: list[int] = []
+        self._made: list[Any] = []
+        self._idle: list[Any] = []
 
     @contextmanager
     def lend(self) -> Iterator[Any]:
-        """The first client that has room for a request."""
-        number = next((number for number, lent in enumerate(self._lent) if lent < POOL_SIZE), len(self._lent))
-        if number == len(self._lent):
-            self._clients.append(self._make())
-            self._lent.append(0)
-        self._lent[number] += 1
+        """A client that nobody else has; the one given back last, as its connection is the likeliest to be open."""
+        if not self._idle:
+            self._made.append(self._make())
+            self._idle.append(self._made[-1])
+        client = self._idle.pop()
         try:
-            yield self._clients[number]
+            yield client
         finally:
-            self._lent[number] -= 1
+            self._idle.append(client)
 
     def all(self) -> list[Any]:
         """Those made so far."""
-        return list(self._clients)
+        return list(self._made)
 
 
 async def within(seconds: float, reply: Awaitable[Reply]) -> Reply:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from .limits import Limits
-from .network_teacher import POOL_SIZE, Clients, NetworkTeacher, http_library, ssl_context
+from .network_teacher import Clients, NetworkTeacher, http_library, ssl_context
 from .teacher import (
     RETRIED_STATUS,
     Reply,
@@ -75,12 +75,10 @@ class OpenAITeacher(NetworkTeacher):
         self._lost: type[Exception] = library.RequestError
         plain = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         headers = {"Content-Type": "application/json", "Accept": "application/json", **plain}
-        pool = library.Limits(max_connections=None, max_keepalive_connections=POOL_SIZE)
         context = ssl_context(library)
-        self._clients = Clients(
-            lambda: library.AsyncClient(headers=headers, timeout=timeout, limits=pool, verify=context)
-        )
-        self._plain = Clients(lambda: library.AsyncClient(headers=plain, timeout=timeout, limits=pool, verify=context))
+        self._plain = Clients(lambda: library.AsyncClient(headers=plain, timeout=timeout, verify=context))
+        # `within` bounds a whole reply, so that the library's timers for each of its parts are not needed
+        self._clients = Clients(lambda: library.AsyncClient(headers=headers, timeout=None, verify=context))
 
     def body(self, request: Request) -> dict[str, Any]:
         """What is sent."""

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import threading
 from dataclasses import replace
 
 import pytest
@@ -177,6 +178,32 @@ def test_many_waiting_rows_share_a_sync_and_none_returns_before_its_own(tmp_path
         monkeypatch.setattr("threedr1.datasets.synthesis.journal.os.fsync", fsync)
         asyncio.run(fill(journal))
     assert path.read_bytes().count(b"\n") == 200 and 1 <= len(synced) <= 10
+
+
+def test_a_wait_for_a_sync_that_is_cancelled_leaves_the_others_with_theirs(tmp_path, monkeypatch):
+    begun, released, lengths, real = threading.Event(), threading.Event(), [], os.fsync
+    path = tmp_path / "j.jsonl"
+
+    def fsync(file: int) -> None:
+        begun.set()
+        assert released.wait(10)
+        lengths.append(path.stat().st_size)
+        real(file)
+
+    async def fill(journal: Journal) -> list[BaseException | None]:
+        waits = [asyncio.create_task(journal.add(f"{number:032x}", Reply(f"text {number}"))) for number in range(4)]
+        assert await asyncio.to_thread(begun.wait, 10)
+        waits[0].cancel()  # the one whose sync is under way
+        waits[2].cancel()
+        await asyncio.sleep(0)
+        released.set()
+        return await asyncio.wait_for(asyncio.gather(*waits, return_exceptions=True), 10)
+
+    with Journal(path) as journal:
+        monkeypatch.setattr("threedr1.datasets.synthesis.journal.os.fsync", fsync)
+        ends = asyncio.run(fill(journal))
+    assert [type(end) for end in ends] == [asyncio.CancelledError, type(None), asyncio.CancelledError, type(None)]
+    assert len(lengths) == 2 and lengths[-1] == path.stat().st_size
 
 
 def test_replies_are_found_again_among_many_and_the_newest_row_of_a_key_counts(tmp_path, monkeypatch):
