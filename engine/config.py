@@ -435,6 +435,8 @@ class EvalConfig:
         )
     )
     max_new_tokens: int = 256
+    token_budget: int = 65_536  # tokens of prompts and answers whose keys and values are kept together at most
+    block_size: int = 128  # questions that are batched among themselves, answered by one process, and kept together
     language_model: str = ""  # where the base language model lies, if not where it did in training
     # by task, or by data set where one of its task wants others: one or more, the first is the one that reports show;
     # a task left out takes its default
@@ -444,7 +446,7 @@ class EvalConfig:
     dense_caption_proposals: int = 64  # proposals captioned in one scene, by objectness
 
     def __post_init__(self):
-        _at_least(self, max_new_tokens=1, dense_caption_proposals=1)
+        _at_least(self, max_new_tokens=1, dense_caption_proposals=1, token_budget=1, block_size=1)
 
 
 CONFIGS: dict[str, type] = {"detect": DetectConfig, "sft": SftConfig, "grpo": GrpoConfig, "eval": EvalConfig}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from ..datasets.prompts import MODES, THINK, prompt_fingerprint
 from ..datasets.scene import TASKS, Sample
@@ -25,13 +26,15 @@ from ..utils.metrics.dense_caption import filter_proposals
 from ..utils.metrics.score import SCORERS, score_predictions, scorer_name
 from ..utils.predictions import Prediction, write_predictions
 from ..utils.text import format_box, parse_response, resolve_boxes
+from .answer_journal import AnswerJournal, fingerprint, model_facts
 from .build import give_multiview
 from .checkpoint import model_folder
-from .config import DataConfig, EvalConfig, save_config
+from .config import DataConfig, EvalConfig, save_config, to_dict
 from .data import Loaded, ObservationCache, load_evaluated, load_split, open_store
+from .data import fingerprint as sample_fingerprint
 from .predict import answer, world_boxes
 from .references import GIVEN_OBJECTS, object_rows, reference_of
-from .runtime import close_runtime, init_runtime, log, seed_everything
+from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything
 
 MODEL, MOST_FREQUENT = "model", "most-frequent"
 _TINY = 1e-30  # a probability whose logarithm is finite
@@ -182,10 +185,17 @@ def _without_common(scores: dict) -> dict:
 
 
 class _Evaluation:
-    """One model with the scenes it has seen, asked for one data set after the other."""
+    """One model with the scenes it has seen, asked for one data set after the other.
 
-    def __init__(self, config: EvalConfig, model: SceneVLM, store: SceneStore):
+    Processes share the questions by blocks; all of them get all answers.
+    """
+
+    def __init__(
+        self, config: EvalConfig, model: SceneVLM, store: SceneStore, runtime: Runtime, journal: AnswerJournal
+    ):
         self.config = config
+        self.runtime = runtime
+        self.journal = journal
         self.label = config.label or Path(config.model).name
         self.observations = ObservationCache(
             store,
@@ -200,21 +210,45 @@ class _Evaluation:
         config, samples, objects = self.config, loaded.samples, []
         if loaded.task == "dense_caption":
             samples, objects = proposal_samples(samples, self.observations, config.dense_caption_proposals)
+            # one process's detections for all: another GPU's might differ in the last digit
+            samples = self.runtime.gather(samples if self.runtime.is_main else [])[0]
         if config.answers == MOST_FREQUENT:
             answers = most_frequent_answers(config.data, loaded.task, loaded.dataset, config.run.seed)
             return constant_predictions(samples, answers, self.observations, self.label), objects
-        made = answer(
-            self.observations.model,
-            samples,
-            self.observations,
-            modes=config.modes,
-            label=self.label,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.run.batch_size,
-            views_to=Path(config.run.dir),
-            progress=f"{self.label}: {loaded.dataset}",
-        )
-        return made, objects
+        return self._answers(loaded.dataset, samples), objects
+
+    def _answers(self, dataset: str, samples: Sequence[Sample]) -> list[Prediction]:
+        """The model's answers, those that the journal does not have yet being asked for."""
+        config, runtime = self.config, self.runtime
+        blocks = [samples[start : start + config.block_size] for start in range(0, len(samples), config.block_size)]
+        missing = [number for number in range(len(blocks)) if (dataset, number) not in self.journal.done]
+        own = missing[runtime.rank :: runtime.world_size]
+        with tqdm(
+            total=sum(len(blocks[number]) for number in own),
+            desc=f"{self.label}: {dataset}",
+            disable=not runtime.is_main,
+            dynamic_ncols=True,
+            mininterval=1.0,
+        ) as bar:
+            made = {}
+            for number in own:
+                made[number] = answer(
+                    self.observations.model,
+                    blocks[number],
+                    self.observations,
+                    modes=config.modes,
+                    label=self.label,
+                    max_new_tokens=config.max_new_tokens,
+                    batch_size=config.run.batch_size,
+                    token_budget=config.token_budget,
+                    views_to=Path(config.run.dir),
+                    on_batch=bar.update,
+                )
+                self.journal.add(dataset, number, made[number])
+        known = {number: self.journal.done[dataset, number] for number in range(len(blocks)) if number not in missing}
+        for part in runtime.gather(made):
+            known |= part
+        return [entry for number in range(len(blocks)) for entry in known[number]]
 
     def score(self, loaded: Loaded, made: list[Prediction], objects: list[Prediction]) -> dict:
         """Scores of a data set's answers, and how they were made."""
@@ -234,11 +268,12 @@ class _Evaluation:
 
 
 def evaluate(config: EvalConfig) -> Path:
-    """Evaluate on every configured data set; writes to `run.dir` and returns the path of results.json."""
+    """Evaluate on every configured data set; writes to `run.dir` and returns the path of results.json.
+
+    Answers are kept as they come: an evaluation that was killed, started again, asks for the rest.
+    """
     _check(config)
     runtime = init_runtime(config.run.device)
-    if runtime.world_size > 1:
-        raise ValueError("Evaluation runs on one process for now; start it without torchrun.")
     seed_everything(config.run.seed)
     folder = model_folder(config.model)
     # what is missing in the data shows before the model is loaded
@@ -248,19 +283,47 @@ def evaluate(config: EvalConfig) -> Path:
         check_scorers(scorers_for(config, loaded.dataset, loaded.task), loaded)
     model = SceneVLM.from_pretrained(folder, device=runtime.device, language_model=config.language_model or None)
     give_multiview(model, config.data, [sample for loaded in parts for sample in loaded.samples])
-    evaluation = _Evaluation(config, model, store)
+    journal = open_journal(config, folder, parts, runtime)
+    evaluation = _Evaluation(config, model, store, runtime, journal)
+    path = Path(config.run.dir) / "results.json"
     predictions: list[Prediction] = []
     results: dict[str, dict] = {}
     for loaded in parts:
         made, objects = evaluation.predict(loaded)
-        results[loaded.dataset] = evaluation.score(loaded, made, objects)
-        predictions += made + objects
-    path = Path(config.run.dir) / "results.json"
-    write_predictions(path.with_name("predictions.jsonl"), predictions)
-    save_config(config, path.with_name("config.yaml"))
-    write_json(path, _report(config, evaluation.label, results))
+        if runtime.is_main:
+            results[loaded.dataset] = evaluation.score(loaded, made, objects)
+            predictions += made + objects
+    if runtime.is_main:
+        write_predictions(path.with_name("predictions.jsonl"), predictions)
+        save_config(config, path.with_name("config.yaml"))
+        write_json(path, _report(config, evaluation.label, results))
+        journal.remove()
+    runtime.barrier()
     close_runtime(runtime)
     return path
+
+
+def open_journal(config: EvalConfig, folder: Path, parts: Sequence[Loaded], runtime: Runtime) -> AnswerJournal:
+    """The answers that there are already: of this model, to these questions, under these settings."""
+    settings = to_dict(config)
+    for name in ("scorers", "meteor"):  # which answers do not depend on
+        del settings[name]
+    for name in ("root", "cached_scenes", "cache_views"):
+        del settings["data"][name]
+    settings["run"] = {"seed": config.run.seed, "batch_size": config.run.batch_size}
+    questions = [(entry.dataset, sample_fingerprint([its.sample_id for its in entry.samples])) for entry in parts]
+    key = fingerprint(model_facts(folder), settings, questions, prompt_fingerprint())
+    journal = AnswerJournal(Path(config.run.dir), key, runtime.rank)
+    if runtime.is_main and journal.done:
+        count = sum(map(len, journal.done.values()))
+        log.info("%d questions were answered before; the rest is asked for", count)
+    if runtime.is_main and journal.stale:
+        log.warning(
+            "%s holds answers of another model, other questions or other settings; they are left out",
+            journal.folder,
+        )
+    runtime.barrier()  # all have read before one writes
+    return journal
 
 
 def _report(config: EvalConfig, label: str, results: dict[str, dict]) -> dict:

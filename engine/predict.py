@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ..datasets.multiview import open_multiview
 from ..datasets.prompts import CAPTION_QUESTION, DEFAULT_MODE, OBJECT_PLACEHOLDER
@@ -88,8 +87,9 @@ def answer(
     label: str = "",
     max_new_tokens: int = 256,
     batch_size: int = 16,
+    token_budget: int = 0,
     views_to: Path | None = None,
-    progress: str = "",
+    on_batch: Callable[[int], object] | None = None,
 ) -> list[Prediction]:
     """Answer samples greedily, each in its task's response mode.
 
@@ -97,26 +97,21 @@ def answer(
         observations: where scenes are observed and kept.
         modes: response mode by task; a task left out takes its default.
         label: the model's name in the predictions.
+        batch_size, token_budget, on_batch: as in `roll_out`.
         views_to: folder of predictions.jsonl, to which the chosen views' pictures are written too.
-        progress: title of a progress bar; none without.
     """
-    predictions = []
-    with tqdm(total=len(samples), desc=progress, disable=not progress, dynamic_ncols=True, mininterval=1.0) as bar:
-        block = 8 * batch_size
-        for start in range(0, len(samples), block):
-            part = samples[start : start + block]
-            asked = [modes.get(sample.task, DEFAULT_MODE[sample.task]) for sample in part]
-            rollouts = roll_out(
-                model,
-                write_prompts(model, part, observations.of(part), asked),
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                on_batch=bar.update,
-            )
-            if views_to is not None:
-                save_views(rollouts, views_to)
-            predictions += [to_prediction(model, rollout, label) for rollout in rollouts]
-    return predictions
+    asked = [modes.get(sample.task, DEFAULT_MODE[sample.task]) for sample in samples]
+    rollouts = roll_out(
+        model,
+        write_prompts(model, samples, observations.of(samples), asked),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        token_budget=token_budget,
+        on_batch=on_batch,
+    )
+    if views_to is not None:
+        save_views(rollouts, views_to)
+    return [to_prediction(model, rollout, label) for rollout in rollouts]
 
 
 @dataclass

@@ -69,6 +69,7 @@ def roll_out(
     temperature: float = 0.0,
     generators: Sequence[torch.Generator] | None = None,
     batch_size: int = 64,
+    token_budget: int = 0,
     on_batch: Callable[[int], object] | None = None,
 ) -> list[Rollout]:
     """Decode `group_size` completions of every prompt.
@@ -76,7 +77,9 @@ def roll_out(
     Args:
         generators: one for each completion, group by group; a row's tokens depend on its own stream alone, so the
             result is the same however rows are batched.
-        batch_size: completions decoded together.
+        batch_size: completions decoded together at most.
+        token_budget: tokens at most whose keys and values are kept together: of prompts and of their completions at
+            their longest; 0: any number. A prompt that has more is decoded by itself.
         on_batch: called with the number of prompts done in each batch.
     """
     was_training = model.training
@@ -84,9 +87,9 @@ def roll_out(
     # Prompts of like length share a batch: where they are padded, it is less.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].row.token_ids))
     results: dict[int, Rollout] = {}
-    prompts_per_batch = max(1, batch_size // group_size)
-    for start in range(0, len(order), prompts_per_batch):
-        batch = order[start : start + prompts_per_batch]
+    needs = [len(prompts[index].row.token_ids) + group_size * max_new_tokens for index in order]
+    for places in cut_batches(needs, max(1, batch_size // group_size), token_budget):
+        batch = [order[place] for place in places]
         chosen = [prompts[index] for index in batch]
         inputs = model.embed_rows(
             [prompt.row for prompt in chosen],
@@ -117,3 +120,14 @@ def roll_out(
             on_batch(len(batch))
     model.train(was_training)
     return [results[index] for index in range(len(prompts))]
+
+
+def cut_batches(needs: Sequence[int], most: int, budget: int = 0) -> list[range]:
+    """Neighbours in batches of at most `most`, that need at most `budget` together (0: any number) or are alone."""
+    batches, start, total = [], 0, 0
+    for place, need in enumerate(needs):
+        if place > start and (place - start == most or (budget and total + need > budget)):
+            batches.append(range(start, place))
+            start, total = place, 0
+        total += need
+    return [*batches, range(start, len(needs))] if len(needs) else []

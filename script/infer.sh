@@ -7,7 +7,9 @@
 #   MODEL=runs/grpo                      model or run folder; default: the recipe's
 #   DATA=data/scannet                    data root (data/README.md); default: the recipe's
 #   RUN=runs/eval                        where the results go; default: the recipe's
+#   NGPU=8                               processes, one a GPU, which share the questions (default 1)
 #
+# One that was interrupted, started again in the same RUN, asks only what was not answered.
 # Some of the tasks: --set data.datasets=scanqa,sqa3d. One scan of your own: `python main.py infer --help`.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -273,7 +273,8 @@ def test_every_combination_equals_a_loop_and_its_differences(data):
     )
     frozen = logps_BT.tolist()
     batch = [value.tolist() for value in (old_BT, ref_BT, advantages_B, mask_BT, sampler_BT)]
-    assert got.loss.item() == pytest.approx(loss_by_loop(frozen, frozen, batch, config, 5))
+    # float32 against float64, in a sum whose parts may cancel
+    assert got.loss.item() == pytest.approx(loss_by_loop(frozen, frozen, batch, config, 5), rel=1e-5, abs=1e-7)
     (grad_BT,) = torch.autograd.grad(got.loss, logps_BT)
     step = 1e-6
     for b in range(4):
