@@ -376,7 +376,7 @@ class RolloutConfig:
     group_size: int = 8
     max_new_tokens: int = 300
     temperature: float = 1.0
-    batch_size: int = 64  # completions decoded together
+    batch_size: int = 64  # completions decoded together, in whole groups, at least one
     resample_rounds: int = 0  # times that others take the place of prompts whose completions all earn the same
     max_prompt_tokens: int = 0  # another takes the place of a longer prompt; 0: any length
 

@@ -21,7 +21,7 @@ from .runtime import Runtime, log, torch_stream
 from .throughput import Phases
 
 MODE = "think"  # the response mode that is reinforced
-_TURNS = 32  # samples that are tried for one place
+_ATTEMPTS = 32  # samples that are tried for one place
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Experience:
     num_informative: int  # groups of all ranks whose rewards differ: without one there is nothing to learn
 
 
-class Groups:
+class GroupSampler:
     """Draws prompts, samples completions of the policy as it is, and scores them.
 
     A prompt whose completions all earn the same has nothing to teach. With `rollout.resample_rounds` others take the
@@ -98,7 +98,8 @@ class Groups:
         samples = [self.samples[row] for row in rows.values()]
         with phases("prompts"):
             written = write_prompts(self.model, samples, self.observations.of(samples), [MODE] * len(samples))
-            prompts = [self._short(prompt, place, step) for prompt, place in zip(written, rows, strict=True)]
+            turn = step * (rollout.resample_rounds + 1) + again
+            prompts = [self._short(prompt, place, turn) for prompt, place in zip(written, rows, strict=True)]
         # A completion's random stream is named by its place in the global batch, so that ranks change nothing.
         first = runtime.rank * (self.config.run.batch_size // runtime.world_size)
         numbers = [(first + place) * rollout.group_size + g for place in rows for g in range(rollout.group_size)]
@@ -115,20 +116,20 @@ class Groups:
         with phases("rewards"):
             return rollouts, score_rollouts(self.rewards, rollouts)
 
-    def _short(self, prompt: Prompt, place: int, step: int) -> Prompt:
-        """A prompt, or that of another sample where it is too long."""
+    def _short(self, prompt: Prompt, place: int, turn: int) -> Prompt:
+        """A prompt, or that of another sample where it is too long; `turn` counts what this rank has drawn."""
         limit, run = self.config.rollout.max_prompt_tokens, self.config.run
-        for turn in range(_TURNS):
+        for attempt in range(_ATTEMPTS):
             length = len(prompt.row.token_ids)
             if not limit or length <= limit:
                 return prompt
             self.too_long += 1
             name = prompt.sample.sample_id
-            log.warning("step %d: the prompt of %s has %d tokens; another takes its place", step, name, length)
-            sample = self.samples[self.shorter.rows(step * _TURNS + turn, run.batch_size, self.runtime)[place]]
+            log.warning("the prompt of %s has %d tokens; another takes its place", name, length)
+            sample = self.samples[self.shorter.rows(turn * _ATTEMPTS + attempt, run.batch_size, self.runtime)[place]]
             (prompt,) = write_prompts(self.model, [sample], self.observations.of([sample]), [MODE])
         raise ValueError(
-            f"{_TURNS + 1} prompts one after the other have more than rollout.max_prompt_tokens = {limit} tokens; "
+            f"{_ATTEMPTS + 1} prompts one after the other have more than rollout.max_prompt_tokens = {limit} tokens; "
             "raise it, or give the model fewer views or layout tokens."
         )
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..datasets.scene import Sample
@@ -23,7 +24,7 @@ from .build import give_multiview, speed_up
 from .checkpoint import model_folder, restore_run
 from .config import GrpoConfig
 from .data import ObservationCache, fingerprint, load_split
-from .groups import Experience, Groups
+from .groups import Experience, GroupSampler
 from .grpo_eval import METRIC, GrpoHeldOut
 from .grpo_log import GrpoLog
 from .grpo_loss import Normalizer, grpo_loss, merge_metrics
@@ -75,6 +76,22 @@ def fixed_logprobs(model: SceneVLM, packs: list[Pack], config: GrpoConfig) -> tu
     return old, reference
 
 
+def kept_completions(experience: Experience, mask_truncated: bool) -> list[list[int]]:
+    """Which completions of each group an update is about: those with a reward, and with an end if that is asked."""
+    group_size = experience.advantages_PG.shape[1]
+    missing_PG = np.isnan(experience.scored.combined_N).reshape(-1, group_size)
+    return [
+        [row for row in range(group_size) if not missing[row] and (rollout.finished[row] or not mask_truncated)]
+        for rollout, missing in zip(experience.rollouts, missing_PG, strict=True)
+    ]
+
+
+def warn(runtime: Runtime, message: str, *values: object) -> None:
+    """A warning about all ranks, said once."""
+    if runtime.is_main:
+        log.warning(message, *values)
+
+
 def update_policy(
     model: SceneVLM,
     experience: Experience,
@@ -86,14 +103,11 @@ def update_policy(
 ) -> dict[str, float]:
     """`updates_per_rollout` clipped gradient steps on one set of rollouts; metrics of the last."""
     rollouts = experience.rollouts
-    kept = [
-        [row for row, finished in enumerate(rollout.finished) if finished or not config.loss.mask_truncated]
-        for rollout in rollouts
-    ]
+    kept = kept_completions(experience, config.loss.mask_truncated)
     lengths = [len(rollout.token_ids[row]) for rollout, its in zip(rollouts, kept, strict=True) for row in its]
     sequences, tokens = runtime.total(len(lengths), sum(lengths))
     if not sequences:
-        log.warning("step %d: the limit cut every completion; the policy stays as it is", step)
+        warn(runtime, "step %d: the limit cut every completion; the policy stays as it is", step)
         return {}
     normalizer = Normalizer(sequences, tokens, config.rollout.max_new_tokens)
     with phases("reference"):
@@ -132,7 +146,8 @@ def update_policy(
             metrics = {**metrics, **merged, **optimizer.step(step)}
     model.eval()
     if metrics["mismatch/mean"] > _LARGE_MISMATCH:
-        log.warning(
+        warn(
+            runtime,
             "step %d: the rollouts' log-probabilities differ from the trainer's by %.3f a token on average; "
             "the ratios are not to be trusted",
             step,
@@ -185,7 +200,7 @@ def reinforce(
         capacity=config.data.cached_scenes,
         cache_views=config.data.cache_views,
     )
-    groups = Groups(config, model, samples, observations, rewards, runtime)
+    groups = GroupSampler(config, model, samples, observations, rewards, runtime)
     held_out = GrpoHeldOut(config, model, rewards, runtime) if run.eval_every else None
     checkpoints = Checkpoints(
         runtime,
@@ -203,7 +218,7 @@ def reinforce(
             if experience.num_informative:
                 metrics |= update_policy(model, experience, optimizer, config, runtime, step, log_of_run.phases)
             else:
-                log.warning("step %d: no group has two different rewards; the policy stays as it is", step)
+                warn(runtime, "step %d: no group has two different rewards; the policy stays as it is", step)
             log_of_run.step(step, metrics, experience)
             if held_out is not None and run.due(step, run.eval_every):
                 scores = held_out.evaluate()

@@ -9,6 +9,7 @@ from .rewards import RewardSet
 from .rollout import roll_out, write_prompts
 from .runtime import Runtime
 
+_TOKEN_BUDGET = 65_536  # tokens of prompts and answers decoded together at most
 METRIC = "eval/reward"  # which makes a model the best where the configuration names none
 
 
@@ -47,7 +48,9 @@ class GrpoHeldOut(HeldOut):
                     prompts,
                     max_new_tokens=self.config.rollout.max_new_tokens,
                     batch_size=self.config.rollout.batch_size,
+                    token_budget=_TOKEN_BUDGET,
                 )
+            self.model.decoder.release()  # of one answer a prompt there are more prompts than in training
             scored = score_rollouts(self.rewards, rollouts).part(slice(len(own)))
             made = [to_prediction(self.model, rollout, "") for rollout in rollouts[: len(own)]]
         everyone = gather_scores(scored, self.runtime)

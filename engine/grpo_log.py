@@ -67,11 +67,17 @@ class GrpoLog:
 
     def _write_completions(self, step: int, experience: Experience) -> None:
         """Append the step's completions of all ranks, with their rewards and advantages, to completions.jsonl."""
-        texts = [(rollout, text) for rollout in experience.rollouts for text in rollout.texts]
+        first = self.runtime.rank * len(experience.rollouts)
+        texts = [
+            (first + number, rollout, text)
+            for number, rollout in enumerate(experience.rollouts)
+            for text in rollout.texts
+        ]
         advantages_N = experience.advantages_PG.flatten().tolist()
         own = [
             {
                 "step": step,
+                "group": group,
                 "sample_id": rollout.sample.sample_id,
                 "question": rollout.sample.question,
                 "text": text,
@@ -79,7 +85,7 @@ class GrpoLog:
                 "reward": _number(experience.scored.combined_N[row]),
                 "advantage": _number(advantages_N[row]),
             }
-            for row, (rollout, text) in enumerate(texts)
+            for row, (group, rollout, text) in enumerate(texts)
         ]
         everyone = [entry for part in self.runtime.gather(own) for entry in part]
         if self.runtime.is_main:

@@ -221,8 +221,8 @@ def grpo_loss(
 
     `old_logps_BT` None means on policy (the ratio is 1, with gradient). `ref_logps_BT` may be None where beta is 0.
     `entropy_BT` is only reported, and so is the distance to `sampler_logps_BT` (the log-probabilities noted while
-    sampling), unless `config.sampler_correction` weights the policy terms by it. Where `config.mask_truncated` is
-    set, `mask_BT` and `normalizer` are the caller's to make with `without_truncated`.
+    sampling), unless `config.sampler_correction` weights the policy terms by it. Completions that
+    `config.mask_truncated` leaves out the caller leaves out, here and in `normalizer`, or masks altogether.
     """
     others = {"old_logps": old_logps_BT, "ref_logps": ref_logps_BT, "sampler_logps": sampler_logps_BT, "mask": mask_BT}
     _check_batch(logps_BT, advantages_B, others, config)

@@ -191,7 +191,8 @@ class Optimizer:
         if missing:  # every rank must take part in the all-reduce
             torch._foreach_zero_(missing)  # type: ignore[reportPrivateImportUsage]
         given = [(view, gradient) for view, gradient in found if gradient is not None]
-        torch._foreach_copy_([view for view, _ in given], [gradient for _, gradient in given])  # type: ignore[reportPrivateImportUsage]
+        if given:  # a rank may have had nothing to learn from
+            torch._foreach_copy_([view for view, _ in given], [gradient for _, gradient in given])  # type: ignore[reportPrivateImportUsage]
         for view, (parameter, master) in zip(views, wholes, strict=True):
             parameter.grad = None
             master.grad = view

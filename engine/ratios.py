@@ -30,17 +30,6 @@ def lengths(mask_BT: Tensor) -> Tensor:
     return mask_BT.sum(1, keepdim=True).clamp(min=1)
 
 
-def without_truncated(mask_BT: Tensor, finished_B: Tensor) -> Tensor:
-    """The response mask [B, T] without the rows that the length limit cut (`finished_B` False): DAPO's filter.
-
-    Such a response has no tokens left, so it is in no loss, metric or `Normalizer`. Rewards and advantages know
-    nothing of it: its reward still counts in its group's mean and deviation.
-    """
-    if finished_B.shape != mask_BT.shape[:1]:
-        raise ValueError(f"There must be {mask_BT.shape[0]} flags of finished rows, not {tuple(finished_B.shape)}.")
-    return mask_BT.bool() & finished_B.bool()[:, None]
-
-
 def log_ratios(logps_BT: Tensor, old_logps_BT: Tensor, mask_BT: Tensor, level: RatioLevel = "token") -> Tensor:
     """Log importance ratios [B, T], clamped to +-20 and 0 outside the mask.
 

@@ -75,9 +75,9 @@ def roll_out(
     """Decode `group_size` completions of every prompt.
 
     Args:
-        generators: one for each completion, group by group; a row's tokens depend on its own stream alone, so the
-            result is the same however rows are batched.
-        batch_size: completions decoded together at most.
+        generators: one for each completion, group by group; a row's tokens depend on its own stream alone, so but for
+            rounding the result is the same however rows are batched.
+        batch_size: completions decoded together at most, in whole groups, at least one.
         token_budget: tokens at most whose keys and values are kept together: of prompts and of their completions at
             their longest; 0: any number. A prompt that has more is decoded by itself.
         on_batch: called with the number of prompts done in each batch.

@@ -79,7 +79,10 @@ def _draw(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
 def _passes(cdf_RN: Tensor, wanted_R1: Tensor) -> Tensor:
     """The first place whose CDF is above what is wanted [R, 1]; it has a probability, whatever is rounded."""
     total_R1 = cdf_RN[:, -1:]
-    return torch.searchsorted(cdf_RN, wanted_R1.minimum(total_R1.nextafter(torch.zeros_like(total_R1))), right=True)
+    found_R1 = torch.searchsorted(
+        cdf_RN, wanted_R1.minimum(total_R1.nextafter(torch.zeros_like(total_R1))), right=True
+    )
+    return found_R1.clamp(max=cdf_RN.shape[1] - 1)  # of what is no number: its log-probability tells
 
 
 @dataclass
@@ -165,6 +168,7 @@ class Decoder:
         self._eos: dict[tuple[int, ...], Tensor] = {}
         self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
         self._made_of: tuple[Any, ...] = ()  # what graphs were captured of, besides buffers
+        self._side: torch.cuda.Stream | None = None
 
     @torch.no_grad()
     def __call__(
@@ -214,8 +218,7 @@ class Decoder:
             self._cache = KVCache(*shape, dtype=language.dtype, device=device)
         cache = self._cache
         if cache.start(lengths, batch.num_rows, batch.max_new_tokens):
-            rows, tokens = cache.said.shape[2:4]
-            self._rows = _Rows(rows, tokens, device)
+            self._rows = _Rows(*cache.room, device)
             self._graphs.clear()
         if batch.eos_ids not in self._eos:
             self._eos[batch.eos_ids] = torch.tensor(batch.eos_ids, dtype=torch.long, device=device)
@@ -260,7 +263,7 @@ class Decoder:
                 ended = self._rows.ended_R[: batch.at_work].tolist()
                 if all(ended):
                     return said
-                self._let_go(batch, ended, with_graphs)
+                self._let_go(batch, ended)
             cache.advance(said - 1)
             self._replay(batch) if with_graphs else self._step(batch)
         return batch.max_new_tokens
@@ -275,15 +278,16 @@ class Decoder:
                 if token in batch.eos_ids:
                     batch.told.add(row)
 
-    def _let_go(self, batch: _Batch, ended: Sequence[bool], with_graphs: bool) -> None:
-        """Take ended rows out, as many as bring the rest to a number that there is, or will be, a graph for."""
+    def _let_go(self, batch: _Batch, ended: Sequence[bool]) -> None:
+        """Take ended rows out; where steps may be graphs, as many as bring the rest to a number that has one."""
+        assert self._cache is not None
         alive = ended.count(False)
-        wanted = min((size for size in _SIZES if size >= alive), default=batch.at_work) if with_graphs else alive
+        sizes = _SIZES if self._cache.fits_graphs else (alive,)
+        wanted = min((size for size in sizes if size >= alive), default=batch.at_work)
         if wanted < batch.at_work:
             spare = [row for row, end in enumerate(ended) if end][: wanted - alive]
             rows = sorted([*(row for row, end in enumerate(ended) if not end), *spare])
             self._rows.keep(rows)
-            assert self._cache is not None
             self._cache.keep(rows)
             batch.at_work = wanted
 
@@ -298,7 +302,11 @@ class Decoder:
         rows.take(language.base.lm_head(language.hidden(inputs)[0]), batch.temperature, self._eos[batch.eos_ids])
 
     def _replay(self, batch: _Batch) -> None:
-        """A step as a graph, captured where there is none yet for what the batch is like."""
+        """A step as a graph, captured where there is none yet for what the batch is like.
+
+        What joined blocks have made of the active adapter they renew when prompts are encoded: so each call encodes
+        before it replays, under the adapter that it replays.
+        """
         language, cache = self.language, self._cache
         assert cache is not None
         made_of = (language.fused, language.head_weight_VD.data_ptr())
@@ -307,20 +315,25 @@ class Decoder:
             self._made_of = made_of
         key = (batch.at_work, batch.temperature, batch.eos_ids, cache.fixed, language.active_adapter)
         if key not in self._graphs:
-            side, current = torch.cuda.Stream(cache.device), torch.cuda.current_stream(cache.device)
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                for _ in range(2):  # what compiles or allocates once does so now
-                    with self._rows.unmoved():
-                        self._step(batch)
-            current.wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-            # other threads may use the GPU meanwhile: one writes checkpoints
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._step(batch)
-            self._graphs[key] = graph
+            self._graphs[key] = self._capture(batch, cache.device)
         self._graphs[key].replay()
+
+    def _capture(self, batch: _Batch, device: torch.device) -> torch.cuda.CUDAGraph:
+        """A step as a graph. All are made on one stream: cuBLAS keeps a workspace for each that it sees."""
+        self._side = self._side or torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            for _ in range(2):  # what compiles or allocates once does so now
+                with self._rows.unmoved():
+                    self._step(batch)
+        current.wait_stream(self._side)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        # other threads may use the GPU meanwhile: one writes checkpoints
+        with torch.cuda.graph(graph, pool=pool, stream=self._side, capture_error_mode="thread_local"):
+            self._step(batch)
+        return graph
 
     def _read(self, batch: _Batch, count: int) -> Decoded:
         """What was said, up to its end."""

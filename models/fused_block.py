@@ -77,6 +77,8 @@ class Joined:
         has_bias = bases[0].bias is not None
         self.bias = torch.cat([base.bias.detach() for base in bases]) if has_bias else None
         self._loaded: list[tuple[Tensor, int, float]] = []  # B that its columns hold, as of which change, and s
+        self._down: Tensor | None = None  # A of all, one under the other, for passes without gradients
+        self._down_of: list[tuple[Tensor, int]] = []  # which they are, as of which change
 
     def _adapters(self) -> set[str]:
         return {name for layer in self.layers if isinstance(layer, LoraLayer) for name in layer.lora_A}
@@ -100,7 +102,25 @@ class Joined:
             scales.append(layer.scaling[name])
         if self.num_inputs + sum(map(len, down)) > self.weight.shape[1]:
             raise ValueError("An adapter came after the blocks were fused; fuse them again.")
-        return Factors(torch.cat(down) if len(down) > 1 else down[0], up, scales)
+        return Factors(self._stacked(down), up, scales)
+
+    def _stacked(self, down: Sequence[Tensor]) -> Tensor:
+        """A of all, one under the other; without gradients in a buffer that stays where it is, as graphs need it."""
+        if len(down) == 1:
+            return down[0]
+        if torch.is_grad_enabled():
+            return torch.cat(list(down))
+        wanted, held = [(factor, factor._version) for factor in down], self._down_of
+        same = len(held) == len(wanted) and all(
+            mine[0] is its[0] and mine[1] == its[1] for mine, its in zip(held, wanted, strict=True)
+        )
+        rows = sum(map(len, down))
+        if self._down is None or len(self._down) != rows:
+            self._down, same = down[0].new_empty(rows, self.num_inputs), False
+        if not same:
+            torch.cat([factor.detach() for factor in down], out=self._down)
+            self._down_of = wanted
+        return self._down
 
     def load(self, up: Sequence[Tensor], scales: Sequence[float]) -> None:
         """Put s B of an adapter into its columns, where it is not there yet."""
@@ -195,7 +215,7 @@ class _Heads(Function):
     """Norm, queries, keys and values, rotary embedding: [T, D] -> [T, H, E], [T, G, E], [T, G, E]."""
 
     @staticmethod
-    def forward(ctx, x_TD, block, cos_TE, sin_TE, scales, down_RK, *up):
+    def forward(ctx, x_TD, block, cos_TE, sin_TE, scales, kept, down_RK, *up):
         product = block.qkv
         x_TK = product.room(x_TD)
         normalize_into(x_TD, block.norm_in.weight, block.epsilon, x_TK[:, : product.num_inputs])
@@ -204,8 +224,9 @@ class _Heads(Function):
         heads_TJE = product(x_TK).unflatten(1, (-1, block.head_width))
         turned = block.num_heads + block.num_kv_heads
         rotate_(heads_TJE[:, :turned], cos_TE, sin_TE)
-        ctx.block, ctx.scales = block, scales
-        ctx.save_for_backward(x_TD, cos_TE, sin_TE, thin_TR.clone(), down_RK, *up)
+        if kept:
+            ctx.block, ctx.scales = block, scales
+            ctx.save_for_backward(x_TD, cos_TE, sin_TE, thin_TR.clone(), down_RK, *up)
         return heads_TJE.split([block.num_heads, block.num_kv_heads, block.num_kv_heads], dim=1)
 
     @staticmethod
@@ -216,20 +237,20 @@ class _Heads(Function):
         grad_TN = rotate_back(*grads, cos_TE, sin_TE)
         grad_norm_TD, grad_TR = product.back(grad_TN, down_RK, up, ctx.scales)
         grad_down, grad_up = None, [None] * len(up)
-        if any(ctx.needs_input_grad[5:]):
+        if any(ctx.needs_input_grad[6:]):
             again_TD = torch.empty_like(x_TD)
             normalize_into(x_TD, block.norm_in.weight, block.epsilon, again_TD)
             grad_down = grad_TR.T @ again_TD
             grad_up = product.back_up(grad_TN, thin_TR, up, ctx.scales)
         grad_x = normalize_back(x_TD, block.norm_in.weight, block.epsilon, grad_norm_TD, None)
-        return grad_x, None, None, None, None, grad_down, *grad_up
+        return grad_x, None, None, None, None, None, grad_down, *grad_up
 
 
 class _Rest(Function):
     """Output projection and MLP, each added to what came in: attention's [T, D] and the block's input [T, D]."""
 
     @staticmethod
-    def forward(ctx, attended_TD, x_TD, block, scales, *factors):
+    def forward(ctx, attended_TD, x_TD, block, scales, kept, *factors):
         counts = [len(its) for its in scales]
         down, ups = factors[:3], _grouped(factors[3:], counts)
         out, gate_up, mlp = products = (block.out, block.gate_up, block.down)
@@ -238,19 +259,21 @@ class _Rest(Function):
 
         a_TK = out.room(x_TD)
         a_TK[:, : out.num_inputs] = attended_TD
-        thin_out = out.extend(a_TK, down[0]).clone()
+        thin_out = out.extend(a_TK, down[0])
         mid_TD = out(a_TK, x_TD)
         m_TK = gate_up.room(x_TD)
         normalize_into(mid_TD, block.norm_mid.weight, block.epsilon, m_TK[:, : gate_up.num_inputs])
-        thin_gate = gate_up.extend(m_TK, down[1]).clone()
+        thin_gate = gate_up.extend(m_TK, down[1])
         gate_up_TF = gate_up(m_TK)
         p_TK = mlp.room(x_TD)
         gate_into(gate_up_TF, p_TK[:, : mlp.num_inputs])
-        thin_mlp = mlp.extend(p_TK, down[2]).clone()
+        thin_mlp = mlp.extend(p_TK, down[2])
         result_TD = mlp(p_TK, mid_TD)
 
-        ctx.block, ctx.counts, ctx.scales = block, counts, scales
-        ctx.save_for_backward(attended_TD, mid_TD, gate_up_TF, thin_out, thin_gate, thin_mlp, *factors)
+        if kept:
+            ctx.block, ctx.counts, ctx.scales = block, counts, scales
+            thin = [part.clone() for part in (thin_out, thin_gate, thin_mlp)]  # else each would keep its whole room
+            ctx.save_for_backward(attended_TD, mid_TD, gate_up_TF, *thin, *factors)
         return result_TD
 
     @staticmethod
@@ -259,7 +282,7 @@ class _Rest(Function):
         (grad_TD,) = grads
         attended_TD, mid_TD, gate_up_TF, thin_out, thin_gate, thin_mlp, *factors = ctx.saved_tensors
         block, down, ups = ctx.block, factors[:3], _grouped(factors[3:], ctx.counts)
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[5:]
         learns = [one or any(its) for one, its in zip(needed[:3], _grouped(needed[3:], ctx.counts), strict=True)]
         grad_down: list[Tensor | None] = [None] * 3
         grad_ups: list[list[Any]] = [[None] * count for count in ctx.counts]
@@ -283,7 +306,7 @@ class _Rest(Function):
             grad_down[0] = grad_TR.T @ attended_TD
             grad_ups[0] = block.out.back_up(grad_mid_TD, thin_out, ups[0], ctx.scales[0])
         flat = [grad for part in grad_ups for grad in part]
-        return grad_attended_TD, grad_mid_TD, None, None, *grad_down, *flat
+        return grad_attended_TD, grad_mid_TD, None, None, None, *grad_down, *flat
 
 
 def _grouped(values: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
@@ -310,14 +333,14 @@ class FusedBlock:
         self.scale = attention.scaling
 
     def __call__(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, attends: Attends) -> Tensor:
-        qkv = self.qkv.factors()
-        heads: Any = _Heads.apply(x_TD, self, cos_TE, sin_TE, qkv.scales, qkv.down_RK, *qkv.up)
+        qkv, kept = self.qkv.factors(), torch.is_grad_enabled()
+        heads: Any = _Heads.apply(x_TD, self, cos_TE, sin_TE, qkv.scales, kept, qkv.down_RK, *qkv.up)
         query_THE, key_TGE, value_TGE = heads
         attended_THE = attends.attend(self.layer, query_THE, key_TGE, value_TGE, self.scale)
         rest = [product.factors() for product in (self.out, self.gate_up, self.down)]
         scales = [factors.scales for factors in rest]
         down, up = [factors.down_RK for factors in rest], [value for factors in rest for value in factors.up]
-        result: Any = _Rest.apply(attended_THE.flatten(1), x_TD, self, scales, *down, *up)
+        result: Any = _Rest.apply(attended_THE.flatten(1), x_TD, self, scales, kept, *down, *up)
         return result
 
 

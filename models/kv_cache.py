@@ -22,6 +22,7 @@ from torch import Tensor
 from .attention import Documents, uses_kernel
 from .block_parts import compiled_on_gpu
 
+_TILE = 128  # queries of a document that the kernel takes at once
 _ROOM = 4096  # tokens: the buffer of prompts comes in multiples, so that it is seldom made again
 
 
@@ -50,23 +51,25 @@ class KVCache:
         self.layers, self.heads, self.kv_heads, self.width = layers, heads, kv_heads, width
         self.dtype, self.device = dtype, device
         self.lengths: list[int] = []  # of the batch's prompts
-        self.prompts = self._room(0)  # keys and values, of each layer, packed: [2, layers, P, G, E]
-        self.said = self._room(0, 0)  # [2, layers, R, S, G, E]
         self.prompt_of: list[int] = []  # of each row
+        self.room = (0, 0)  # rows, and tokens that a row may say
+        self.prompts = self.empty(0, kv_heads)  # keys and values, of each layer, packed: [2, layers, P, G, E]
         self._steps = _FlashSteps(self) if _takes_flash(self.prompts) else _PlainSteps(self)
+        self.said = self._steps.empty_said(0, 0)
 
-    def _room(self, *tokens: int) -> Tensor:
-        return torch.empty(2, self.layers, *tokens, self.kv_heads, self.width, dtype=self.dtype, device=self.device)
+    def empty(self, *shape: int) -> Tensor:
+        """An empty buffer [2, layers, …, E] of keys and values."""
+        return torch.empty(2, self.layers, *shape, self.width, dtype=self.dtype, device=self.device)
 
     @property
     def fits_graphs(self) -> bool:
         """Whether steps may be captured as CUDA graphs."""
-        return isinstance(self._steps, _FlashSteps)
+        return self._steps.fits_graphs
 
     @property
     def fixed(self) -> tuple[int, ...]:
         """What a graph of a step knows of the batch besides the number of rows."""
-        return (self._steps.most, self._steps.longest) if isinstance(self._steps, _FlashSteps) else ()
+        return self._steps.fixed
 
     def start(self, prompt_lengths: Sequence[int], num_rows: int, num_tokens: int) -> bool:
         """Make room for a batch: prompts of these lengths, and rows of so many tokens at most.
@@ -75,15 +78,16 @@ class KVCache:
             whether buffers moved, so that graphs are of no more use.
         """
         self.lengths = list(prompt_lengths)
-        have_P, (have_R, have_S) = self.prompts.shape[2], self.said.shape[2:4]
+        have_P, (have_R, have_S) = self.prompts.shape[2], self.room
         need_P = _ROOM * -(-sum(self.lengths) // _ROOM) if self.fits_graphs else sum(self.lengths)
         moved = need_P > have_P or num_rows > have_R or num_tokens > have_S
         if need_P > have_P:
-            self.prompts = self._room(0)  # the old is gone before the new is made
-            self.prompts = self._room(need_P)
+            self.prompts = self.empty(0, self.kv_heads)  # the old is gone before the new is made
+            self.prompts = self.empty(need_P, self.kv_heads)
         if num_rows > have_R or num_tokens > have_S:
-            self.said = self._room(0, 0)
-            self.said = self._room(max(num_rows, have_R), max(num_tokens, have_S))
+            self.room = max(num_rows, have_R), max(num_tokens, have_S)
+            self.said = self._steps.empty_said(0, 0)
+            self.said = self._steps.empty_said(*self.room)
         if moved:
             self._steps.reserve()
         return moved
@@ -101,9 +105,8 @@ class KVCache:
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows go on; they keep their order."""
         at = torch.tensor(rows, device=self.device)
-        for half in self.said:
-            for layer in half:  # one by one, for the copy to be small
-                layer[: len(rows)] = layer.index_select(0, at)
+        for said in self.said.flatten(0, 1):  # one by one, for the copy to be small
+            said[: len(rows)] = said.index_select(0, at)
         self.prompt_of = [self.prompt_of[row] for row in rows]
         self._steps.take_rows()
 
@@ -138,9 +141,16 @@ class Prefill:
 class _PlainSteps:
     """Steps by plain products. Prompts are padded to the longest; their rows stand in slots, as many for each."""
 
+    fits_graphs = False
+    fixed = ()
+
     def __init__(self, cache: KVCache):
         self.cache = cache
         self.place = 0
+
+    def empty_said(self, rows: int, tokens: int) -> Tensor:
+        """What rows have said: [2, layers, R, G, S, E], as the products take it."""
+        return self.cache.empty(rows, self.cache.kv_heads, tokens)
 
     def reserve(self) -> None:
         pass
@@ -152,14 +162,14 @@ class _PlainSteps:
         place_P = torch.arange(max(lengths), device=cache.device)
         outside_NP = place_P >= torch.tensor(lengths, device=cache.device)[:, None]
         at_NP = (starts_N1 + place_P).masked_fill(outside_NP, 0)
-        self.padded = cache.prompts[:, :, at_NP].transpose(3, 4)  # [2, layers, N, G, P, E]
+        self.padded = cache.prompts[:, :, at_NP].transpose(3, 4).contiguous()  # [2, layers, N, G, P, E]
         self.mask_N11P = torch.zeros_like(outside_NP, dtype=torch.float32).masked_fill(outside_NP, float("-inf"))
         self.mask_N11P = self.mask_N11P[:, None, None]
 
     def take_rows(self) -> None:
-        rows_of = [
-            [row for row, its in enumerate(self.cache.prompt_of) if its == n] for n in range(len(self.padded[0, 0]))
-        ]
+        rows_of: list[list[int]] = [[] for _ in self.cache.lengths]
+        for row, its in enumerate(self.cache.prompt_of):
+            rows_of[its].append(row)
         most = max(map(len, rows_of))
         filled = [[*rows, *[0] * (most - len(rows))] for rows in rows_of]
         slots = [(prompt, slot) for prompt, rows in enumerate(rows_of) for slot in range(len(rows))]
@@ -171,8 +181,8 @@ class _PlainSteps:
 
     def attend(self, layer: int, query_RHE: Tensor, key_RGE: Tensor, value_RGE: Tensor, scale: float) -> Tensor:
         rows, said = len(query_RHE), self.cache.said[:, layer]
-        said[0, :rows, self.place] = key_RGE
-        said[1, :rows, self.place] = value_RGE
+        said[0, :rows, :, self.place] = key_RGE
+        said[1, :rows, :, self.place] = value_RGE
         query_RGME = query_RHE.unflatten(1, (key_RGE.shape[1], -1))
 
         query_NGQME = query_RGME[self.row_in_NQ].transpose(1, 2)
@@ -181,7 +191,7 @@ class _PlainSteps:
         prompt, prompt_lse = _attention(query_NGQME.flatten(2, 3), keys, values, scale, self.mask_N11P)
         prompt_NGQME, prompt_lse_NGQM = prompt.unflatten(2, shape), prompt_lse.unflatten(2, shape)
         prompt, slot = self.slot_of_2R
-        keys, values = said[:, :rows, : self.place + 1].transpose(2, 3)
+        keys, values = said[:, :rows, :, : self.place + 1]
         own_RGME, own_lse_RGM = _attention(query_RGME, keys, values, scale)
         return merge_attention(
             prompt_NGQME[prompt, :, slot].flatten(1, 2),
@@ -209,12 +219,23 @@ class _FlashSteps:
     What differs between batches of one size, and between steps, is in buffers on the device that stay where they are.
     """
 
+    fits_graphs = True
+
     def __init__(self, cache: KVCache):
         self.cache = cache
         self.fold = cache.heads // cache.kv_heads
+        self.most = 0
+
+    @property
+    def fixed(self) -> tuple[int, ...]:
+        return (self.most,)
+
+    def empty_said(self, rows: int, tokens: int) -> Tensor:
+        """What rows have said: [2, layers, R, S, G, E], as the kernel takes it."""
+        return self.cache.empty(rows, tokens, self.cache.kv_heads)
 
     def reserve(self) -> None:
-        rows, tokens = self.cache.said.shape[2:4]
+        rows, tokens = self.cache.room
         device = self.cache.device
         self.place = torch.zeros((), dtype=torch.long, device=device)
         self.used_R = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -227,9 +248,9 @@ class _FlashSteps:
     def take_prompts(self) -> None:
         lengths, prompt_of = self.cache.lengths, self.cache.prompt_of
         self.prompt_starts.copy_(_starts(lengths, len(self.prompt_starts) - 1))
-        # what the kernel is told by the host stays as it is when rows leave
-        self.most = self.fold * max(prompt_of.count(prompt) for prompt in range(len(lengths)))
-        self.longest = 1 << (max(lengths) - 1).bit_length()
+        # What the host tells the kernel is coarse, and stays as it is when rows leave: a graph knows it.
+        most = self.fold * max(prompt_of.count(prompt) for prompt in range(len(lengths)))
+        self.most = _TILE * -(-most // _TILE)
 
     def take_rows(self) -> None:
         prompt_of = self.cache.prompt_of
@@ -249,7 +270,7 @@ class _FlashSteps:
         # [R M, G, E]
         query = query_RHE.unflatten(1, (-1, self.fold)).transpose(1, 2).flatten(0, 1)
         prompt, prompt_lse = self._flash(
-            query, keys, values, self.group_starts, self.prompt_starts, self.most, self.longest, scale, None
+            query, keys, values, self.group_starts, self.prompt_starts, self.most, len(keys), scale, None
         )
         own, own_lse = self._flash(
             query,
@@ -258,7 +279,7 @@ class _FlashSteps:
             self.row_starts[: rows + 1],
             self.said_starts[: rows + 1],
             self.fold,
-            self.cache.said.shape[3],
+            self.cache.room[1],
             scale,
             self.used_R[:rows],
         )

@@ -13,7 +13,7 @@ _GROUPS = 2  # shown of a step
 
 def completions_section(run: Path) -> str:
     """Tables of the first groups of a run's first and last logged steps, the best completion first; "" without any."""
-    rows = [row for row in read_log(run / COMPLETIONS) if "advantage" in row]
+    rows = [row for row in read_log(run / COMPLETIONS) if "group" in row]
     if not rows:
         return ""
     first, last = rows[0]["step"], rows[-1]["step"]
@@ -26,15 +26,12 @@ def completions_section(run: Path) -> str:
 
 
 def _groups(rows: Sequence[dict[str, Any]], step: int) -> list[list[dict[str, Any]]]:
-    """A step's rows, one list for each prompt: those of a prompt stand one after the other."""
-    groups: list[list[dict[str, Any]]] = []
+    """A step's rows, one list for each group."""
+    groups: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
-        if row["step"] != step:
-            continue
-        if not groups or groups[-1][0]["sample_id"] != row["sample_id"]:
-            groups.append([])
-        groups[-1].append(row)
-    return groups
+        if row["step"] == step:
+            groups.setdefault(row["group"], []).append(row)
+    return list(groups.values())
 
 
 def _group(rows: Sequence[dict[str, Any]]) -> str:

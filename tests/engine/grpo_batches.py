@@ -19,6 +19,11 @@ def tensor(*rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
+def without_truncated(mask_BT, finished_B):
+    """The mask without the rows that the limit cut, for which training has no rows at all."""
+    return mask_BT.bool() & finished_B[:, None]
+
+
 def make_batch(seed=0, rows=5, width=7):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, width + 1, (rows,), generator=generator)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from threedr1.datasets.scene import Sample
 from threedr1.engine import groups
 from threedr1.engine.config import load_config
-from threedr1.engine.groups import Groups
+from threedr1.engine.groups import GroupSampler
 from threedr1.engine.grpo_packs import completion_mask, filled, plan_groups
 from threedr1.engine.rewards import RewardSet
 from threedr1.engine.rollout import Prompt, Rollout
@@ -109,7 +109,7 @@ def make_groups(chosen, reward, *more, rank=0, world_size=1):
     rewards = RewardSet({"own": reward}, {"own": 1.0}, gate_by_format=False)
     observations = SimpleNamespace(of=lambda wanted: [None] * len(wanted))
     runtime = Runtime(CPU, rank, world_size, rank)
-    return Groups(config, SimpleNamespace(), chosen, observations, rewards, runtime)
+    return GroupSampler(config, SimpleNamespace(), chosen, observations, rewards, runtime)
 
 
 def number_of(text):

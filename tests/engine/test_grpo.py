@@ -3,12 +3,21 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from threedr1.engine import grpo, grpo_eval, sft
 from threedr1.engine.checkpoint import latest_checkpoint
-from threedr1.engine.rewards import RewardFailure
+from threedr1.engine.data import ObservationCache, load_split
+from threedr1.engine.groups import Experience
+from threedr1.engine.optim import Optimizer
+from threedr1.engine.rewards import RewardFailure, RewardResult
+from threedr1.engine.rollout import roll_out, write_prompts
+from threedr1.engine.runtime import init_runtime
+from threedr1.engine.throughput import Phases
 from threedr1.engine.tracking import read_metrics
 
 from .test_pipeline import assert_same_weights, grpo_config, sft_config, weights
@@ -73,14 +82,75 @@ def test_a_reward_that_fails_costs_its_rows_and_too_many_end_the_run(run):
         run("run.steps=20", "run.batch_size=8", code=bad, name="bad")
 
 
-def test_cut_completions_leave_the_loss_and_their_rewards_count(run):
-    common = ("run.steps=1", "rollout.max_new_tokens=6", "optim.lr=1e-2")
-    plain, masked = run(*common, name="plain"), run(*common, "loss.mask_truncated=true", name="masked")
-    (one,), (other,) = (read_metrics(folder / "metrics.jsonl") for folder in (plain, masked))
-    assert one["reward"] == other["reward"] and one["length/cut"] == other["length/cut"] > 0
-    if one["length/cut"] == 1:  # nothing is left to learn from
-        assert unmoved(masked) and "loss" not in other
-    assert not unmoved(plain)
+@pytest.fixture
+def trainable(sft_run, rooms_root, tmp_path):
+    """A policy, two groups of three completions of it, and an update of it that gives metrics and gradients."""
+
+    def make(*more):
+        config = grpo_config(rooms_root, sft_run, tmp_path, "optim.lr=0.0", "loss.beta=0.0", *more)
+        runtime = init_runtime("cpu")
+        model, _ = grpo.load_policy(config, None, runtime)
+        samples, store = load_split(config.data, "train", 0)
+        observations = ObservationCache(store, model, seed=0).of(samples[:2])
+        prompts = write_prompts(model, samples[:2], observations, ["think"] * 2)
+        streams = [torch.Generator().manual_seed(row) for row in range(6)]
+        rollouts = roll_out(model, prompts, max_new_tokens=7, group_size=3, temperature=1.0, generators=streams)
+
+        def update(rows, rewards, finished):
+            """Of some completions of each group."""
+            chosen = [
+                replace(
+                    entry,
+                    finished=[finished[row] for row in rows],
+                    **{name: [getattr(entry, name)[row] for row in rows] for name in ("texts", "token_ids", "logps")},
+                )
+                for entry in rollouts
+            ]
+            count = len(rows)
+            values_N = np.array([rewards[row] for row in rows] * 2)
+            nothing = {"own": np.zeros(2 * count, dtype=bool)}
+            scored = RewardResult(values_N, {"own": values_N}, nothing, nothing["own"])
+            advantages_PG = torch.tensor([[1.0, -0.5, 0.25]] * 2)[:, rows]
+            experience = Experience(chosen, scored, advantages_PG, {}, 2)
+            found = {}
+            optimizer = Optimizer(model.trainable_parameters(), config.optim, 1, runtime)
+            real = optimizer.step
+
+            def step(*given):
+                gradients = {name: value.grad for name, value in model.trainable_parameters().items()}
+                found.update({name: value.clone() for name, value in gradients.items() if value is not None})
+                return real(*given)
+
+            optimizer.step = step
+            metrics = grpo.update_policy(model, experience, optimizer, config, runtime, 0, Phases(torch.device("cpu")))
+            return metrics, found
+
+        return update
+
+    return make
+
+
+@pytest.mark.parametrize("left_out", ["cut", "without a reward"])
+def test_what_is_left_out_is_as_if_it_had_not_been_sampled(trainable, left_out):
+    update = trainable("loss.mask_truncated=true", "loss.loss_type=dapo")
+    if left_out == "cut":
+        part, gradients = update([0, 1, 2], [1.0, 0.0, 0.5], [True, True, False])
+    else:
+        part, gradients = update([0, 1, 2], [1.0, 0.0, math.nan], [True] * 3)
+    alone, expected = update([0, 1], [1.0, 0.0, 0.5], [True] * 3)
+    _, others = update([0, 1, 2], [1.0, 0.0, 0.5], [True] * 3)
+    for name in ("loss", "entropy", "grad_norm", "mismatch/mean"):
+        assert part[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-7), name
+    assert gradients.keys() == expected.keys() == others.keys() and gradients
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-4, msg=name)
+    assert any(not torch.allclose(gradients[name], others[name], rtol=1e-2) for name in gradients)
+
+
+def test_cut_completions_count_where_they_are_not_masked(trainable):
+    update = trainable()
+    found = [update([0, 1, 2], [1.0, 0.0, 0.5], finished)[0] for finished in ([True] * 3, [True, False, False])]
+    assert found[0] == found[1] and found[0]["loss"] != 0
 
 
 def test_completions_are_all_cut(run, monkeypatch):

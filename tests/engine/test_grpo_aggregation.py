@@ -8,9 +8,8 @@ import torch
 from threedr1.engine.advantages import group_advantages
 from threedr1.engine.grpo_loss import Normalizer, grpo_loss, token_weights
 from threedr1.engine.grpo_presets import RECOMMENDED, GrpoLossConfig
-from threedr1.engine.ratios import without_truncated
 
-from .grpo_batches import CONFIGS, INVARIANT, loss_and_grad, make_batch, sampler_logps, tensor
+from .grpo_batches import CONFIGS, INVARIANT, loss_and_grad, make_batch, sampler_logps, tensor, without_truncated
 
 NAN = float("nan")
 

@@ -15,10 +15,9 @@ from threedr1.engine.grpo_loss import (
     token_weights,
 )
 from threedr1.engine.grpo_presets import PAPER, GrpoLossConfig
-from threedr1.engine.ratios import without_truncated
 from threedr1.models.lm_head import token_logprobs
 
-from .grpo_batches import CONFIGS, LOSS_TYPES, make_batch, sampler_logps, tensor
+from .grpo_batches import CONFIGS, LOSS_TYPES, make_batch, sampler_logps, tensor, without_truncated
 
 # --- on policy it is REINFORCE with a baseline ---------------------------------------------------------------------
 

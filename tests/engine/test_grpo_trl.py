@@ -15,7 +15,8 @@ import torch
 from threedr1.engine.advantages import decoupled_advantages, group_advantages
 from threedr1.engine.grpo_loss import Normalizer, grpo_loss
 from threedr1.engine.grpo_presets import GrpoLossConfig
-from threedr1.engine.ratios import without_truncated
+
+from .grpo_batches import without_truncated
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about names that TRL uses
 

@@ -107,3 +107,11 @@ def test_an_update_shows_in_the_version_of_a_parameter(fused):
     layer(torch.ones(2, 4)).sum().backward()
     optimizer.step(0)
     assert all(now._version > before for now, before in zip(layer.parameters(), versions, strict=True))
+
+
+def test_a_rank_that_learned_nothing_takes_its_step_like_the_others():
+    """Low-precision parameters, whose gradients go through the shared buffer, and not one gradient."""
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = Optimizer({"w": parameter}, OptimConfig(lr=0.1, weight_decay=0.0, warmup_steps=0), 10, CPU)
+    assert optimizer.step(0)["grad_norm"] == 0
+    assert torch.equal(parameter, torch.ones(3, dtype=torch.bfloat16))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from threedr1.engine.ratios import correct_sampler, log_ratios, ratios, without_truncated
+from threedr1.engine.ratios import correct_sampler, log_ratios, ratios
 
 
 def tensor(*rows):
@@ -78,14 +78,3 @@ def test_corrected_samples_are_unbiased_on_six_tokens():
 def test_unknown_correction_is_one_clear_sentence():
     with pytest.raises(ValueError, match="sampler_correction is 'off'; choose one of none, token_truncate"):
         correct_sampler(tensor([0.0]), tensor([0.0]), torch.ones(1, 1), "off", 3.0)
-
-
-# --- cut completions -----------------------------------------------------------------------------------------------
-
-
-def test_the_mask_of_finished_completions():
-    mask_BT = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]])
-    got = without_truncated(mask_BT, torch.tensor([True, False, True]))
-    assert got.tolist() == [[True, True, False], [False] * 3, [True, False, False]]
-    with pytest.raises(ValueError, match="3 flags of finished rows"):
-        without_truncated(mask_BT, torch.tensor([True]))

@@ -11,7 +11,8 @@ def rows(step):
     return [
         {
             "step": step,
-            "sample_id": f"s{prompt}",
+            "group": prompt,
+            "sample_id": "s" if prompt < 2 else "t",
             "question": "Where is <it>?",
             "text": f"text {step} {prompt} {number} & more",
             "rewards": {"format": float(number), "some/file.py:own": None},
