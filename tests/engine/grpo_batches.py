@@ -21,7 +21,7 @@ def tensor(*rows):
 
 def without_truncated(mask_BT, finished_B):
     """The mask without the rows that the limit cut, for which training has no rows at all."""
-    return mask_BT.bool() & finished_B[:, None]
+    return mask_BT.bool() & finished_B.bool()[:, None]
 
 
 def make_batch(seed=0, rows=5, width=7):
