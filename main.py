@@ -30,7 +30,12 @@ if not __package__:  # started as a file: give it its package (PEP 366), so that
 
 if TYPE_CHECKING:
     from .datasets.synthesis.views import ViewsOf
-    from .engine.predict import Answered
+    from .engine.predict import Session
+    from .engine.questions import Request
+    from .engine.rollout import Rollout
+    from .utils.predictions import Prediction
+
+    Answer = tuple[Prediction, Rollout]
 
 
 def say(text: str) -> None:
@@ -137,55 +142,103 @@ def run_score(args: argparse.Namespace) -> int:
 
 
 def run_infer(args: argparse.Namespace) -> int:
+    from .datasets.alignment import AlignOptions
+    from .engine.questions import Request
+
+    request = Request(asked_questions(args), args.box, args.click, args.task, args.situation)
+    if args.chat:
+        if request.questions or request.pointing or request.task or request.situation or args.json:
+            raise ValueError("--chat asks for its questions itself; leave questions, boxes, --task and --json out.")
+    elif not request.questions and not request.pointing and not args.task:
+        raise ValueError("There is no question; give one or more with --ask, or a file with one a line: --questions.")
+    else:
+        request.check()
+    known = AlignOptions(args.up, args.height, args.from_video)
+    if args.align == "none" and known != AlignOptions():
+        raise ValueError("--up, --height and --from-video go with --align auto; --align none takes the scan as it is.")
+    from .engine.predict import check_out, open_session
+
+    check_out(args.out)
+    session = open_session(
+        args.scene,
+        args.model,
+        None if args.chat else request,
+        align="none" if args.align == "none" else known,
+        device=args.device,
+        max_new_tokens=args.max_tokens,
+        language_model=args.language_model,
+        multiview=args.multiview,
+        on_scene=lambda scene: sys.stderr.write("".join(f"assumed: {note}\n" for note in scene.notes)),
+    )
+    answers = chat_answers(session) if args.chat else request_answers(session, request, args.json)
+    from .engine.answers import save_answers
+
+    if not answers:
+        return 0
+    pictures = save_answers(session, answers, Path(args.out))
+    sys.stderr.write(f"wrote {args.out}/predictions.jsonl and {', '.join(path.name for path in pictures)}\n")
+    return 0
+
+
+def asked_questions(args: argparse.Namespace) -> list[str]:
+    """Questions of the command line, then those of the file."""
     from .utils.files import read_text
 
     questions = list(args.ask)
     if args.questions:
         text = read_text(args.questions, f"There is no question file at {args.questions}; write one question a line.")
         questions += [line.strip() for line in text.splitlines() if line.strip()]
-    if not questions and not args.box and not args.click:
-        raise ValueError("There is no question; give one or more with --ask, or a file with one a line: --questions.")
-    if not all(question.strip() for question in questions):
-        raise ValueError("A question is empty; write it after --ask, in quotes.")
-    from .engine.predict import infer
-
-    answered = infer(
-        args.scene,
-        args.model,
-        questions,
-        boxes=args.box,
-        clicks=args.click,
-        task=args.task,
-        align=args.align,
-        out=args.out,
-        language_model=args.language_model,
-        multiview=args.multiview,
-    )
-    for note in answered.scene.notes:
-        sys.stderr.write(f"assumed: {note}\n")
-    for prediction in answered.predictions:
-        if args.json:
-            say(json.dumps(asdict(prediction), ensure_ascii=False))
-        else:
-            boxes = "".join("\nbox     " + ", ".join(f"{number:.2f}" for number in box) for box in prediction.boxes)
-            say(f"asked   {prediction.question}\nthink   {prediction.think}\nanswer  {prediction.answer}{boxes}\n")
-    save_answer_pictures(answered, Path(args.out))
-    sys.stderr.write(f"wrote {args.out}/predictions.jsonl and pictures\n")
-    return 0
+    return questions
 
 
-def save_answer_pictures(answered: "Answered", folder: Path) -> None:
-    """The scan with the detected boxes, the one asked about and those of each answer, one picture an answer."""
-    from .engine.predict import world_boxes
-    from .visualization.pictures import DETECTED, PREDICTED, TARGET, save_picture, scene_picture
+def show_piece(text: str) -> None:
+    """Text on standard output, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
-    assert answered.observation.encoded is not None
-    detected = world_boxes(answered.observation, answered.observation.encoded.proposals.tolist())
-    for number, prediction in enumerate(answered.predictions):
-        asked = [prediction.meta["query_box"]] if "query_box" in prediction.meta else []
-        boxes = [(detected, DETECTED), (asked, TARGET), (prediction.boxes, PREDICTED)]
-        picture = scene_picture(answered.scene, boxes)
-        save_picture(picture, folder / f"answer-{number}.png")
+
+def in_colour() -> bool:
+    """Whether standard output is a terminal that may be written to in colour (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def request_answers(session: "Session", request: "Request", as_json: bool) -> "list[Answer]":
+    """Ask and show each answer: as it is written, or as one JSON object when it is whole."""
+    from .engine.chat import Printer
+
+    samples = session.samples(request)
+    printer, answers = Printer(show_piece, dim=in_colour()), []
+    if as_json or request.all_objects:  # many short captions come sooner together
+        for prediction, rollout in session.answers(samples):
+            answers.append((prediction, rollout))
+            if as_json:
+                say(json.dumps(asdict(prediction), ensure_ascii=False))
+            else:
+                box = prediction.meta["query_box"]
+                show_piece(f"object  {', '.join(f'{number:.2f}' for number in box)}\n")
+                printer(prediction.text)
+                printer.end(prediction.boxes)
+                say("")
+            sys.stdout.flush()
+        return answers
+    for sample in samples:
+        show_piece(f"asked   {sample.question}\n")
+        answers += session.answers([sample], printer)
+        printer.end(answers[-1][0].boxes)
+        say("")
+    return answers
+
+
+def chat_answers(session: "Session") -> "list[Answer]":
+    """A dialogue in the terminal; its answers."""
+    from .engine.chat import chat
+
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 - gives `input` its line editing and history
+
+    answers: list[Answer] = []
+    chat(session, input, show_piece, dim=in_colour(), on_answer=lambda *answer: answers.append(answer))
+    return answers
 
 
 def run_view(args: argparse.Namespace) -> int:

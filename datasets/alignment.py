@@ -17,10 +17,45 @@ UNITS = (("centimetres", 0.01), ("millimetres", 0.001), ("inches", 0.0254))
 CLEAR_EVIDENCE = 2.0
 UPSIDE_DOWN = 1.3  # so many times more points in the upper half before a scan is turned over
 LEVEL_TOLERANCE = 2.0  # degrees: smaller tilts are left as they are
+CEILING = 2.5  # metres: what the height of a room is taken for where nothing tells the scale
+LYING = 0.05  # share of the surface that lies across up, at least; where no axis has it, the scan is tilted
+NUM_DIRECTIONS = 6  # of flat surfaces, that are looked at as up in a tilted scan
 NUM_SAMPLES = 12_000
 NUM_NEIGHBORS = 24
+NOISY_NEIGHBORS = 192
+
+UPS = ("x", "-x", "y", "-y", "z", "-z")
 
 _AXES = {"x": np.array([1.0, 0, 0]), "y": np.array([0, 1.0, 0]), "z": np.array([0, 0, 1.0])}
+
+
+@dataclass(frozen=True)
+class AlignOptions:
+    """What is known of a scan's frame that the file does not say.
+
+    Args:
+        up: the axis that points up, roughly (one of UPS); "" for unknown.
+        height: metres from the floor to the highest point of the room; None for unknown.
+        from_video: a reconstruction from video, as MASt3R-SLAM, SLAM3R or VGGT write it: no axis need be up, no unit
+            is known, and stray points are removed.
+    """
+
+    up: str = ""
+    height: float | None = None
+    from_video: bool = False
+
+    def __post_init__(self):
+        if self.up and self.up not in UPS:
+            raise ValueError(f"Up is {self.up!r}; it is one of {', '.join(UPS)}, or left out.")
+        if self.height is not None and not 0.1 <= self.height <= 100:
+            raise ValueError(f"A room's height of {self.height} m is none; give metres from the floor to the ceiling.")
+
+    @property
+    def up_3(self) -> np.ndarray | None:
+        """The direction of `up`, if it is known."""
+        if not self.up:
+            return None
+        return _AXES[self.up[-1]] * (-1.0 if self.up.startswith("-") else 1.0)
 
 
 @dataclass
@@ -40,26 +75,39 @@ class Estimate:
     notes: list[str] = field(default_factory=list)
 
 
-def sample_surface(points_N3: np.ndarray, rng: np.random.Generator) -> Surface:
-    """Normals by principal components of the nearest neighbours, where these are flat enough to have one."""
+def sample_surface(points_N3: np.ndarray, rng: np.random.Generator, *, noisy: bool = False) -> Surface:
+    """Normals by principal components of the nearest neighbours, where these are flat enough to have one.
+
+    Args:
+        noisy: look at more neighbours, up to NOISY_NEIGHBORS, until half of the neighbourhoods are flat.
+    """
     rows = rng.permutation(len(points_N3))[: NUM_SAMPLES * 4]
     cloud_N3 = points_N3[rows].astype(np.float64)
     centres_N3 = cloud_N3[:NUM_SAMPLES]
     count = min(NUM_NEIGHBORS, len(cloud_N3))
     if count < 4:
         return Surface(centres_N3[:0], centres_N3[:0], cloud_N3)
-    _, index_NK = KDTree(cloud_N3).query(centres_N3, k=count)
-    near_NK3 = cloud_N3[index_NK]
-    near_NK3 = near_NK3 - near_NK3.mean(axis=1, keepdims=True)
-    values_N3, vectors_N33 = np.linalg.eigh(near_NK3.transpose(0, 2, 1) @ near_NK3)
-    flat_N = values_N3[:, 0] < 0.08 * values_N3[:, 1]
-    return Surface(centres_N3[flat_N], vectors_N33[flat_N, :, 0], cloud_N3)
+    tree = KDTree(cloud_N3)
+    while True:
+        _, index_NK = tree.query(centres_N3, k=count)
+        near_NK3 = cloud_N3[index_NK]
+        near_NK3 = near_NK3 - near_NK3.mean(axis=1, keepdims=True)
+        values_N3, vectors_N33 = np.linalg.eigh(near_NK3.transpose(0, 2, 1) @ near_NK3)
+        flat_N = values_N3[:, 0] < 0.08 * values_N3[:, 1]
+        if not noisy or flat_N.mean() >= 0.5 or count >= min(NOISY_NEIGHBORS, len(cloud_N3)):
+            return Surface(centres_N3[flat_N], vectors_N33[flat_N, :, 0], cloud_N3)
+        count = min(2 * count, NOISY_NEIGHBORS, len(cloud_N3))
 
 
 def refine_direction(normals_N3: np.ndarray, start_3: np.ndarray) -> np.ndarray:
     """The direction that most normals near `start_3` agree on (within 40, 20, then 8 degrees), same sign as it."""
+    return _refined(normals_N3, start_3, (40.0, 20.0, 8.0, 8.0))
+
+
+def _refined(normals_N3: np.ndarray, start_3: np.ndarray, cones: tuple[float, ...]) -> np.ndarray:
+    """The mean of the normals within a cone around a direction, again and again in narrower ones (degrees)."""
     direction_3 = start_3 / np.linalg.norm(start_3)
-    for degrees in (40.0, 20.0, 8.0, 8.0):
+    for degrees in cones:
         cosine_N = normals_N3 @ direction_3
         near_N = np.abs(cosine_N) > np.cos(np.radians(degrees))
         if near_N.sum() < 20:
@@ -75,13 +123,36 @@ def extent(points_N3: np.ndarray, direction_3: np.ndarray) -> float:
     return float(high - low)
 
 
+def flat_directions(normals_N3: np.ndarray, count: int = NUM_DIRECTIONS) -> list[np.ndarray]:
+    """Unit normals of the largest sets of parallel surfaces, largest first: floors and walls, whatever the frame.
+
+    Peaks of the normals' density on the half sphere, at least 30 degrees apart, each refined.
+    """
+    steps = np.arange(1500) + 0.5
+    height_D, angle_D = 1 - steps / 1500, np.pi * (1 + 5**0.5) * steps
+    radius_D = np.sqrt(1 - height_D**2)
+    grid_D3 = np.stack([radius_D * np.cos(angle_D), radius_D * np.sin(angle_D), height_D], axis=1)
+    near_D = (np.abs(grid_D3 @ normals_N3.T) > np.cos(np.radians(6.0))).sum(axis=1)
+    found: list[np.ndarray] = []
+    for place in np.argsort(-near_D):
+        if all(abs(float(grid_D3[place] @ other)) < np.cos(np.radians(30.0)) for other in found):
+            found.append(_refined(normals_N3, grid_D3[place], (12.0, 8.0, 8.0)))
+        if len(found) == count:
+            break
+    return found
+
+
+def _lying_share(surface: Surface, direction_3: np.ndarray) -> float:
+    """Share of the surface that lies across a direction."""
+    return float((np.abs(surface.normals_N3 @ direction_3) > np.cos(np.radians(10.0))).mean())
+
+
 def _level_share(surface: Surface, direction_3: np.ndarray) -> float:
     """Share of the surface that lies across a direction, per unit of the cloud's length along it.
 
     Floors, beds and table tops make the first large; rooms being wider than high makes the second small.
     """
-    share = float((np.abs(surface.normals_N3 @ direction_3) > np.cos(np.radians(10.0))).mean())
-    return share / max(extent(surface.cloud_M3, direction_3), 1e-9)
+    return _lying_share(surface, direction_3) / max(extent(surface.cloud_M3, direction_3), 1e-9)
 
 
 def _bottom_heaviness(surface: Surface, direction_3: np.ndarray) -> float:
@@ -102,18 +173,25 @@ def _bottom_heaviness(surface: Surface, direction_3: np.ndarray) -> float:
     return float(np.log((below + 20) / (len(height_M) - below + 20)))  # +20: a handful of points says nothing
 
 
-def estimate_up(surface: Surface, *, assumed: str = "z", hint_3: np.ndarray | None = None) -> Estimate:
+def estimate_up(
+    surface: Surface, *, assumed: str = "z", hint_3: np.ndarray | None = None, tilted: bool = False
+) -> Estimate:
     """Rotation [3, 3] that turns the cloud's up direction to +z.
 
     Args:
         assumed: `x`, `y` or `z`: the file format's convention, kept unless another axis is clearly more like up.
         hint_3: up as cameras saw it, in the cloud's frame; replaces the choice among axes.
+        tilted: no axis need be near up; the directions of the flat surfaces are looked at instead. So they are where
+            hardly any surface lies across any axis.
     """
     if len(surface.points_N3) < 100:
         return Estimate(np.eye(3), ["too few flat surfaces to check the up-axis: +z is taken as up"])
     if hint_3 is not None:
         up_3 = refine_direction(surface.normals_N3, hint_3)
-        name = "the cameras' mean up direction"
+        name = "the direction that is known"
+    elif tilted or _is_tilted(surface):
+        up_3 = _most_like_up(surface)
+        name = f"({up_3[0]:.2f}, {up_3[1]:.2f}, {up_3[2]:.2f}), found among the flat surfaces"
     else:
         directions = {axis: refine_direction(surface.normals_N3, _AXES[axis]) for axis in _AXES}
         heavy = {axis: _bottom_heaviness(surface, directions[axis]) for axis in _AXES}
@@ -134,6 +212,24 @@ def estimate_up(surface: Surface, *, assumed: str = "z", hint_3: np.ndarray | No
         rotation_33 = _shortest_rotation(axis_3, _AXES["z"])
         return Estimate(rotation_33, [f"up-axis {name}, turned to +z"])
     return Estimate(rotation_33, [f"up-axis near {name}, levelled to +z by {tilt:.1f} degrees"])
+
+
+def _is_tilted(surface: Surface) -> bool:
+    """Whether hardly any surface lies across any axis."""
+    directions = [refine_direction(surface.normals_N3, axis_3) for axis_3 in _AXES.values()]
+    return all(_lying_share(surface, direction_3) < LYING for direction_3 in directions)
+
+
+def _most_like_up(surface: Surface) -> np.ndarray:
+    """Of the directions of flat surfaces the one that is most like up, by the evidence that chooses among axes."""
+    directions = flat_directions(surface.normals_N3)
+    heavy = [_bottom_heaviness(surface, direction_3) for direction_3 in directions]
+    scores = [
+        np.sqrt(_level_share(surface, direction_3)) * abs(weight)
+        for direction_3, weight in zip(directions, heavy, strict=True)
+    ]
+    best = int(np.argmax(scores))
+    return directions[best] if heavy[best] >= 0 else -directions[best]
 
 
 def _shortest_rotation(start_3: np.ndarray, end_3: np.ndarray) -> np.ndarray:
@@ -165,6 +261,26 @@ def estimate_scale(points_N3: np.ndarray) -> Estimate:
     return Estimate(np.eye(1), [f"height {height:.2f} m, plausible for a room in metres"])
 
 
+def scale_to_height(points_N3: np.ndarray, height: float | None, *, from_video: bool) -> Estimate:
+    """Factor to metres (a 1x1 matrix) for a cloud with z up whose room is `height` metres high.
+
+    Without a height the unit is guessed (estimate_scale), and a reconstruction from video, which has none, is taken
+    to be CEILING high: an assumption, and said as one.
+    """
+    if height is None and not from_video:
+        return estimate_scale(points_N3)
+    measured = max(extent(points_N3, _AXES["z"]), 1e-9)
+    factor = (height or CEILING) / measured
+    if height is not None:
+        note = f"scaled by {factor:.4g}, so that floor to highest point are the {height:g} m that were given"
+    else:
+        note = (
+            f"scaled by {factor:.4g}: a reconstruction from video has no unit, and floor to highest point were taken "
+            f"for a usual room height of {CEILING} m; sizes are as wrong as that is (--height METRES says better)"
+        )
+    return Estimate(np.array([[factor]]), [note])
+
+
 def estimate_yaw(surface: Surface) -> tuple[float, float]:
     """Angle (radians, within 45 degrees) that turns the walls along x and y, and the share of walls that agree.
 
@@ -191,13 +307,24 @@ def estimate_yaw(surface: Surface) -> tuple[float, float]:
 
 
 def align(
-    points_N3: np.ndarray, rng: np.random.Generator, *, assumed_up: str = "z", up_hint_3: np.ndarray | None = None
+    points_N3: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    assumed_up: str = "z",
+    up_hint_3: np.ndarray | None = None,
+    options: AlignOptions = AlignOptions(),  # noqa: B008 - frozen
 ) -> Estimate:
-    """Transform [4, 4] from a scan's own frame to metres, z up, walls along x and y, with what it assumed."""
-    surface = sample_surface(points_N3, rng)
-    up = estimate_up(surface, assumed=assumed_up, hint_3=up_hint_3)
+    """Transform [4, 4] from a scan's own frame to metres, z up, walls along x and y, with what it assumed.
+
+    Args:
+        assumed_up: the file format's convention.
+        up_hint_3: up as the scan's cameras saw it; what `options` know goes before.
+    """
+    surface = sample_surface(points_N3, rng, noisy=options.from_video)
+    hint_3 = options.up_3 if options.up_3 is not None else up_hint_3
+    up = estimate_up(surface, assumed=assumed_up, hint_3=hint_3, tilted=options.from_video)
     levelled = Surface(*(array @ up.matrix.T for array in (surface.points_N3, surface.normals_N3, surface.cloud_M3)))
-    scale = estimate_scale(levelled.cloud_M3)
+    scale = scale_to_height(levelled.cloud_M3, options.height, from_video=options.from_video)
     yaw, share = estimate_yaw(levelled)
     notes = [*up.notes, *scale.notes]
     if share < 0.2:  # 5 degrees around four headings cover 11 % of the circle by chance

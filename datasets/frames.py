@@ -48,7 +48,7 @@ def read_views(
         return Views()
     why = "have no poses" if raw_frame_known else "cannot be placed without the axis alignment"
     notes = [f"{len(pictures)} pictures {why}: listed, but views are rendered from the points"]
-    return Views(pictures=_evenly(pictures, max_frames), notes=notes)
+    return Views(pictures=evenly(pictures, max_frames), notes=notes)
 
 
 def list_pictures(folder: Path) -> list[Picture]:
@@ -86,7 +86,7 @@ def read_depth(path: str | Path) -> np.ndarray:
     return np.where((raw_HW > 0) & (raw_HW < NO_DEPTH), raw_HW, 0).astype(np.float32) / 1000
 
 
-def _evenly(rows: list, count: int | None) -> list:
+def evenly(rows: list, count: int | None) -> list:
     """At most `count` rows, evenly spaced."""
     if count is None or len(rows) <= count:
         return rows
@@ -127,7 +127,7 @@ def list_frames(folder: Path, axis_align_44: np.ndarray, *, max_frames: int | No
             lost += 1
             continue
         frames.append(Frame(str(color), str(depth) if depth else None, axis_align_44 @ pose_44, intrinsics_33))
-    return _evenly(frames, max_frames), lost
+    return evenly(frames, max_frames), lost
 
 
 def has_frames(folder: Path) -> bool:

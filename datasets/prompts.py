@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..utils.text import format_response
@@ -48,12 +48,35 @@ DEFAULT_MODE = {
     "object_caption": DIRECT,
     "scene_description": DIRECT,
 }
+# What people call the tasks on the command line and in Python.
+TASK_NAMES = {
+    "caption": "object_caption",
+    "dense-caption": "dense_caption",
+    "ground": "grounding",
+    "plan": "planning",
+    "describe": "scene_description",
+    "situated": "situated_qa",
+}
 _log = logging.getLogger(__name__)
 _FIELD = re.compile(r"\{(?:question|situation)\}")
 # What a caption sample carries as its question: read by people, not by the model.
 CAPTION_QUESTION = "Describe the object."
 
 assert set(TASK_TEMPLATES) == set(DEFAULT_MODE) == set(TASKS)
+
+
+def task_named(name: str) -> str:
+    """The task that goes by a name of TASKS or by a friendlier one; ValueError where there is none."""
+    task = TASK_NAMES.get(name, name)
+    if task not in TASKS:
+        raise ValueError(f"Unknown task {name!r}; choose one of {', '.join((*TASKS, *TASK_NAMES))}.")
+    return task
+
+
+def dialogue_question(turns: Sequence[tuple[str, str]], question: str) -> str:
+    """The next question of a dialogue, behind its turns (question, answer), as 3D-LLM's samples write them."""
+    said = "".join(f"### human: {asked.strip()} ### assistant: {reply.strip()} " for asked, reply in turns)
+    return f"{said}### human: {question.strip()} ### assistant:"
 
 
 def training_mode(sample: Sample) -> str:

@@ -7,14 +7,18 @@ them (ScanNet); any other scan has none.
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from . import scannet
+from .alignment import AlignOptions
 from .alignment import align as estimate_alignment
-from .frames import has_frames, list_frames, list_pictures, read_depth
+from .captures import Capture, read_capture
+from .frames import evenly, has_frames, list_frames, list_pictures
+from .fusion import MAX_DEPTH, unproject, voxel_mean
 from .labelled_cloud import GREY, keep_points, transform
+from .outliers import inliers
 from .ply import read_ply, to_uint8
 from .scannet import LABEL_MAP_NAME
 from .scene import BrokenScene, Frame, Scene, floor_centre, load_scene
@@ -24,9 +28,11 @@ MESH_SUFFIXES = (".obj", ".glb", ".gltf", ".stl", ".off")
 Y_UP_SUFFIXES = (".glb", ".gltf")  # by the format's definition
 SURFACE_POINTS = 200_000
 DENSE_VERTICES = 20_000  # a mesh with fewer is sampled on its faces
-MAX_DEPTH = 6.0  # metres: depth cameras are noise beyond
+MOST_FUSED = 300  # frames of a capture: a phone takes 60 a second, hardly different ones
 VOXEL = 0.02  # metres
+MOST_BYTES = 1 << 30  # that an array of an .npz file may have when it is unpacked
 MAX_EXTENT = 1e7  # units of the file; a room in millimetres spans 1e4
+_MAGIC = {b"ply": ".ply", b"PK\x03\x04": ".npz", b"glTF": ".glb", b"OFF": ".off"}  # what files begin with
 _POINT_KEYS = ("xyz", "points", "points_N3", "coords", "coord", "positions")
 _COLOR_KEYS = ("rgb", "colors", "colors_N3", "color", "colours")
 
@@ -43,21 +49,24 @@ class _Cloud:
         self.notes: list[str] = []
 
 
-def read_scene(path: str | Path, *, align: str = "auto", max_points: int = 200_000, seed: int = 0) -> Scene:
+def read_scene(
+    path: str | Path, *, align: str | AlignOptions = "auto", max_points: int = 200_000, seed: int = 0
+) -> Scene:
     """Read a scan.
 
     Args:
         path: a .ply, .npz, .obj, .glb, .gltf, .stl or .off file; a raw ScanNet scan folder; or a folder of posed
             RGB-D frames, which is fused into a cloud.
         align: `auto` turns up to +z, scales to metres and turns walls along x and y (recorded in axis_align_44);
-            `none` takes the file's frame as it is. Scans that bring their own alignment keep it under either.
+            `none` takes the file's frame as it is; AlignOptions is `auto` with what is known. Scans that bring their
+            own alignment keep it under any.
         max_points: a larger cloud is thinned by a seeded choice.
 
     Raises:
         ValueError: nothing there, an unknown format, an empty cloud, no finite point; one sentence each.
     """
     path = Path(path)
-    if align not in ALIGN_MODES:
+    if isinstance(align, str) and align not in ALIGN_MODES:
         raise ValueError(f"Unknown alignment {align!r}; it is one of {', '.join(ALIGN_MODES)}.")
     if max_points < 1:
         raise ValueError(f"max_points is {max_points}; a scene keeps at least one point.")
@@ -76,12 +85,19 @@ def read_scene(path: str | Path, *, align: str = "auto", max_points: int = 200_0
     elif path.suffix.lower() in MESH_SUFFIXES:
         cloud = _read_mesh(path, seed)
     else:
+        if path.suffix.lower() == ".r3d":
+            raise ValueError(
+                f"{path} is Record3D's own recording, which we do not unpack; export it from the app as PLY."
+            )
         known = ", ".join((".ply", ".npz", *MESH_SUFFIXES))
-        raise ValueError(f"{path} is of no format that we read ({known}, a ScanNet scan or a folder of RGB-D frames).")
+        raise ValueError(
+            f"{path} is of no format that we read ({known}, a ScanNet scan or a folder of RGB-D frames)"
+            f"{_looks_like(path)}."
+        )
     return _to_scene(path.name if path.is_dir() else path.stem, path, cloud, align, max_points, seed)
 
 
-def _to_scene(name: str, path: Path, cloud: _Cloud, align: str, max_points: int, seed: int) -> Scene:
+def _to_scene(name: str, path: Path, cloud: _Cloud, align: str | AlignOptions, max_points: int, seed: int) -> Scene:
     points_N3, colors_N3, notes = cloud.points_N3, cloud.colors_N3, list(cloud.notes)
     if points_N3.ndim != 2 or points_N3.shape[1] != 3:
         raise ValueError(f"{path}: points have shape {points_N3.shape}, not [N, 3].")
@@ -104,8 +120,12 @@ def _to_scene(name: str, path: Path, cloud: _Cloud, align: str, max_points: int,
         colors_N3 = np.full(points_N3.shape, GREY, np.uint8)
     rng = np.random.default_rng(seed)
     axis_align_44 = np.eye(4)
-    if align == "auto":
-        estimate = estimate_alignment(points_N3, rng, assumed_up=cloud.up, up_hint_3=cloud.up_hint_3)
+    if isinstance(align, AlignOptions) and align.from_video:
+        points_N3, colors_N3, cleaned = _without_strays(points_N3, colors_N3, 2 * max_points, rng)
+        notes += cleaned
+    if align != "none":
+        options = align if isinstance(align, AlignOptions) else AlignOptions()
+        estimate = estimate_alignment(points_N3, rng, assumed_up=cloud.up, up_hint_3=cloud.up_hint_3, options=options)
         axis_align_44 = estimate.matrix
         notes += estimate.notes
     else:
@@ -133,6 +153,21 @@ def _to_scene(name: str, path: Path, cloud: _Cloud, align: str, max_points: int,
     )
 
 
+def _without_strays(
+    points_N3: np.ndarray, colors_N3: np.ndarray, at_most: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """A cloud thinned to so many points at most, without its stray points; and a note."""
+    notes = []
+    if len(points_N3) > at_most:
+        notes.append(f"{at_most} of {len(points_N3)} points looked at")
+        rows = rng.choice(len(points_N3), at_most, replace=False)
+        points_N3, colors_N3 = points_N3[rows], colors_N3[rows]
+    kept_N = inliers(points_N3)
+    gone = int((~kept_N).sum())
+    notes.append(f"{gone} stray points removed ({100 * gone / len(kept_N):.1f} %)")
+    return points_N3[kept_N], colors_N3[kept_N], notes
+
+
 def _moved(frame: Frame, axis_align_44: np.ndarray) -> Frame:
     """A frame moved to the world; the scale of the alignment goes to the position, not to the camera's axes."""
     pose_44 = axis_align_44 @ frame.pose_44
@@ -150,7 +185,10 @@ def _read_scannet(path: Path, max_points: int, seed: int) -> Scene:
 
 
 def _read_ply_cloud(path: Path, seed: int) -> _Cloud:
-    mesh = read_ply(path)
+    try:
+        mesh = read_ply(path)
+    except ValueError as error:
+        raise ValueError(f"{error}{_looks_like(path)}") from None
     if len(mesh.faces_F3) and len(mesh.vertices_V3) < DENSE_VERTICES:
         return _sample_faces(mesh.vertices_V3, mesh.faces_F3, mesh.colors_V3, seed)
     return _Cloud(mesh.vertices_V3, mesh.colors_V3)
@@ -208,6 +246,7 @@ def _read_npz(path: Path) -> _Cloud | Scene:
             raise _NotACloud(f"{path} holds a single array; write it with np.savez(path, points=…).")
         with archive:
             names = set(archive.files)
+            _refuse_bombs(path, archive)
             if "header" in names and "boxes_K7" in names:
                 return load_scene(path)
             point_key = next((key for key in _POINT_KEYS if key in names), None)
@@ -226,10 +265,31 @@ def _read_npz(path: Path) -> _Cloud | Scene:
     except BrokenScene:
         raise
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole .npz file ({error}); copy it again from its source.") from None
+        raise ValueError(
+            f"{path} is not a whole .npz file ({error}){_looks_like(path)}; copy it again from its source."
+        ) from None
     if points.ndim == 2 and points.shape[1] == 6 and colors is None:
         points, colors = points[:, :3], points[:, 3:]
     return _Cloud(points.astype(np.float64, copy=False), to_uint8(colors) if colors is not None else None)
+
+
+def _refuse_bombs(path: Path, archive: Any) -> None:
+    """_NotACloud where an archive would unpack to more than any room needs: a few bytes can stand for terabytes."""
+    largest = max((info.file_size for info in archive.zip.infolist()), default=0)
+    if largest > MOST_BYTES:
+        raise _NotACloud(
+            f"{path} would unpack to {largest / 2**30:.1f} GiB; that is no scan of a room, or thin it to fewer points."
+        )
+
+
+def _looks_like(path: Path) -> str:
+    """What a file of the wrong name really is, to stand in an error message; "" where it cannot be told."""
+    with path.open("rb") as stream:
+        start = stream.read(8)
+    suffix = next((suffix for magic, suffix in _MAGIC.items() if start.startswith(magic)), None)
+    if suffix is None or suffix == path.suffix.lower():
+        return ""
+    return f"; it looks like a {suffix} file, so name it {path.stem}{suffix}"
 
 
 class _NotACloud(Exception):
@@ -238,6 +298,9 @@ class _NotACloud(Exception):
 
 def _fuse_folder(folder: Path) -> _Cloud:
     """Depth of all posed frames as one cloud: metres in the poses' frame, one point per 2 cm voxel."""
+    capture = read_capture(folder)
+    if capture is not None:
+        return _fuse(folder, capture)
     if not has_frames(folder) and list_pictures(folder):
         raise ValueError(
             f"{folder} holds pictures without poses, from which no cloud is made; add pose/ and intrinsic/, or a mesh."
@@ -245,71 +308,37 @@ def _fuse_folder(folder: Path) -> _Cloud:
     if not has_frames(folder):
         raise ValueError(
             f"{folder} is neither a raw ScanNet scan nor a folder of posed frames "
-            "(000000.color.jpg, 000000.depth.png, 000000.pose.txt, intrinsics.txt)."
+            "(000000.color.jpg, 000000.depth.png, 000000.pose.txt, intrinsics.txt), nor an export of Polycam "
+            "(keyframes/), ARKitScenes (lowres_wide.traj) or nerfstudio (transforms.json)."
         )
     frames, lost = list_frames(folder, np.eye(4))
+    return _fuse(folder, Capture("posed frames", frames, left_out=lost))
+
+
+def _fuse(folder: Path, capture: Capture) -> _Cloud:
+    """The cloud of a capture, from MOST_FUSED of its frames at most."""
+    frames = capture.frames
     with_depth = [frame for frame in frames if frame.depth_path]
     if not with_depth:
         raise ValueError(f"{folder} has no frame with both a depth picture and a finite pose; nothing to fuse.")
-    stride = 1 if len(with_depth) <= 8 else 2
-    parts = [unproject(frame, stride=stride) for frame in with_depth]
+    fused = evenly(with_depth, MOST_FUSED)
+    stride = 1 if len(fused) <= 8 else 2
+    parts = [
+        unproject(frame, stride=stride, confidence_path=capture.confidence.get(frame.color_path)) for frame in fused
+    ]
     points_N3, colors_N3 = voxel_mean(
         np.concatenate([points for points, _ in parts]), np.concatenate([colors for _, colors in parts]), VOXEL
     )
     cloud = _Cloud(points_N3, colors_N3)
     # image rows grow downwards: people hold cameras upright on average
-    cloud.up_hint_3 = -np.mean([frame.pose_44[:3, 1] for frame in frames], axis=0)
+    upright_3 = -np.mean([frame.pose_44[:3, 1] for frame in frames], axis=0)
+    cloud.up_hint_3 = capture.up_3 if capture.up_3 is not None else upright_3
     cloud.frames = frames
+    of = f" of {len(with_depth)}" if len(fused) < len(with_depth) else ""
     cloud.notes.append(
-        f"{len(with_depth)} depth frames fused at {VOXEL * 100:.0f} cm, depth beyond {MAX_DEPTH:.0f} m left out"
+        f"{capture.kind}: {len(fused)}{of} depth frames fused at {VOXEL * 100:.0f} cm, depth beyond {MAX_DEPTH:.0f} m "
+        "left out"
     )
-    if lost:
-        cloud.notes.append(f"{lost} frames without a finite pose left out")
+    if capture.left_out:
+        cloud.notes.append(f"{capture.left_out} frames without a picture, a pose or finite numbers in it left out")
     return cloud
-
-
-def _open_picture(path: str) -> np.ndarray:
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture)
-    except OSError as error:
-        raise ValueError(f"{path} is not a whole picture ({error}); copy it again from its source.") from None
-
-
-def unproject(frame: Frame, *, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Points [N, 3] (float32, the pose's frame, metres) and colours [N, 3] (uint8) of one frame's depth.
-
-    Depth is as `frames.read_depth` reads it. Intrinsics are those of the colour picture; a depth picture of
-    another size is taken to see the same field of view.
-    """
-    assert frame.depth_path is not None
-    depth_HW = read_depth(frame.depth_path)
-    color_HW3 = _open_picture(frame.color_path)
-    color_HW3 = np.repeat(color_HW3[:, :, None], 3, axis=2) if color_HW3.ndim == 2 else color_HW3[:, :, :3]
-    scale_x, scale_y = color_HW3.shape[1] / depth_HW.shape[1], color_HW3.shape[0] / depth_HW.shape[0]
-    row_N, column_N = np.mgrid[0 : depth_HW.shape[0] : stride, 0 : depth_HW.shape[1] : stride].reshape(2, -1)
-    depth_N = depth_HW[row_N, column_N].astype(np.float64)
-    valid_N = (depth_N > 0) & (depth_N <= MAX_DEPTH)
-    row_N, column_N, depth_N = row_N[valid_N], column_N[valid_N], depth_N[valid_N]
-    # pixel centres: column c of the depth picture stands over (c + 0.5) * scale - 0.5 of the colour picture
-    u_N, v_N = (column_N + 0.5) * scale_x - 0.5, (row_N + 0.5) * scale_y - 0.5
-    fx, fy, cx, cy = (frame.intrinsics_33[index] for index in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    camera_N3 = np.stack([(u_N - cx) / fx * depth_N, (v_N - cy) / fy * depth_N, depth_N], axis=1)
-    colors_N3 = color_HW3[np.rint(v_N).astype(int).clip(0), np.rint(u_N).astype(int).clip(0)]
-    return transform(camera_N3, frame.pose_44), colors_N3
-
-
-def voxel_mean(points_N3: np.ndarray, colors_N3: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarray]:
-    """One point per occupied voxel: mean position (float32) and mean colour (uint8), in voxel order."""
-    cells_N3 = np.floor(points_N3 / size).astype(np.int64)
-    cells_N3 -= cells_N3.min(axis=0, initial=0)
-    spans_3 = cells_N3.max(axis=0, initial=0) + 1
-    keys_N = (cells_N3[:, 0] * spans_3[1] + cells_N3[:, 1]) * spans_3[2] + cells_N3[:, 2]
-    _, inverse_N, counts_M = np.unique(keys_N, return_inverse=True, return_counts=True)
-
-    def mean(values_N: np.ndarray) -> np.ndarray:
-        return np.bincount(inverse_N, weights=values_N, minlength=len(counts_M)) / counts_M
-
-    points_M3 = np.stack([mean(points_N3[:, axis]) for axis in range(3)], axis=1)
-    colors_M3 = np.stack([mean(colors_N3[:, axis]) for axis in range(3)], axis=1)
-    return points_M3.astype(np.float32), np.rint(colors_M3).astype(np.uint8)

@@ -11,14 +11,16 @@ from typing import Any, NoReturn
 TASKS = "dense_caption, object_caption, grounding, qa, situated_qa, dialogue, planning, scene_description"
 DEFAULT_MODEL = os.environ.get("THREEDR1_MODEL", "runs/quickstart/grpo")
 AddCommand = Callable[..., argparse.ArgumentParser]
-_POINTING = ("--box", "--click")
-_MINUS = re.compile(r"-[\d.]")
+UPS = ("x", "-x", "y", "-y", "z", "-z")
+_POINTING = ("--box", "--click", "--up")
+_MINUS = re.compile(r"-[\d.xyz]")
 
 
 class Parser(argparse.ArgumentParser):
     """A parser that answers a wrong command line with one sentence instead of the whole usage.
 
-    It takes `--click -1,0.5,0.4` as it is meant; argparse alone reads the numbers as an option for their minus sign.
+    It takes `--click -1,0.5,0.4` and `--up -y` as they are meant; argparse alone reads the values as options for
+    their minus sign.
     """
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
@@ -54,6 +56,17 @@ def seconds(text: str) -> float:
         value = 0.0
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value
+
+
+def metres(text: str) -> float:
+    """A room's height in metres, as an argument's type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no height of a room in metres")
     return value
 
 
@@ -377,10 +390,17 @@ def _add_result_commands(add: AddCommand) -> None:
     )
     score.add_argument("--json", action="store_true", help="print one JSON object")
 
-    infer = add("infer", "ask questions about one scan: PLY, mesh, NPZ, ScanNet scan or posed RGB-D folder")
+    infer = add(
+        "infer",
+        "ask questions about one scan: PLY, mesh, NPZ, ScanNet scan, posed RGB-D folder, export of a phone scanner",
+        epilog="docs/own_scan.md: a scan of your own in five minutes",
+    )
     infer.add_argument("--scene", required=True, metavar="PATH", help="the scan; needs no labels")
     infer.add_argument("--ask", action="append", default=[], metavar="TEXT", help="a question; may be repeated")
     infer.add_argument("--questions", metavar="FILE", help="questions, one a line")
+    infer.add_argument(
+        "--chat", action="store_true", help="ask in a dialogue that keeps what was said; Ctrl-D or Ctrl-C ends it"
+    )
     infer.add_argument(
         "--box",
         action="append",
@@ -399,7 +419,10 @@ def _add_result_commands(add: AddCommand) -> None:
         help="the same by a point: the smallest detected object around it, else the nearest",
     )
     infer.add_argument(
-        "--model", default=DEFAULT_MODEL, metavar="DIR", help="model or run folder (default: %(default)s)"
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="DIR",
+        help="model or run folder, or OWNER/NAME on the hub (default: %(default)s)",
     )
     infer.add_argument(
         "--language-model", metavar="NAME", help="base language model, if it does not lie where it did in training"
@@ -408,10 +431,31 @@ def _add_result_commands(add: AddCommand) -> None:
         "--multiview", default="", metavar="FILE", help="HDF5 file of multi-view features, if the model takes them"
     )
     infer.add_argument(
-        "--task", help=f"how to ask and read: {TASKS} (default: qa; object_caption for boxes without questions)"
+        "--task",
+        metavar="NAME",
+        help="how to ask and read: qa, dialogue, caption (of a box or click), dense-caption (of each detected object), "
+        f"ground, plan, describe, situated, or {TASKS} (default: qa; caption for boxes without questions)",
     )
     infer.add_argument(
+        "--situation", default="", metavar="TEXT", help="where you stand and look, for questions from there (situated)"
+    )
+    infer.add_argument(
+        "--max-tokens", type=at_least(1), default=256, metavar="N", help="length of an answer (default: %(default)s)"
+    )
+    infer.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    frame = infer.add_argument_group("the scan's frame", "what was assumed or changed is said on standard error")
+    frame.add_argument(
         "--align", choices=("auto", "none"), default="auto", help="correct up-axis, scale and walls, or take as is"
+    )
+    frame.add_argument("--up", choices=UPS, default="", help="the axis that points up, roughly (--up=-y)")
+    frame.add_argument(
+        "--height", type=metres, metavar="METRES", help="from the floor to the highest point of the room: the scale"
+    )
+    frame.add_argument(
+        "--from-video",
+        action="store_true",
+        help="a reconstruction of MASt3R-SLAM, SLAM3R or VGGT: remove stray points, find up and walls in any frame, "
+        "scale to --height, else to a usual ceiling",
     )
     infer.add_argument(
         "--out",

@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..models.model_files import local_folder
 from ..utils.files import readable_as_its_folder
 from .background import advice, disk_error
 from .config import save_config
@@ -162,13 +163,5 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
 
 
 def model_folder(path: str | Path) -> Path:
-    """The model folder meant by a path: the folder itself, a checkpoint's `model`, or a run's newest checkpoint."""
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"There is no model at {path}; train one, or name a folder written by save_pretrained.")
-    if not path.is_dir():
-        raise ValueError(f"{path} is a file; name the folder of a model, a checkpoint or a run.")
-    if (path / "model").is_dir():
-        return path / "model"
-    newest = latest_checkpoint(path)
-    return newest / "model" if newest else path
+    """The folder meant by a model, a checkpoint, a run or a name on the hub (model_files.local_folder)."""
+    return local_folder(path)

@@ -22,7 +22,6 @@ from ..datasets.scene_store import SceneStore
 from ..datasets.tasks import LOADERS
 from ..models.scene_vlm import SceneVLM
 from ..utils.metrics.caption import MeteorChoice
-from ..utils.metrics.dense_caption import filter_proposals
 from ..utils.metrics.score import SCORERS, score_predictions, scorer_name
 from ..utils.predictions import Prediction, write_predictions
 from ..utils.text import format_box, parse_response, resolve_boxes
@@ -32,12 +31,11 @@ from .checkpoint import model_folder
 from .config import DataConfig, EvalConfig, save_config, to_dict
 from .data import Loaded, ObservationCache, load_evaluated, load_split, open_store
 from .data import fingerprint as sample_fingerprint
-from .predict import answer, world_boxes
+from .predict import answer, detected_objects, world_boxes
 from .references import GIVEN_OBJECTS, object_rows, reference_of
 from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything
 
 MODEL, MOST_FREQUENT = "model", "most-frequent"
-_TINY = 1e-30  # a probability whose logarithm is finite
 _METEOR: dict[str, MeteorChoice] = {"auto": "auto", "yes": True, "no": False}
 
 
@@ -74,18 +72,7 @@ def proposal_samples(
 
 def detected(observations: ObservationCache, scene_id: str) -> list[list[float]]:
     """World boxes of the proposals that are captioned officially, by falling objectness."""
-    observation = observations[scene_id]
-    (encoded,) = observations.model.encode([observation])
-    boxes_K7 = encoded.proposals
-    objectness_K1 = encoded.objectness_K[encoded.valid_K, None]
-    probs_KC1 = torch.cat([encoded.class_probs_KC[encoded.valid_K], 1 - objectness_K1], dim=1).double()
-    kept = filter_proposals(
-        boxes_K7,
-        probs_KC1.clamp(min=_TINY).log().cpu().numpy(),
-        observation.points_N3.numpy(),
-        assignment="ll3da",
-    )
-    return world_boxes(observation, boxes_K7[kept].tolist())
+    return detected_objects(observations.model, observations[scene_id])
 
 
 def most_frequent_answers(data: DataConfig, task: str, dataset: str, seed: int) -> dict[str, str]:

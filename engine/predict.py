@@ -1,33 +1,34 @@
 """From samples to predictions: greedy answers, boxes resolved to the world frame."""
 
-import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from PIL import Image
 
+from ..datasets.alignment import AlignOptions
 from ..datasets.multiview import open_multiview
-from ..datasets.prompts import CAPTION_QUESTION, DEFAULT_MODE, OBJECT_PLACEHOLDER
+from ..datasets.prompts import DEFAULT_MODE, dialogue_question
 from ..datasets.readers import read_scene
-from ..datasets.scene import TASKS, Sample, Scene
-from ..models.observation import Observation, clicked_box
+from ..datasets.scene import Sample, Scene
+from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
-from ..utils.boxes import points_in_boxes
+from ..utils.metrics.dense_caption import filter_proposals
 from ..utils.predictions import Prediction, write_predictions
 from .checkpoint import model_folder
 from .data import ObservationCache
+from .questions import Request, checked_box, samples_of
 from .references import reference_of
 from .rollout import Rollout, roll_out, write_prompts
-from .runtime import log, pick_device
+from .runtime import pick_device
 
-_BESIDE = 1.0  # metres that a click may lie outside of a scan
-CAPTION_TASKS = ("dense_caption", "object_caption")
-Asked: TypeAlias = tuple[np.ndarray | None, dict[str, Any]]  # the box of an object, world frame, and a sample's `meta`
+_TINY = 1e-30  # a probability whose logarithm is finite
+_MOST_OBJECTS = 256  # captioned of one scan
+_TOGETHER = 16  # captions decoded at a time
 
 
 def to_prediction(model: SceneVLM, rollout: Rollout, label: str) -> Prediction:
@@ -78,6 +79,25 @@ def world_boxes(observation: Observation, boxes: Sequence[Sequence[float]]) -> l
     return observation.scene.to_world(np.asarray(boxes, dtype=np.float32)).tolist()
 
 
+def detected_objects(model: SceneVLM, observation: Observation) -> list[list[float]]:
+    """World boxes of the proposals that are captioned officially, by falling objectness.
+
+    Which count as detected is Vote2Cap-DETR's and LL3DA's rule: not empty, best of their class where they overlap,
+    and not background.
+    """
+    (encoded,) = model.encode([observation])
+    boxes_K7 = encoded.proposals
+    objectness_K1 = encoded.objectness_K[encoded.valid_K, None]
+    probs_KC1 = torch.cat([encoded.class_probs_KC[encoded.valid_K], 1 - objectness_K1], dim=1).double()
+    kept = filter_proposals(
+        boxes_K7,
+        probs_KC1.clamp(min=_TINY).log().cpu().numpy(),
+        observation.points_N3.numpy(),
+        assignment="ll3da",
+    )
+    return world_boxes(observation, boxes_K7[kept].tolist())
+
+
 def answer(
     model: SceneVLM,
     samples: Sequence[Sample],
@@ -114,6 +134,67 @@ def answer(
     return [to_prediction(model, rollout, label) for rollout in rollouts]
 
 
+class Session:
+    """One scan before one model, ready to be asked again and again; the scan is looked at once.
+
+    Args:
+        model: loaded, in evaluation mode.
+        scene: the scan.
+        label: the model's name in predictions.
+    """
+
+    def __init__(self, model: SceneVLM, scene: Scene, *, label: str = "", max_new_tokens: int = 256):
+        self.model, self.scene, self.label = model, scene, label
+        self.max_new_tokens = max_new_tokens
+        self.observation = model.observe(scene)
+        self.turns: list[tuple[str, str]] = []  # of a dialogue: questions and answers
+        self._asked = 0
+        with torch.no_grad():
+            model.encode([self.observation])
+
+    def samples(self, request: Request) -> list[Sample]:
+        """What a request asks for; ValueError where it makes no sense of this scan."""
+        request.check()
+        detected = detected_objects(self.model, self.observation)[:_MOST_OBJECTS] if request.all_objects else []
+        if request.all_objects and not detected:
+            raise ValueError("Nothing is detected in this scan, so there is nothing to caption; point with --box.")
+        return samples_of(request, self.observation, detected)
+
+    def answers(
+        self, samples: Sequence[Sample], on_text: Callable[[str], object] | None = None
+    ) -> Iterator[tuple[Prediction, Rollout]]:
+        """Answers in the samples' order.
+
+        Args:
+            on_text: called with each answer piece by piece as it is written; they are then decoded one by one, not
+                together.
+        """
+        together = _TOGETHER if on_text is None else 1
+        for start in range(0, len(samples), together):
+            part = samples[start : start + together]
+            modes = [DEFAULT_MODE[sample.task] for sample in part]
+            prompts = write_prompts(self.model, part, [self.observation] * len(part), modes)
+            with self.model.telling(on_text) as on_token:
+                rollouts = roll_out(self.model, prompts, max_new_tokens=self.max_new_tokens, on_token=on_token)
+            for rollout in rollouts:
+                yield to_prediction(self.model, rollout, self.label), rollout
+
+    def reply(self, question: str, on_text: Callable[[str], object] | None = None) -> tuple[Prediction, Rollout]:
+        """The answer to the next question of a dialogue, which is asked with all that was said before."""
+        if not question.strip():
+            raise ValueError("The question is empty; say what you want to know about the scene.")
+        put, scene_id = dialogue_question(self.turns, question), self.scene.scene_id
+        sample = Sample(f"{scene_id}-turn-{self._asked}", "dialogue", "own", scene_id, put, "")
+        ((prediction, rollout),) = self.answers([sample], on_text)
+        self._asked += 1
+        self.turns.append((question.strip(), prediction.answer))
+        return prediction, rollout
+
+    def forget(self) -> None:
+        """Begin a new dialogue."""
+        self.turns.clear()
+
+
 @dataclass
 class Answered:
     """What `infer` hands back: predictions, the scene, the detected objects and the views that were chosen."""
@@ -123,125 +204,91 @@ class Answered:
     observation: Observation
 
 
+def open_session(
+    scene_path: str | Path,
+    model_path: str | Path,
+    request: Request | None = None,
+    *,
+    align: str | AlignOptions = "auto",
+    device: str = "auto",
+    max_new_tokens: int = 256,
+    language_model: str | None = None,
+    multiview: str = "",
+    on_scene: Callable[[Scene], object] | None = None,
+) -> Session:
+    """A scan and a model, read and loaded; what is cheap to check of `request` is checked before.
+
+    Args:
+        scene_path: anything that `datasets.readers.read_scene` reads.
+        model_path: model folder, checkpoint, run, or name on the hub.
+        multiview: HDF5 file of multi-view features, for a model that takes them.
+        on_scene: called with the scan once it is read, before the model is loaded.
+    """
+    if request is not None:
+        request.check()
+    scene = read_scene(scene_path, align=align)
+    if on_scene is not None:
+        on_scene(scene)
+    for box in request.boxes if request is not None else ():
+        checked_box(box, scene)
+    model = SceneVLM.from_pretrained(
+        model_folder(model_path), device=pick_device(device), language_model=language_model
+    )
+    model.multiview = open_multiview(multiview, model.settings.multiview_dim)
+    return Session(model, scene, label=Path(model_path).name, max_new_tokens=max_new_tokens)
+
+
+def check_out(out: str | Path | None) -> None:
+    """ValueError where answers cannot go to a folder."""
+    if out and Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"{out} is a file; name a folder to write the answers to.")
+
+
 def infer(
     scene_path: str | Path,
     model_path: str | Path,
-    questions: Sequence[str],
+    questions: Sequence[str] = (),
     *,
     boxes: Sequence[Sequence[float]] = (),
     clicks: Sequence[Sequence[float]] = (),
     task: str | None = None,
-    align: str = "auto",
+    align: str | AlignOptions = "auto",
     out: str | Path | None = None,
     device: str = "auto",
     max_new_tokens: int = 256,
     language_model: str | None = None,
     multiview: str = "",
 ) -> Answered:
-    """Answer questions about one scan, labelled or not; caption what a box or a click points at.
+    """Answer questions about one scan, labelled or not; caption what a box or a click points at, or every object.
+
+    `open_session` gives what this uses: a session that is asked again, streams, and keeps a dialogue.
 
     Args:
-        scene_path: anything that `datasets.readers.read_scene` reads.
-        model_path: model folder, checkpoint or run.
-        questions: one or more, or none where objects are to be captioned. With boxes or clicks each question is asked
-            of each object, which stands in it as `{object}`.
-        boxes: objects, each centre, size and optional heading in metres, world frame (after alignment). They are
-            answered before the clicks.
-        clicks: points on objects, world frame; each means the smallest detected box around it, else the nearest.
-        task: how the questions are put (datasets/prompts.py); by default `qa`, or `object_caption` without questions.
-        align: "auto" checks up-axis, scale and walls; "none" takes the scan as it is.
+        scene_path, model_path, multiview: as `open_session` takes them.
+        questions, boxes, clicks, task: as `Request` takes them.
+        align: "auto" checks up-axis, scale and walls; "none" takes the scan as it is; or what is known of its frame.
         out: folder for predictions.jsonl.
-        multiview: HDF5 file of multi-view features, for a model that takes them.
 
     Raises:
         ValueError: nothing to ask, an empty question, a box without points of the scan, an unknown task, unreadable
             scan, unreadable model.
     """
-    pointing = bool(len(boxes) or len(clicks))
-    task = task or ("qa" if questions or not pointing else "object_caption")
-    _check_questions(questions, task, pointing)
-    if out and Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"{out} is a file; name a folder to write the answers to.")
-    scene = read_scene(scene_path, align=align)  # type: ignore[arg-type]
-    asked: list[Asked] = [(_checked_box(box, scene), {}) for box in boxes]
-    model = SceneVLM.from_pretrained(
-        model_folder(model_path), device=pick_device(device), language_model=language_model
+    request = Request(questions, boxes, clicks, task)
+    request.check()
+    check_out(out)
+    session = open_session(
+        scene_path,
+        model_path,
+        request,
+        align=align,
+        device=device,
+        max_new_tokens=max_new_tokens,
+        language_model=language_model,
+        multiview=multiview,
     )
-    model.multiview = open_multiview(multiview, model.settings.multiview_dim)
-    observation = model.observe(scene)
-    model.encode([observation])
-    asked += [_clicked(click, observation) for click in clicks]
-    pairs = itertools.product(asked or [(None, {})], questions or [CAPTION_QUESTION])
-    samples = [
-        Sample(f"{scene.scene_id}-{index}", task, "own", scene.scene_id, question, "", query_box_7=box_7, meta=meta)
-        for index, ((box_7, meta), question) in enumerate(pairs)
-    ]
-    prompts = write_prompts(model, samples, [observation] * len(samples), [DEFAULT_MODE[task]] * len(samples))
-    rollouts = roll_out(model, prompts, max_new_tokens=max_new_tokens)
-    predictions = [to_prediction(model, rollout, Path(model_path).name) for rollout in rollouts]
+    answers = list(session.answers(session.samples(request)))
+    predictions = [prediction for prediction, _ in answers]
     if out:
-        save_views(rollouts, Path(out))
+        save_views([rollout for _, rollout in answers], Path(out))
         write_predictions(Path(out) / "predictions.jsonl", predictions)
-    return Answered(scene, predictions, observation)
-
-
-def _check_questions(questions: Sequence[str], task: str, pointing: bool) -> None:
-    """ValueError where questions, task and objects (`pointing`: there are some) do not go together."""
-    if task not in TASKS:
-        raise ValueError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
-    if not all(question.strip() for question in questions):
-        raise ValueError("A question is empty; write it after --ask, in quotes.")
-    if task in CAPTION_TASKS:
-        if not pointing:
-            raise ValueError(f"Task {task} asks about a box, not a question; point at one with --box or --click.")
-        if questions:
-            raise ValueError(f"Task {task} takes no question besides the box; leave --ask out, or choose --task qa.")
-    elif not questions:
-        raise ValueError('There is no question: ask one with --ask "…" or give a file with --questions.')
-    elif not pointing and any(OBJECT_PLACEHOLDER in question for question in questions):
-        raise ValueError(f"A question speaks of {OBJECT_PLACEHOLDER}; point at it with --box or --click.")
-    elif pointing:
-        for question in questions:
-            if OBJECT_PLACEHOLDER not in question:
-                raise ValueError(
-                    f"The question {question!r} does not say where the object stands; write {OBJECT_PLACEHOLDER} in "
-                    'its place, as in "What is {object} made of?", or leave --ask out for a caption.'
-                )
-
-
-def _checked_box(box: Sequence[float], scene: Scene) -> np.ndarray:
-    """A user's box [7], world frame; ValueError where it is none, or holds no point of the scan."""
-    shown = ", ".join(f"{number:g}" for number in box)
-    if len(box) not in (6, 7) or not np.isfinite(box).all() or min(box[3:6]) <= 0:
-        raise ValueError(f"{shown} is no box; give x,y,z,dx,dy,dz, sizes above 0, and a heading where it is turned.")
-    box_7 = np.array([*box, 0.0][:7], dtype=np.float32)
-    if not bool(points_in_boxes(scene.points_N3, box_7[None]).any()):
-        raise ValueError(f"The box {shown} holds no point of the scan, {_extent(scene)}; boxes are in that frame.")
-    return box_7
-
-
-def _extent(scene: Scene) -> str:
-    low, high = scene.points_N3.min(0), scene.points_N3.max(0)
-    return f"which lies between {_shown(low)} and {_shown(high)} m after alignment"
-
-
-def _clicked(click: Sequence[float], observation: Observation) -> Asked:
-    """The box that a click means, world frame; the sample keeps the click in `meta`."""
-    if len(click) != 3:
-        raise ValueError(f"A click has three coordinates, x,y,z, not {len(click)}.")
-    assert observation.encoded is not None
-    points_N3 = observation.scene.points_N3
-    outside_3 = np.maximum(points_N3.min(0) - np.asarray(click), np.asarray(click) - points_N3.max(0))
-    if np.isfinite(click).all() and outside_3.max() > _BESIDE:
-        where = _extent(observation.scene)
-        raise ValueError(f"The click {_shown(click)} is far from the scan, {where}; clicks are in that frame.")
-    box_7, distance = clicked_box(click, observation.scene, observation.encoded)
-    if np.isinf(distance):
-        log.warning("nothing is detected in this scan; the click %s means what lies around it", _shown(click))
-    elif distance > 0:
-        log.warning("the click %s lies in no detected object; the nearest is %.2f m away", _shown(click), distance)
-    return box_7, {"query_point": [float(number) for number in click]}
-
-
-def _shown(point_3: Sequence[float] | np.ndarray) -> str:
-    return "(" + ", ".join(f"{number:.2f}" for number in point_3) + ")"
+    return Answered(session.scene, predictions, session.observation)

@@ -71,6 +71,7 @@ def roll_out(
     batch_size: int = 64,
     token_budget: int = 0,
     on_batch: Callable[[int], object] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
 ) -> list[Rollout]:
     """Decode `group_size` completions of every prompt.
 
@@ -81,6 +82,8 @@ def roll_out(
         token_budget: tokens at most whose keys and values are kept together: of prompts and of their completions at
             their longest; 0: any number. A prompt that has more is decoded by itself.
         on_batch: called with the number of prompts done in each batch.
+        on_token: called with (number of the completion, token id) as tokens come; completions are numbered group by
+            group.
     """
     was_training = model.training
     model.eval()
@@ -98,6 +101,7 @@ def roll_out(
             packed_length=0,
         )
         numbers = [index * group_size + g for index in batch for g in range(group_size)]
+        tell = None if on_token is None else _by_number(on_token, numbers)
         decoded = model.decoder(
             inputs,
             [len(prompt.row.token_ids) for prompt in chosen],
@@ -105,6 +109,7 @@ def roll_out(
             group_size=group_size,
             temperature=temperature,
             generators=[generators[number] for number in numbers] if generators else None,
+            on_token=tell,
         )
         texts = [model.language.decode(token_ids) for token_ids in decoded.token_ids]
         for place, index in enumerate(batch):
@@ -131,3 +136,8 @@ def cut_batches(needs: Sequence[int], most: int, budget: int = 0) -> list[range]
             start, total = place, 0
         total += need
     return [*batches, range(start, len(needs))] if len(needs) else []
+
+
+def _by_number(on_token: Callable[[int, int], None], numbers: Sequence[int]) -> Callable[[int, int], None]:
+    """`on_token` for the rows of one batch, which have these numbers among all completions."""
+    return lambda row, token: on_token(numbers[row], token)

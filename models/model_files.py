@@ -1,6 +1,7 @@
-"""The files of a saved model: what its description must hold, and reading it with errors that say what to do."""
+"""The files of a saved model: where they lie, what its description must hold, and errors that say what to do."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from .observation import SceneSettings
 from .weights import load_module
 
 FORMAT = 1
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_STEP = re.compile(r"step-\d+")
+# What a model is made of: nothing else is fetched, least of all what could run.
+_FETCHED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.md")
 _CONNECTOR, _TOWER = "connector.safetensors", "vision_tower.safetensors"
 
 _DESCRIBED = {
@@ -31,6 +36,47 @@ _DESCRIBED = {
 def lasting(source: str) -> str:
     """A local folder by its absolute path, which holds wherever the next command starts; hub names as they are."""
     return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def local_folder(source: str | Path) -> Path:
+    """Where a model lies on this machine.
+
+    Args:
+        source: its folder; a checkpoint or a run, of which the newest checkpoint's model is meant; or a name on the
+            hub, `owner/name` or `owner/name@revision`, which is fetched where it is not in the cache.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(source)
+    if path.is_file():
+        raise ValueError(f"{path} is a file; name the folder of a model, a checkpoint or a run.")
+    if path.is_dir():
+        if (path / "scene_vlm.json").exists():
+            return path
+        if (path / "model").is_dir():
+            return path / "model"
+        steps = sorted(entry for entry in path.glob("checkpoints/*") if _STEP.fullmatch(entry.name))
+        return steps[-1] / "model" if steps else path
+    named = _HUB_NAME.fullmatch(str(source))
+    # `runs/grpo` looks like a name on the hub: what begins with a folder that is there is a path
+    if named is None or Path(path.parts[0]).exists() or path.parts[0] == "runs":
+        raise ValueError(f"There is no model at {path}; train one, or name a folder written by save_pretrained.")
+    return _fetched(named["name"], named["revision"])
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FETCHED)))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"There is no folder {name}, and the hub gives no model of that name ({reason}); check the name and the "
+            "connection."
+        ) from None
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Shapes: B rows, L tokens, K proposals, M layout tokens, T tokens of a view, D la
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
@@ -19,12 +20,17 @@ from ..datasets.prompts import (
     DEFAULT_MODE,
     OBJECT_PLACEHOLDER,
     SYSTEM_PROMPT,
+    TASK_TEMPLATES,
     build_question,
     check_prompts,
+    dialogue_question,
     prompt_record,
+    task_named,
 )
+from ..datasets.readers import read_scene
 from ..datasets.scene import Sample, Scene
 from ..utils.text import parse_response, replace_boxes, resolve_boxes
+from ..utils.text_stream import TokenText
 from .attention import PACKED
 from .connector import Connector, build_connector
 from .decoding import Decoder
@@ -41,6 +47,7 @@ from .model_files import (
     lasting,
     load_connector,
     load_vision_tower,
+    local_folder,
     part_of,
     read_description,
     save_connector,
@@ -56,6 +63,11 @@ from .view_tokens import ViewFeatures, build_view_features, token_sizes
 
 POLICY = "policy"
 T = TypeVar("T")
+
+
+def _tell(on_text: Callable[[str], object], piece: str) -> None:
+    if piece:
+        on_text(piece)
 
 
 class SceneVLM(SceneObserver):
@@ -331,20 +343,62 @@ class SceneVLM(SceneObserver):
     # -- asking ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def ask(self, scene: Scene, question: str, *, task: str = "qa", max_new_tokens: int = 256) -> "Answer":
+    def ask(
+        self,
+        scene: Scene | Observation | str | Path,
+        question: str = "",
+        *,
+        task: str | None = None,
+        history: Sequence[tuple[str, str]] = (),
+        max_new_tokens: int = 256,
+        on_text: Callable[[str], object] | None = None,
+    ) -> Answer:
         """Answer one question about a scene, greedily.
 
         Args:
-            task: how the question is put and in which response mode (datasets/prompts.py).
+            scene: a scene; a scan that `datasets.readers.read_scene` reads; or what `observe` made of a scene, which
+                is then not looked at again for every question.
+            question: may be left out where the task is `describe`.
+            task: how the question is put and in which response mode (datasets/prompts.py); by default `qa`, or
+                `dialogue` where there is a history.
+            history: questions and answers before this one, oldest first.
+            on_text: called with the response piece by piece, as it is written; the pieces are whole characters.
+
+        Raises:
+            ValueError: an unknown task, a question that is empty, a task that asks about a box (see engine.predict),
+                an unreadable scan.
         """
+        task = task_named(task or ("dialogue" if history else "qa"))
+        if TASK_TEMPLATES[task].count(OBJECT_PLACEHOLDER) or OBJECT_PLACEHOLDER in question:
+            raise ValueError("A question about one object needs its box; ask it with engine.predict.infer.")
+        if not question.strip() and "{question}" in TASK_TEMPLATES[task]:
+            raise ValueError("The question is empty; say what you want to know about the scene.")
+        if history and task != "dialogue":
+            raise ValueError(f"Only a dialogue has a history, not the task {task}; leave one of them out.")
         self.eval()
-        observation = self.observe(scene)
+        if isinstance(scene, (str, Path)):
+            scene = read_scene(scene)
+        observation = scene if isinstance(scene, Observation) else self.observe(scene)
         self.encode([observation])
-        sample = Sample(f"{scene.scene_id}-0", task, "own", scene.scene_id, question, answer="")
+        if task == "dialogue":
+            question = dialogue_question(history, question)
+        scene_id = observation.scene.scene_id
+        sample = Sample(f"{scene_id}-0", task, "own", scene_id, question, answer="")
         row, views = self.write_row(sample, observation, DEFAULT_MODE[task], None)
         inputs = self.embed_rows([row], [observation], [views], packed_length=0)
-        decoded = self.decoder(inputs, [len(row.token_ids)], max_new_tokens=max_new_tokens)
+        with self.telling(on_text) as on_token:
+            decoded = self.decoder(inputs, [len(row.token_ids)], max_new_tokens=max_new_tokens, on_token=on_token)
         return self.read_answer(self.language.decode(decoded.token_ids[0]), observation)
+
+    @contextmanager
+    def telling(self, on_text: Callable[[str], object] | None) -> Iterator[Callable[[int, int], None] | None]:
+        """What a decoder may call as `on_token` for one completion, so that `on_text` hears of its text."""
+        if on_text is None:
+            yield None
+            return
+        text = TokenText(self.language.decode)
+        yield lambda _, token: _tell(on_text, text.push(token))
+        _tell(on_text, text.end())
 
     def read_answer(self, text: str, observation: Observation) -> "Answer":
         """A completion taken apart, its boxes resolved and moved to the world frame."""
@@ -428,6 +482,8 @@ class SceneVLM(SceneObserver):
         """Load a model that `save_pretrained` wrote.
 
         Args:
+            folder: that model; a checkpoint or a run, of which the newest checkpoint is taken; or a model's name on
+                the hub, as `owner/name`, with `@revision` behind it if need be.
             language_model: where the base language model lies, if not where it did in training.
             trainable_adapter: load the adapter for further training.
             gradient_checkpointing: trade time for memory in training.
@@ -435,7 +491,7 @@ class SceneVLM(SceneObserver):
         Raises:
             ValueError: no such model, or its parts do not fit together.
         """
-        folder = Path(folder)
+        folder = local_folder(folder)
         description = read_description(folder)
         check_prompts(folder, description)
         source = language_model or description["language_model"]
