@@ -168,7 +168,6 @@ def run_infer(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_tokens,
         language_model=args.language_model,
         multiview=args.multiview,
-        on_scene=lambda scene: sys.stderr.write("".join(f"assumed: {note}\n" for note in scene.notes)),
     )
     answers = chat_answers(session) if args.chat else request_answers(session, request, args.json)
     from .engine.answers import save_answers
@@ -197,6 +196,11 @@ def show_piece(text: str) -> None:
     sys.stdout.flush()
 
 
+def show_notes(session: "Session") -> None:
+    """What was assumed of a scan, on standard error."""
+    sys.stderr.write("".join(f"assumed: {note}\n" for note in session.scene.notes))
+
+
 def in_colour() -> bool:
     """Whether standard output is a terminal that may be written to in colour (no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -207,6 +211,7 @@ def request_answers(session: "Session", request: "Request", as_json: bool) -> "l
     from .engine.chat import Printer
 
     samples = session.samples(request)
+    show_notes(session)
     printer, answers = Printer(show_piece, dim=in_colour()), []
     if as_json or request.all_objects:  # many short captions come sooner together
         for prediction, rollout in session.answers(samples):
@@ -236,6 +241,7 @@ def chat_answers(session: "Session") -> "list[Answer]":
     if sys.stdin.isatty():
         import readline  # noqa: F401 - gives `input` its line editing and history
 
+    show_notes(session)
     answers: list[Answer] = []
     chat(session, input, show_piece, dim=in_colour(), on_answer=lambda *answer: answers.append(answer))
     return answers

@@ -18,7 +18,7 @@ CLEAR_EVIDENCE = 2.0
 UPSIDE_DOWN = 1.3  # so many times more points in the upper half before a scan is turned over
 LEVEL_TOLERANCE = 2.0  # degrees: smaller tilts are left as they are
 CEILING = 2.5  # metres: what the height of a room is taken for where nothing tells the scale
-LYING = 0.05  # share of the surface that lies across up, at least; where no axis has it, the scan is tilted
+LYING = 0.05  # share of the surface that lies across up, at least; where the assumed one has less, the scan is tilted
 NUM_DIRECTIONS = 6  # of flat surfaces, that are looked at as up in a tilted scan
 NUM_SAMPLES = 12_000
 NUM_NEIGHBORS = 24
@@ -182,14 +182,14 @@ def estimate_up(
         assumed: `x`, `y` or `z`: the file format's convention, kept unless another axis is clearly more like up.
         hint_3: up as cameras saw it, in the cloud's frame; replaces the choice among axes.
         tilted: no axis need be near up; the directions of the flat surfaces are looked at instead. So they are where
-            hardly any surface lies across any axis.
+            hardly any surface lies across the assumed axis.
     """
     if len(surface.points_N3) < 100:
         return Estimate(np.eye(3), ["too few flat surfaces to check the up-axis: +z is taken as up"])
     if hint_3 is not None:
         up_3 = refine_direction(surface.normals_N3, hint_3)
         name = "the direction that is known"
-    elif tilted or _is_tilted(surface):
+    elif tilted or _is_tilted(surface, assumed):
         up_3 = _most_like_up(surface)
         name = f"({up_3[0]:.2f}, {up_3[1]:.2f}, {up_3[2]:.2f}), found among the flat surfaces"
     else:
@@ -214,10 +214,9 @@ def estimate_up(
     return Estimate(rotation_33, [f"up-axis near {name}, levelled to +z by {tilt:.1f} degrees"])
 
 
-def _is_tilted(surface: Surface) -> bool:
-    """Whether hardly any surface lies across any axis."""
-    directions = [refine_direction(surface.normals_N3, axis_3) for axis_3 in _AXES.values()]
-    return all(_lying_share(surface, direction_3) < LYING for direction_3 in directions)
+def _is_tilted(surface: Surface, assumed: str) -> bool:
+    """Whether hardly any surface lies across what should be up."""
+    return _lying_share(surface, refine_direction(surface.normals_N3, _AXES[assumed])) < LYING
 
 
 def _most_like_up(surface: Surface) -> np.ndarray:

@@ -75,7 +75,7 @@ def read_depth(path: str | Path) -> np.ndarray:
         else:
             with Image.open(path) as picture:
                 raw_HW = np.asarray(picture)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a whole picture ({error}); copy it again from its source.") from None
     if raw_HW.ndim == 3 and raw_HW.shape[2] == 1:
         raw_HW = raw_HW[:, :, 0]

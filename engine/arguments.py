@@ -433,7 +433,7 @@ def _add_result_commands(add: AddCommand) -> None:
     infer.add_argument(
         "--task",
         metavar="NAME",
-        help="how to ask and read: qa, dialogue, caption (of a box or click), dense-caption (of each detected object), "
+        help="how to ask and read: qa, dialogue, caption (box or click), dense-caption (of all detected objects), "
         f"ground, plan, describe, situated, or {TASKS} (default: qa; caption for boxes without questions)",
     )
     infer.add_argument(

@@ -22,7 +22,7 @@ class Printer:
 
     def __init__(self, write: Callable[[str], object], *, dim: bool = False):
         self._write, self._dim = write, dim
-        self._parts, self._line = ResponseParts(), ""
+        self._parts, self._line, self._answered = ResponseParts(), "", False
 
     def __call__(self, piece: str) -> None:
         """One more piece of the response."""
@@ -32,15 +32,18 @@ class Printer:
         """The response is whole: finish its line, then its boxes."""
         self._show(self._parts.end())
         self._close()
+        if not self._answered:
+            self._write(_HEADS[ANSWER] + "\n")
         for box in boxes:
             self._write("box     " + ", ".join(f"{number:.2f}" for number in box) + "\n")
-        self._parts = ResponseParts()
+        self._parts, self._answered = ResponseParts(), False
 
     def _show(self, parts: Sequence[tuple[str, str]]) -> None:
         for part, text in parts:
             if _HEADS[part] != self._line:
                 self._close()
                 self._line = _HEADS[part]
+                self._answered = self._answered or part != THOUGHT
                 self._write((_DIM if self._dim and part == THOUGHT else "") + self._line)
             self._write(text)
 

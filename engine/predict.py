@@ -214,7 +214,6 @@ def open_session(
     max_new_tokens: int = 256,
     language_model: str | None = None,
     multiview: str = "",
-    on_scene: Callable[[Scene], object] | None = None,
 ) -> Session:
     """A scan and a model, read and loaded; what is cheap to check of `request` is checked before.
 
@@ -222,18 +221,14 @@ def open_session(
         scene_path: anything that `datasets.readers.read_scene` reads.
         model_path: model folder, checkpoint, run, or name on the hub.
         multiview: HDF5 file of multi-view features, for a model that takes them.
-        on_scene: called with the scan once it is read, before the model is loaded.
     """
     if request is not None:
         request.check()
+    folder = model_folder(model_path)
     scene = read_scene(scene_path, align=align)
-    if on_scene is not None:
-        on_scene(scene)
     for box in request.boxes if request is not None else ():
         checked_box(box, scene)
-    model = SceneVLM.from_pretrained(
-        model_folder(model_path), device=pick_device(device), language_model=language_model
-    )
+    model = SceneVLM.from_pretrained(folder, device=pick_device(device), language_model=language_model)
     model.multiview = open_multiview(multiview, model.settings.multiview_dim)
     return Session(model, scene, label=Path(model_path).name, max_new_tokens=max_new_tokens)
 

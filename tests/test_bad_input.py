@@ -4,12 +4,14 @@ The cases follow the command line; `refused` holds each to the same rules. Most 
 interpreter to see exactly what a user sees.
 """
 
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,6 +235,40 @@ def cut_archive(folder: Path) -> Path:
     return written(folder / "cut.npz", whole[: len(whole) // 2])
 
 
+def bomb(folder: Path) -> Path:
+    """A few hundred bytes that say of themselves that they unpack to 24 GiB."""
+    path = folder / "bomb.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("xyz.npy", npy_header((2**31, 3)) + bytes(999))
+        archive.infolist()[0].file_size = 24 << 30
+    return path
+
+
+def boast(folder: Path) -> Path:
+    """An array that says it has more points than any memory holds."""
+    path = folder / "boast.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("xyz.npy", npy_header((10**13, 3)) + bytes(999))
+    return path
+
+
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return content.getvalue()
+
+
+def boasting_ply(kind: str) -> Callable[[Path], Path]:
+    """A PLY whose header promises ten thousand million points."""
+    header = f"ply\nformat {kind} 1.0\nelement vertex 10000000000\n"
+    header += "".join(f"property float {axis}\n" for axis in "xyz") + "end_header\n1 2 3\n"
+    return lambda folder: written(folder / "a.ply", header.encode())
+
+
+def renamed_cloud(folder: Path, name: str) -> Path:
+    return cloud(folder / "a.ply", np.eye(3)).rename(folder / name)
+
+
 SCANS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "truncated ply": (cut_cloud, "is not a whole PLY file"),
     "truncated npz": (cut_archive, "is not a whole .npz file"),
@@ -249,6 +285,17 @@ SCANS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "flat": (lambda folder: write_npz(folder / "a.npz", xyz=np.zeros((5, 2))), "not [N, 3]"),
     "one array": (single_array, "holds a single array"),
     "broken mesh": (lambda folder: written(folder / "a.glb", b"glTF\x02"), "is not a readable mesh"),
+    "zip bomb": (bomb, "would unpack to 24.0 GiB; that is no scan of a room"),
+    "boasting npz": (boast, "is not a whole .npz file"),
+    "boasting binary ply": (boasting_ply("binary_little_endian"), "is not a whole PLY file"),
+    "boasting text ply": (boasting_ply("ascii"), "is not a whole PLY file"),
+    "ply called npz": (lambda folder: renamed_cloud(folder, "a.npz"), "it looks like a .ply file, so name it a.ply"),
+    "ply called las": (lambda folder: renamed_cloud(folder, "a.las"), "it looks like a .ply file, so name it a.ply"),
+    "npz called ply": (
+        lambda folder: write_npz(folder / "b.npz", xyz=np.eye(3)).rename(folder / "b.ply"),
+        "it looks like a .npz file, so name it b.npz",
+    ),
+    "record3d": (lambda folder: written(folder / "a.r3d", b"PK"), "export it from the app as PLY"),
     "a folder": (lambda folder: folder, "is neither a raw ScanNet scan nor a folder of posed frames"),
 }
 
@@ -271,6 +318,13 @@ def test_infer_on_what_is_no_scan(case: str, refused: Refused, run: Path):
         (["--questions", "blank.txt"], "There is no question"),
         (["--ask", "Where?", "--task", "qaa"], "Unknown task 'qaa'; choose one of dense_caption"),
         (["--ask", "Where?", "--task", "object_caption"], "asks about a box, not a question"),
+        (["--ask", "Where?", "--task", "caption"], "asks about a box, not a question"),
+        (["--ask", "Where?", "--task", "describe"], "describes the whole room; leave questions and boxes out"),
+        (["--ask", "Where?", "--situation", " "], "--situation, which says where you stand"),
+        (["--ask", "Where?", "--task", "situated"], "--situation, which says where you stand"),
+        (["--ask", "Where?", "--align", "none", "--height", "2.5"], "go with --align auto"),
+        (["--ask", "Where?", "--chat"], "--chat asks for its questions itself"),
+        (["--ask", "Where?", "--model", "lab/none"], "the hub gives no model of that name"),
         (["--ask", "Where?", "--model", "none"], "There is no model at none"),
         (["--ask", "Where?", "--model", "blank.txt"], "blank.txt is a file; name the folder of a model"),
         (["--ask", "Where?", "--out", "blank.txt"], "blank.txt is a file; name a folder"),

@@ -7,6 +7,7 @@ import trimesh
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from threedr1.datasets.ply import read_plain_text, read_ply
 from threedr1.datasets.readers import read_scene, unproject, voxel_mean
 from threedr1.datasets.scene import Frame, Scene, save_scene
 
@@ -37,6 +38,37 @@ def test_ply_clouds(tmp_path, text, colors):
     assert scene.scene_id == "room" and scene.boxes_K7.shape == (0, 7)
     assert ("no colours: grey" in scene.notes) is not colors
     assert set(scene.colors_N3[:, 1]) == {128} if not colors else scene.colors_N3[7].tolist() == [7, 14, 21]
+
+
+@pytest.mark.parametrize("faces", [0, 5])
+@pytest.mark.parametrize("colors", [True, False])
+def test_plain_text_plys_are_read_as_plyfile_reads_them(tmp_path, faces, colors, monkeypatch):
+    factory.write_ply(tmp_path / "a.ply", room(), colors=colors, faces=faces, text=True)
+    fast = read_plain_text(tmp_path / "a.ply")
+    assert fast is not None
+    monkeypatch.setattr("threedr1.datasets.ply.read_plain_text", lambda *_, **__: None)
+    slow = read_ply(tmp_path / "a.ply")
+    np.testing.assert_array_equal(fast.vertices_V3, slow.vertices_V3)
+    np.testing.assert_array_equal(fast.faces_F3, slow.faces_F3)
+    assert (fast.colors_V3 is None) == (slow.colors_V3 is None) == (not colors)
+    if colors:
+        np.testing.assert_array_equal(fast.colors_V3, slow.colors_V3)
+    assert [array.dtype for array in (fast.vertices_V3, fast.faces_F3)] == [np.float32, np.int32]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [("0 0 0\n1 1\n", "not a whole PLY"), ("0 0 0\n1 x 1\n", "not a whole PLY"), ("0 0 0\n1 nan 1\n", None)],
+)
+def test_plain_text_plys_that_are_broken(tmp_path, body, words):
+    header = "ply\nformat ascii 1.0\ncomment made by hand\nelement vertex 2\n"
+    header += "".join(f"property float {axis}\n" for axis in "xyz") + "end_header\n"
+    (tmp_path / "a.ply").write_text(header + body)
+    if words is None:
+        assert np.isnan(read_ply(tmp_path / "a.ply").vertices_V3[1, 1])
+    else:
+        with pytest.raises(ValueError, match=words):
+            read_ply(tmp_path / "a.ply")
 
 
 @pytest.mark.parametrize("suffix", ["ply", "obj", "glb", "stl", "off"])
