@@ -102,7 +102,8 @@ def _plain_layout(path: Path) -> tuple[list[str], int, int, int] | None:
     match = _PLAIN.fullmatch(header)
     if not end or match is None:
         return None
-    kinds = dict(reversed(line.split()[1:]) for line in match["properties"].decode("ascii").splitlines())
+    lines = [line.split() for line in match["properties"].decode("ascii").splitlines()]
+    kinds = {name: kind for _, kind, name in lines}
     vertices, faces = int(match["vertices"]), int(match["faces"] or 0)
     known_colors = all(
         kinds[name] in ("uchar", "uint8") for triple in _COLOR_NAMES for name in triple if name in kinds

@@ -70,8 +70,7 @@ def read_scene(
         raise ValueError(f"Unknown alignment {align!r}; it is one of {', '.join(ALIGN_MODES)}.")
     if max_points < 1:
         raise ValueError(f"max_points is {max_points}; a scene keeps at least one point.")
-    if not path.exists():
-        raise ValueError(f"There is no scan at {path}; check the path.")
+    check_there(path)
     if path.is_dir():
         if (path / f"{path.name}_vh_clean_2.ply").exists():
             return _read_scannet(path, max_points, seed)
@@ -95,6 +94,12 @@ def read_scene(
             f"{_looks_like(path)}."
         )
     return _to_scene(path.name if path.is_dir() else path.stem, path, cloud, align, max_points, seed)
+
+
+def check_there(path: str | Path) -> None:
+    """ValueError where there is no scan at a path."""
+    if not Path(path).exists():
+        raise ValueError(f"There is no scan at {path}; check the path.")
 
 
 def _to_scene(name: str, path: Path, cloud: _Cloud, align: str | AlignOptions, max_points: int, seed: int) -> Scene:
@@ -189,7 +194,7 @@ def _read_ply_cloud(path: Path, seed: int) -> _Cloud:
     try:
         mesh = read_ply(path)
     except ValueError as error:
-        raise ValueError(f"{error}{_looks_like(path)}") from None
+        raise ValueError(f"{str(error).removesuffix('.')}{_looks_like(path)}.") from None
     if len(mesh.faces_F3) and len(mesh.vertices_V3) < DENSE_VERTICES:
         return _sample_faces(mesh.vertices_V3, mesh.faces_F3, mesh.colors_V3, seed)
     return _Cloud(mesh.vertices_V3, mesh.colors_V3)

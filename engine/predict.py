@@ -13,7 +13,7 @@ from PIL import Image
 from ..datasets.alignment import AlignOptions
 from ..datasets.multiview import open_multiview
 from ..datasets.prompts import DEFAULT_MODE, dialogue_question
-from ..datasets.readers import read_scene
+from ..datasets.readers import check_there, read_scene
 from ..datasets.scene import Sample, Scene
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
@@ -224,6 +224,7 @@ def open_session(
     """
     if request is not None:
         request.check()
+    check_there(scene_path)
     folder = model_folder(model_path)
     scene = read_scene(scene_path, align=align)
     for box in request.boxes if request is not None else ():

@@ -69,8 +69,8 @@ class Request:
             raise ValueError("A question is empty; write it after --ask, in quotes.")
         if (task == "situated_qa") != bool(self.situation.strip()):
             raise ValueError(
-                "The task situated_qa goes with --situation, which says where you stand and look: "
-                '"I am standing by the window and facing the desk."'
+                'The task situated_qa goes with --situation, which says where you stand and look, as in "I stand '
+                'by the window and facing the desk".'
             )
         if task in CAPTION_TASKS:
             self._check_caption(task)
