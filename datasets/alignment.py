@@ -174,13 +174,18 @@ def _bottom_heaviness(surface: Surface, direction_3: np.ndarray) -> float:
 
 
 def estimate_up(
-    surface: Surface, *, assumed: str = "z", hint_3: np.ndarray | None = None, tilted: bool = False
+    surface: Surface,
+    *,
+    assumed: str = "z",
+    hint_3: np.ndarray | None = None,
+    hint_name: str = "the cameras' mean up direction",
+    tilted: bool = False,
 ) -> Estimate:
     """Rotation [3, 3] that turns the cloud's up direction to +z.
 
     Args:
         assumed: `x`, `y` or `z`: the file format's convention, kept unless another axis is clearly more like up.
-        hint_3: up as cameras saw it, in the cloud's frame; replaces the choice among axes.
+        hint_3: up as it is known roughly, in the cloud's frame; replaces the choice among axes. `hint_name` says how.
         tilted: no axis need be near up; the directions of the flat surfaces are looked at instead. So they are where
             hardly any surface lies across the assumed axis.
     """
@@ -188,7 +193,7 @@ def estimate_up(
         return Estimate(np.eye(3), ["too few flat surfaces to check the up-axis: +z is taken as up"])
     if hint_3 is not None:
         up_3 = refine_direction(surface.normals_N3, hint_3)
-        name = "the direction that is known"
+        name = hint_name
     elif tilted or _is_tilted(surface, assumed):
         up_3 = _most_like_up(surface)
         name = f"({up_3[0]:.2f}, {up_3[1]:.2f}, {up_3[2]:.2f}), found among the flat surfaces"
@@ -311,17 +316,19 @@ def align(
     *,
     assumed_up: str = "z",
     up_hint_3: np.ndarray | None = None,
+    up_hint_name: str = "the cameras' mean up direction",
     options: AlignOptions = AlignOptions(),  # noqa: B008 - frozen
 ) -> Estimate:
     """Transform [4, 4] from a scan's own frame to metres, z up, walls along x and y, with what it assumed.
 
     Args:
         assumed_up: the file format's convention.
-        up_hint_3: up as the scan's cameras saw it; what `options` know goes before.
+        up_hint_3: up as the scan's cameras or its format say; what `options` know goes before.
     """
     surface = sample_surface(points_N3, rng, noisy=options.from_video)
-    hint_3 = options.up_3 if options.up_3 is not None else up_hint_3
-    up = estimate_up(surface, assumed=assumed_up, hint_3=hint_3, tilted=options.from_video)
+    if options.up:
+        up_hint_3, up_hint_name = options.up_3, f"{options.up}, as was said"
+    up = estimate_up(surface, assumed=assumed_up, hint_3=up_hint_3, hint_name=up_hint_name, tilted=options.from_video)
     levelled = Surface(*(array @ up.matrix.T for array in (surface.points_N3, surface.normals_N3, surface.cloud_M3)))
     scale = scale_to_height(levelled.cloud_M3, options.height, from_video=options.from_video)
     yaw, share = estimate_yaw(levelled)

@@ -45,6 +45,7 @@ class _Cloud:
         self.colors_N3 = colors_N3
         self.up = up
         self.up_hint_3: np.ndarray | None = None
+        self.up_hint_name = "the cameras' mean up direction"
         self.frames: list[Frame] = []  # poses in the cloud's own frame
         self.notes: list[str] = []
 
@@ -56,7 +57,7 @@ def read_scene(
 
     Args:
         path: a .ply, .npz, .obj, .glb, .gltf, .stl or .off file; a raw ScanNet scan folder; or a folder of posed
-            RGB-D frames, which is fused into a cloud.
+            RGB-D frames or of a phone scanner's export (captures.py), which is fused into a cloud.
         align: `auto` turns up to +z, scales to metres and turns walls along x and y (recorded in axis_align_44);
             `none` takes the file's frame as it is; AlignOptions is `auto` with what is known. Scans that bring their
             own alignment keep it under any.
@@ -131,7 +132,14 @@ def _to_scene(name: str, path: Path, cloud: _Cloud, align: str | AlignOptions, m
         notes += cleaned
     if align != "none":
         options = align if isinstance(align, AlignOptions) else AlignOptions()
-        estimate = estimate_alignment(points_N3, rng, assumed_up=cloud.up, up_hint_3=cloud.up_hint_3, options=options)
+        estimate = estimate_alignment(
+            points_N3,
+            rng,
+            assumed_up=cloud.up,
+            up_hint_3=cloud.up_hint_3,
+            up_hint_name=cloud.up_hint_name,
+            options=options,
+        )
         axis_align_44 = estimate.matrix
         notes += estimate.notes
     else:
@@ -338,7 +346,9 @@ def _fuse(folder: Path, capture: Capture) -> _Cloud:
     cloud = _Cloud(points_N3, colors_N3)
     # image rows grow downwards: people hold cameras upright on average
     upright_3 = -np.mean([frame.pose_44[:3, 1] for frame in frames], axis=0)
-    cloud.up_hint_3 = capture.up_3 if capture.up_3 is not None else upright_3
+    cloud.up_hint_3 = upright_3
+    if capture.up_3 is not None:
+        cloud.up_hint_3, cloud.up_hint_name = capture.up_3, "the up direction of the format"
     cloud.frames = frames
     of = f" of {len(with_depth)}" if len(fused) < len(with_depth) else ""
     cloud.notes.append(
