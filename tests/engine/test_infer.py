@@ -1,8 +1,12 @@
 """Asking about one scan: streams, dialogues, tasks by their friendly names, every object, and what is left behind."""
 
 import json
+import os
 import re
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from threedr1.models.model_files import local_folder
 from threedr1.models.scene_vlm import SceneVLM
 from threedr1.utils.predictions import read_predictions
 
+from ..data_factory import room_vertices, write_ply
 from .test_object_token import build, folder, model, scan, scene  # noqa: F401 - fixtures
 
 SAID = "<think>The café has a 🪑.</think><answer>椅子 <obj0></answer>"
@@ -326,3 +331,40 @@ def test_ask_keeps_a_history(model, scene):  # noqa: F811
     second = model.ask(scene, "Where?", history=[("Is there a chair?", first.answer)], max_new_tokens=4)
     put = dialogue_question([("Is there a chair?", first.answer)], "Where?")
     assert put.endswith("### human: Where? ### assistant:") and second.text
+
+
+# size ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_five_million_points_take_little_memory_and_time(folder, tmp_path):  # noqa: F811
+    """The answer begins within 20 s on two idle cores; twice that is allowed here, where others work beside it."""
+    count = 5_000_000
+    rng = np.random.default_rng(0)
+    vertices_V3, _ = room_vertices()
+    points_N3 = vertices_V3[rng.integers(0, len(vertices_V3), count)] + rng.normal(0, 0.01, (count, 3))
+    write_ply(tmp_path / "large.ply", points_N3)
+    argv = [
+        "infer",
+        "--scene",
+        tmp_path / "large.ply",
+        "--model",
+        folder,
+        "--ask",
+        "Where?",
+        "--out",
+        tmp_path / "out",
+    ]
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, Path(cli.__file__), *argv, "--max-tokens", "4"], stdout=subprocess.PIPE, cwd=tmp_path
+    )
+    assert process.stdout is not None
+    first = process.stdout.readline()  # is there once the scan and the model are read
+    seconds = time.monotonic() - start
+    process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0 and first.startswith(b"asked   Where?")
+    assert seconds < 40
+    assert usage.ru_maxrss < 4 << 20, "kilobytes: 4 GiB"
