@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,14 @@ def serve(
 
 def launch(scenes: DemoScenes, host: str, port: int) -> tuple[Any, str]:
     """Start serving; the page and its address. ValueError where the port is taken."""
-    import gradio as gr
-    from starlette.middleware import Middleware
-
     from .demo_page import CSS, Page
+
+    gr, middleware = import_module("gradio"), import_module("starlette.middleware")  # extras
 
     limits = scenes.limits
     page = Page(scenes).build()
     fonts = ("system-ui", "sans-serif")  # of the visitor's machine: nothing is fetched
-    gate = Middleware(Gate, uploads=scenes.uploads, file_bytes=limits.file_bytes)  # type: ignore[arg-type]
+    gate = middleware.Middleware(Gate, uploads=scenes.uploads, file_bytes=limits.file_bytes)
     try:
         _, address, _ = page.launch(
             server_name=host,

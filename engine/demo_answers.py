@@ -74,7 +74,9 @@ DEMO_TASKS = {
         question=False,
         object=True,
     ),
-    "scene_description": DemoTask("Scene description", "Nothing to write: the whole scene is described.", question=False),
+    "scene_description": DemoTask(
+        "Scene description", "Nothing to write: the whole scene is described.", question=False
+    ),
 }
 assert set(DEMO_TASKS) == set(TASKS)
 
@@ -186,9 +188,7 @@ def generate(
     return Told(said.think, said.answer, True, finished, said.boxes, prompt.views, seconds)
 
 
-def answers(
-    model: SceneVLM, lock: threading.Lock, sample: Sample, opened: Opened, limits: Limits
-) -> Iterator[Told]:
+def answers(model: SceneVLM, lock: threading.Lock, sample: Sample, opened: Opened, limits: Limits) -> Iterator[Told]:
     """The answer to a sample as it grows, whole at last. Closing the iterator ends the model's work."""
     said: queue.SimpleQueue[str] = queue.SimpleQueue()
     left = threading.Event()

@@ -1,11 +1,10 @@
-"""What the demo's server refuses before the web framework sees it: foreign files, addresses, too much at once.
+"""What the demo's server refuses before the web framework sees it: every file, foreign paths, too much at once.
 
-The framework checks paths itself; this is a second lock, and it closes what the framework leaves open, that a visitor
-has the server fetch an address for them.
+The framework checks paths itself; this is a second lock, and it closes what the framework leaves open: that uploads
+are handed out, and that a visitor has the server fetch an address for them.
 """
 
 import json
-import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,13 +24,10 @@ def is_foreign(name: str, uploads: Path) -> bool:
     return not Path(uploads, name).resolve().is_relative_to(uploads.resolve())
 
 
-def asks_foreign(path: str, uploads: Path) -> bool:
-    """Whether the path of a request asks for a file that is no upload, or for another server's page."""
+def asks_file(path: str) -> bool:
+    """Whether the path of a request asks for a file, or for another server's page: this page needs neither."""
     path = unquote(path)
-    if "/proxy=" in path:
-        return True
-    _, found, name = path.partition("/file=")
-    return bool(found) and is_foreign(name, uploads)
+    return any(part in path for part in ("/file=", "/file/", "/proxy="))
 
 
 def names_foreign(data: Any, uploads: Path) -> bool:
@@ -42,13 +38,6 @@ def names_foreign(data: Any, uploads: Path) -> bool:
             return True
         return any(names_foreign(value, uploads) for value in data.values())
     return isinstance(data, list) and any(names_foreign(value, uploads) for value in data)
-
-
-def sweep(uploads: Path, older: float) -> None:
-    """Remove uploads that nobody opened within so many seconds."""
-    for path in uploads.rglob("*"):
-        if path.is_file() and path.stat().st_mtime < time.time() - older:
-            path.unlink(missing_ok=True)
 
 
 class Gate:
@@ -69,7 +58,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if asks_foreign(scope["path"], self.uploads):
+        if asks_file(scope["path"]):
             await _refuse(send, 403, "That file is not to be had here.")
         elif scope["method"] not in ("POST", "PUT"):
             await self.app(scope, receive, send)

@@ -8,6 +8,7 @@ Shapes: K objects.
 import html
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +26,7 @@ main.fillable {padding: 8px 24px !important} h1 {margin-bottom: 0 !important} h3
 .views {display: flex; flex-wrap: wrap; gap: 10px} .views figure {margin: 0; width: 190px}
 .views img {width: 100%; border-radius: 6px} .views figcaption {font-size: 12px; color: #667085}
 table.boxes {border-collapse: collapse; font-size: 13px; width: 100%}
-table.boxes :is(td, th) {padding: 3px 8px !important; border: 0 !important; border-bottom: 1px solid #e4e7ec !important}
+table.boxes :is(td, th) {padding: 3px 8px !important; border-width: 0 0 1px 0 !important; border-color: #e4e7ec}
 """
 EMPTY = (
     '<div class="empty"><div><b>No scene yet</b><br>Open a generated room, or upload a PLY scan,<br>'
@@ -49,10 +50,8 @@ class InWords:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, Exception):
-            import gradio as gr
-
             _log.error("the demo failed", exc_info=error)
-            raise gr.Error(BROKEN, duration=None) from None
+            raise import_module("gradio").Error(BROKEN, duration=None) from None
 
 
 def notice(sentence: str) -> str:
@@ -119,8 +118,7 @@ class Page:
 
     def build(self) -> Any:
         """The page, a gradio.Blocks."""
-        import gradio as gr
-
+        gr = import_module("gradio")
         with gr.Blocks(title="3D-R1 demo", analytics_enabled=False, fill_width=True) as page:
             gr.Markdown("# 3D-R1\nOpen a scene, ask about it, and see thought, answer, boxes and the views looked at.")
             self.key = gr.State(None, time_to_live=3600, delete_callback=self.scenes.shelf.drop)
@@ -136,13 +134,13 @@ class Page:
                     self._question_part(gr)
                     self._answer_part(gr)
             self.boxes = gr.JSON(visible="hidden")
-            self._connect(gr, page)
+            self._connect(gr)
         page.queue(max_size=self.scenes.limits.waiting, api_open=False)
         return page
 
     def _scene_part(self, gr: Any) -> None:
         gr.Markdown("### 1. Scene")
-        limits = self.scenes.limits
+        limits, button = self.scenes.limits, {"variant": "primary", "min_width": 140, "scale": 0}
         with gr.Tabs():
             with gr.Tab("Generated room"), gr.Row():
                 self.number = gr.Number(7, label="Another number, another room", precision=0, elem_id="number")
@@ -151,10 +149,12 @@ class Page:
                 with gr.Tab("Prepared scene"), gr.Row():
                     names = self.scenes.prepared
                     self.name = gr.Dropdown(names, value=names[0], label="Scene", elem_id="prepared")
-                    self.open_prepared = gr.Button("Open scene", variant="primary", elem_id="open-prepared", min_width=140, scale=0)
+                    self.open_prepared = gr.Button("Open scene", elem_id="open-prepared", **button)
             with gr.Tab("Your scan (PLY)", elem_id="upload-tab"):
                 size = f"{limits.file_bytes // 2**20} MB and {limits.rows:,} points"
-                self.file = gr.File(label=f"PLY cloud or mesh, up to {size}", file_types=[".ply"], elem_id="upload", height=110)
+                self.file = gr.File(
+                    label=f"PLY cloud or mesh, up to {size}", file_types=[".ply"], elem_id="upload", height=150
+                )
 
     def _question_part(self, gr: Any) -> None:
         gr.Markdown("### 2. Question")
@@ -187,9 +187,8 @@ class Page:
         self.think = gr.Textbox(label="Thought", elem_id="think", lines=3, max_lines=12, interactive=False)
         self.table = gr.HTML("", elem_id="boxes")
 
-    def _connect(self, gr: Any, page: Any) -> None:
+    def _connect(self, gr: Any) -> None:
         """Which event does what."""
-        del page
         quiet: dict[str, Any] = {"api_visibility": "private"}
         opening = {**quiet, "concurrency_id": "open", "concurrency_limit": 2}
         opened = [self.key, self.scene, self.summary, self.object, self.turns, self.told, self.status]

@@ -1,7 +1,7 @@
 """Scenes of the demo: generated rooms, prepared scenes and uploads, opened within limits and kept for a while.
 
-Nothing here knows of a web framework. What a visitor sends is a number, a name that must be one of ours, or a file that
-lies in the folder for uploads; nothing else of theirs becomes a path.
+Nothing here knows of a web framework. What a visitor sends is a number, a name that must be one of ours, or a file
+that lies in the folder for uploads; nothing else of theirs becomes a path.
 
 Shapes: K objects.
 """
@@ -10,6 +10,7 @@ import re
 import secrets
 import tempfile
 import threading
+import time
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from ..utils.text import format_name
 
 ROOM_POINTS = 200_000
 MAX_ROOM = 10**9  # numbers of generated rooms
+UPLOAD_SECONDS = 900.0  # that an upload may wait to be opened
 _HEADER_BYTES = 65_536
 _ELEMENT = re.compile(rb"^element\s+(\S+)\s+(\d{1,18})\s*$", re.MULTILINE)
 
@@ -123,8 +125,8 @@ def check_header(path: Path, rows: int) -> None:
         if int(count) > rows:
             kind = {b"vertex": "points", b"face": "faces"}.get(name, "rows of another kind")
             raise ValueError(
-                f"{path} has {int(count):,} {kind}; this demo takes up to {rows:,}: thin the scan out, or ask about it "
-                "with `python main.py infer`."
+                f"{path} has {int(count):,} {kind}; this demo takes up to {rows:,}: thin the scan out, or ask "
+                "about it with `python main.py infer`."
             )
 
 
@@ -161,6 +163,17 @@ def read_upload(uploaded: Path, uploads: Path, limits: Limits) -> Scene:
     return scene
 
 
+def sweep(uploads: Path, older: float) -> None:
+    """Remove what arrived more than so many seconds ago and was not opened, and folders that are empty."""
+    for path in sorted(uploads.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.stat().st_mtime > time.time() - older:
+            continue
+        if path.is_file():
+            path.unlink(missing_ok=True)
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
 @dataclass(eq=False)
 class DemoScenes:
     """Opens scenes and keeps them.
@@ -169,6 +182,9 @@ class DemoScenes:
         lock: held while the model works.
         uploads: folder in which uploads arrive.
         data: data root whose prepared scenes are offered; None offers none.
+
+    Raises:
+        ValueError: there are no prepared scenes in `data`.
     """
 
     model: SceneVLM
@@ -183,11 +199,6 @@ class DemoScenes:
         self.shelf = Shelf(self.limits.scenes)
         self._store = SceneStore(self.data / "prepared") if self.data is not None else None
         self.prepared = list(self._store.scene_ids) if self._store is not None else []
-        if self.data is not None and not self.prepared:
-            raise ValueError(
-                f"There is no prepared scene in {self.data}; run `python main.py prepare --root {self.data}`, or leave "
-                "--data out."
-            )
 
     def room(self, number: int | float | None) -> str:
         """Open the generated room of a number; its key."""
@@ -206,6 +217,7 @@ class DemoScenes:
         """Open an uploaded PLY file; its key."""
         if not path:
             raise ValueError("There is no file yet; choose a PLY file first.")
+        sweep(self.uploads, UPLOAD_SECONDS)
         scene = read_upload(Path(path), self.uploads, self.limits)
         return self._open(scene, f"Upload {shown_name(str(path))}")
 

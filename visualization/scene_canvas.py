@@ -153,12 +153,11 @@ window.addEventListener("message", e => { if (gl && e.data && Array.isArray(e.da
 </script>"""
 
 
-
 def box_list(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Boxes as the page takes them: {box: [7 numbers], color: [r, g, b], label}.
 
     Args:
-        groups: boxes [x, y, z, dx, dy, dz(, heading)], the colour of all, and their labels (fewer leave the rest bare).
+        groups: boxes [x, y, z, dx, dy, dz(, heading)], their colour, and their labels (fewer leave the rest bare).
     """
     found = []
     for boxes, color, names in groups:
