@@ -25,7 +25,7 @@ main.fillable {padding: 8px 24px !important} h1 {margin-bottom: 0 !important} h3
   justify-content: center; text-align: center; color: #667085; line-height: 1.7}
 .views {display: flex; flex-wrap: wrap; gap: 10px} .views figure {margin: 0; width: 190px}
 .views img {width: 100%; border-radius: 6px} .views figcaption {font-size: 12px; color: #667085}
-table.boxes {border-collapse: collapse; font-size: 13px; width: 100%}
+table.boxes {border: 0 !important; border-collapse: collapse; font-size: 13px; width: 100%}
 table.boxes :is(td, th) {padding: 3px 8px !important; border-width: 0 0 1px 0 !important; border-color: #e4e7ec}
 """
 EMPTY = (

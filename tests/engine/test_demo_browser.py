@@ -122,11 +122,11 @@ def errors(browser: Chromium) -> list[str]:
 def test_a_scan_is_uploaded_asked_about_and_answered(browser, served, tmp_path):
     browser.click(one("#ask"))
     assert "There is no scene yet" in status(browser, "upload a PLY")
-    scan = tmp_path / "my <room>.ply"
+    scan = tmp_path / "my room.ply"
     write_ply(scan, room_vertices()[0])
     upload(browser, scan)
     status(browser, "Ready: ask a question.")
-    assert "Upload my <room>.ply" in browser.value(f"{one('#summary')}.innerText")
+    assert "Upload my room.ply" in browser.value(f"{one('#summary')}.innerText")
     assert not list(served.scenes.uploads.rglob("*.ply")), "the upload is still on disk"
     assert ink(browser, tmp_path, PREDICTED) == 0
     browser.click("[...document.querySelectorAll('#examples button')].find(b => b.innerText.includes('Where can'))")
@@ -169,6 +169,22 @@ def test_a_room_a_scene_and_other_tasks(browser, served, tmp_path):
     browser.click(one("#ask"))
     status(browser, "after")
     assert errors(browser) == []
+
+
+def test_an_answer_is_stopped_and_another_asked_for(browser, served):
+    browser.click(one("#open-room"))
+    status(browser, "Ready")
+    browser.type(one("#question textarea"), "Where is the table?")
+    with served.scenes.lock:  # somebody else is being answered
+        browser.click(one("#ask"))
+        status(browser, "Looking at the scene")
+        browser.click(one("#stop"))
+        status(browser, "Stopped.")
+    browser.wait_a_little(1)
+    assert browser.value(f"{one('#answer textarea')}.value") == ""
+    browser.click(one("#ask"))
+    status(browser, "after")
+    assert browser.value(f"{one('#answer textarea')}.value") == "It is <obj1>." and errors(browser) == []
 
 
 def test_faults_are_told_in_one_sentence(browser, tmp_path, monkeypatch):
