@@ -137,11 +137,19 @@ class Chromium:
         raise TimeoutError(f"{expression} stayed false; the page says: {self.value('document.body.innerText')}")
 
     def click(self, expression: str) -> None:
-        """Click the middle of the element that an expression gives."""
-        place = self.wait_for(
+        """Click the middle of the element that an expression gives, once it stands still and nothing covers it."""
+        middle = (
             f"(() => {{ const e = {expression}; if (!e) return null; e.scrollIntoView({{block: 'center'}});"
-            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+            "const r = e.getBoundingClientRect(), x = r.x + r.width / 2, y = r.y + r.height / 2;"
+            "const top = document.elementFromPoint(x, y);"
+            "return top && (e.contains(top) || top.contains(e)) ? [x, y] : null; })()"
         )
+        place = self.wait_for(middle)
+        while True:
+            self.wait_a_little(0.2)
+            before, place = place, self.wait_for(middle)
+            if before == place:
+                break
         for kind in ("mousePressed", "mouseReleased"):
             where = {"x": place[0], "y": place[1], "button": "left", "clickCount": 1}
             self.send("Input.dispatchMouseEvent", type=kind, **where)
