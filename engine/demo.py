@@ -106,6 +106,9 @@ def launch(scenes: DemoScenes, host: str, port: int) -> tuple[Any, str]:
             theme=gr.themes.Soft(font=fonts, font_mono=("ui-monospace", "monospace")),
             app_kwargs={"middleware": [gate], "docs_url": None, "redoc_url": None, "openapi_url": None},
         )
-    except OSError as error:
-        raise ValueError(f"Port {port} of {host} cannot be had ({error}); name another with --port.") from None
+    except OSError:
+        raise ValueError(
+            f"Port {port} of {host} cannot be had: it is taken, or the address is none of this machine; name another "
+            "with --port or --host."
+        ) from None
     return page, address

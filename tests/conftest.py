@@ -79,6 +79,8 @@ def rooms_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_model(rooms_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small untrained model with a view selector, in a folder."""
+    import torch
+
     from threedr1.engine.build import build_model
     from threedr1.engine.config import load_config
 
@@ -106,6 +108,7 @@ def demo_model(rooms_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         "model.views.image_size=56",
     ]
     config = load_config("sft", None, settings)
+    torch.manual_seed(0)
     model = build_model(config.model, config.data)
     folder = tmp_path_factory.mktemp("demo") / "model"
     model.save_pretrained(folder)

@@ -208,6 +208,11 @@ def test_faults_are_told_in_one_sentence(browser, tmp_path, monkeypatch):
     assert errors(browser) == []
 
 
+def test_a_port_that_is_taken_is_named(served):
+    with pytest.raises(ValueError, match=f"Port {served.port} of 127.0.0.1 cannot be had"):
+        launch(served.scenes, "127.0.0.1", served.port)
+
+
 # The server ------------------------------------------------------------------------------------------------------
 
 
