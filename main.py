@@ -247,6 +247,27 @@ def chat_answers(session: "Session") -> "list[Answer]":
     return answers
 
 
+def run_demo(args: argparse.Namespace) -> int:
+    from .engine.demo import check_gradio, serve
+    from .engine.demo_scenes import Limits
+
+    check_gradio()
+    limits = Limits(
+        file_bytes=args.max_mb * 2**20, rows=args.max_points, seconds=args.time_limit, waiting=args.max_waiting
+    )
+    serve(
+        args.model,
+        data=args.data,
+        language_model=args.language_model,
+        device=args.device,
+        host=args.host,
+        port=args.port,
+        limits=limits,
+        on_start=lambda address: say(f"demo at {address} (Ctrl-C ends it)"),
+    )
+    return 0
+
+
 def run_view(args: argparse.Namespace) -> int:
     if args.views is None and (args.ask or args.model or args.encoder or args.source or args.candidates):
         raise ValueError("--ask, --model, --encoder, --source and --candidates go with --views SCENE.")
@@ -457,6 +478,7 @@ FUNCTIONS = {
     "eval": run_loop,
     "score": run_score,
     "infer": run_infer,
+    "demo": run_demo,
     "export": run_export,
     "view": run_view,
     "doctor": run_doctor,

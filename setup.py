@@ -165,6 +165,7 @@ setup(
         "viewer": ["rerun-sdk>=0.24"],
         "synthesis": ["google-genai>=1.40"],
         "tracking": ["tensorboard>=2.15"],
+        "demo": ["gradio==6.31.0"],  # takes an older pillow than requirements.txt has, so it is no pin there
         "dev": [
             "datasets>=3",
             "pytest>=8",

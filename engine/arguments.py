@@ -119,6 +119,7 @@ def build_parser(
     _add_data_commands(add)
     _add_loop_commands(add)
     _add_result_commands(add)
+    _add_demo_command(add)
     _add_bench_command(add, benchmarks)
     return parser
 
@@ -513,6 +514,49 @@ def _add_result_commands(add: AddCommand) -> None:
         default="runs/views",
         metavar="DIR",
         help="where views-<n>.png and views.html go (default: %(default)s)",
+    )
+
+
+def _add_demo_command(add: AddCommand) -> None:
+    demo = add(
+        "demo",
+        "a page in the browser: open a room, a scene or a PLY of your own, ask, see answer and boxes (docs/demo.md)",
+    )
+    demo.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="DIR", help="model or run folder (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--language-model", metavar="NAME", help="base language model, if it does not lie where it did in training"
+    )
+    demo.add_argument("--data", metavar="ROOT", help="data root whose prepared scenes are offered (default: none)")
+    demo.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    demo.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="who may connect: this machine alone (default: %(default)s), or 0.0.0.0 for everyone who reaches it",
+    )
+    demo.add_argument("--port", type=at_least(0), default=7860, metavar="N", help="default: %(default)s")
+    limits = demo.add_argument_group("limits for visitors")
+    limits.add_argument(
+        "--max-mb", type=at_least(1), default=256, metavar="N", help="size of an upload (default: %(default)s)"
+    )
+    limits.add_argument(
+        "--max-points",
+        type=at_least(1),
+        default=5_000_000,
+        metavar="N",
+        help="points of an upload, and faces (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--time-limit",
+        type=seconds,
+        default=120.0,
+        metavar="SECONDS",
+        help="that the model may work on one answer (default: 120)",
+    )
+    limits.add_argument(
+        "--max-waiting", type=at_least(1), default=20, metavar="N", help="visitors in the queue (default: %(default)s)"
     )
 
 

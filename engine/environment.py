@@ -19,6 +19,7 @@ OPTIONAL = {
     "rerun-sdk": "the viewer: pip install 'threedr1[viewer]'",
     "google-genai": "the Gemini teacher: pip install 'threedr1[synthesis]'",
     "tensorboard": "the tensorboard tracker: pip install 'threedr1[tracking]'",
+    "gradio": "the demo: bash script/demo.sh, or pip install 'threedr1[demo]'",
 }
 # bytes: the quickstart with its Python environment; ScanNet's needed files with prepared scenes and annotations
 QUICKSTART_BYTES, SCANNET_BYTES = 5e9, 15e9

@@ -74,3 +74,42 @@ def rooms_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             build_tiny(root / "partial-tiny", corpus_texts(root), size=size, seed=0)
             (root / "partial-tiny").rename(root / "tiny")
     return root
+
+
+@pytest.fixture(scope="session")
+def demo_model(rooms_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small untrained model with a view selector, in a folder."""
+    import torch
+
+    from threedr1.engine.build import build_model
+    from threedr1.engine.config import load_config
+
+    settings = [
+        f"data.root={rooms_root}",
+        "data.num_points=512",
+        f"model.language.model={rooms_root}/tiny",
+        "model.language.dtype=float32",
+        "model.language.train=full",
+        "model.language.num_proposals=8",
+        "model.language.num_layout_tokens=2",
+        "model.encoder.num_tokens=32",
+        "model.encoder.num_neighbors=8",
+        "model.encoder.width=16",
+        "model.encoder.encoder_layers=1",
+        "model.encoder.decoder_layers=1",
+        "model.encoder.num_heads=2",
+        "model.encoder.num_queries=9",
+        "model.views.encoder=all-MiniLM-L6-v2",
+        "model.views.w_image=1.0",
+        "model.views.w_clip=0.0",
+        "model.views.source=inside+ring",
+        "model.views.num_candidates=4",
+        "model.views.num_views=2",
+        "model.views.image_size=56",
+    ]
+    config = load_config("sft", None, settings)
+    torch.manual_seed(0)
+    model = build_model(config.model, config.data)
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    model.save_pretrained(folder)
+    return folder

@@ -24,6 +24,7 @@ ENTRY_POINTS = (
     "infer.sh",
     "synthesize_scene30K.sh",
     "visualize.sh",
+    "demo.sh",
 )
 OVERRIDES = ["PYTHON", "CONFIG", "NGPU", "MODEL", "ENCODER", "DATA", "RUN", "OUT"]
 
@@ -176,6 +177,20 @@ def test_infer_help_names_recipes_that_exist():
             name = word.partition("=")[2] or word
             if name.startswith("script/recipes/") and name.endswith(".yaml"):
                 assert (ROOT / name).is_file() or "tiny.." in name, f"{script.name} names {name}"
+
+
+def test_the_demo_installs_nothing_into_an_interpreter_that_is_given(shell: Shell):
+    assert shell.run("demo.sh", "--port", "8000").returncode == 0
+    (row,) = [json.loads(line) for line in shell.record.read_text().splitlines()]
+    assert row == ["main.py", "demo", "--port", "8000"]
+
+
+def test_the_dockerfile_copies_what_exists_and_has_both_images():
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1] if name[0] != "-"]
+    assert copied and all((ROOT / name).exists() for name in copied)
+    assert {line.split()[-1] for line in lines if line.startswith("FROM ")} >= {"cpu", "cuda"}
+    assert any(line.startswith('ENTRYPOINT ["python", "main.py"]') for line in lines)
 
 
 # Stands in for the interpreter: `pip install` makes a folder `trl`, unless it is to fail; pytest notes what it sees.
