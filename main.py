@@ -189,23 +189,14 @@ def save_answer_pictures(answered: "Answered", folder: Path) -> None:
 
 
 def run_view(args: argparse.Namespace) -> int:
-    if args.views is None and (args.ask or args.model or args.encoder or args.source or args.candidates):
-        raise ValueError("--ask, --model, --encoder, --source and --candidates go with --views SCENE.")
-    if args.views is None and args.predictions is None:
-        raise ValueError("Name a run folder or predictions.jsonl to look at, or a scan with --views.")
-    if args.predictions is None and args.save:
-        raise ValueError("--save writes predictions; name a run folder or predictions.jsonl too.")
+    check_view(args)
     sections = save_view_sheets(args) if args.views is not None else []
-    if args.predictions is None:
+    if args.predictions is None and args.scene is None:
         from .visualization.report import write_page
 
         page = args.html or Path(args.out) / "views.html"
         say(f"wrote {write_page(page, '3D-R1 views', str(args.views), sections)}")
         return 0
-    if args.save or not args.html:
-        from .visualization.rerun_view import show
-
-        show(args.predictions, data_root=args.data, save=args.save, limit=args.limit)
     if args.html:
         from .visualization.report import write_report
         from .visualization.table import results_markdown
@@ -215,7 +206,56 @@ def run_view(args: argparse.Namespace) -> int:
             say(table)
         out = write_report(args.predictions, args.html, data_root=args.data, limit=args.limit, sections=sections)
         say(f"wrote {out}")
+    if args.save or args.room or args.top or args.export or not args.html:
+        show_scenes(args)
     return 0
+
+
+def check_view(args: argparse.Namespace) -> None:
+    """ValueError where the arguments of `view` do not go together."""
+    if args.views is None and (args.ask or args.encoder or args.source or args.candidates):
+        raise ValueError("--ask, --encoder, --source and --candidates go with --views SCENE.")
+    if args.views is None and args.scene is None and args.model:
+        raise ValueError("--model goes with --scene SCAN, for what it detects, or with --views SCENE.")
+    if args.views is None and args.scene is None and args.predictions is None:
+        raise ValueError(
+            "Name a run folder or predictions.jsonl to look at, a scan with --scene, or one with --views."
+        )
+    if args.views is not None and args.scene is not None:
+        raise ValueError("--scene and --views show different things; give one of them at a time.")
+    if args.predictions is None and args.scene is None and (args.save or args.room or args.top or args.export):
+        raise ValueError("--save, --room, --top and --export show predictions or a scan; name one, or --scene.")
+    if args.html and args.scene is not None and args.predictions is None:
+        raise ValueError("--html reports on predictions; a scan alone is shown with --room.")
+
+
+def show_scenes(args: argparse.Namespace) -> None:
+    """The scenes of `view` in Rerun or in an .rrd file; one of them as a page, a plan or a file of boxes."""
+    from .engine.scene_viewer import detected_boxes, save_scene, scenes_to_show, the_scene
+    from .visualization.rerun_view import show
+
+    detects = args.scene is not None and args.model is not None
+    options = {"language_model": args.language_model, "multiview": args.multiview}
+    scenes = scenes_to_show(
+        args.predictions,
+        args.scene,
+        data_root=args.data,
+        align=args.align,
+        frame=args.frame,
+        limit=args.limit,
+        detect=(lambda scene: detected_boxes(scene, args.model, **options)) if detects else None,
+    )
+    if args.scene is not None:
+        for note in scenes[0].scene.notes:
+            sys.stderr.write(f"assumed: {note}\n")
+    if args.room or args.top or args.export:
+        one = the_scene(scenes)
+        for path in save_scene(one, room=args.room, top=args.top, export=args.export, frame=args.frame):
+            say(f"wrote {path}")
+    if args.save or not (args.html or args.room or args.top or args.export):
+        show(scenes, save=args.save)
+        if args.save:
+            say(f"wrote {args.save}")
 
 
 def save_view_sheets(args: argparse.Namespace) -> list[str]:

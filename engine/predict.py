@@ -19,6 +19,7 @@ from ..models.observation import Observation, clicked_box
 from ..models.scene_vlm import SceneVLM
 from ..utils.boxes import points_in_boxes
 from ..utils.predictions import Prediction, write_predictions
+from ..utils.view_cameras import write_camera
 from .checkpoint import model_folder
 from .data import ObservationCache
 from .references import reference_of
@@ -56,7 +57,7 @@ def view_path(observation: Observation, index: int) -> str:
 
 
 def save_views(rollouts: Sequence[Rollout], folder: Path) -> None:
-    """Write the pictures of the views that rollouts were given."""
+    """Write the pictures of the views that rollouts were given, and the camera of each beside it."""
     shown = {
         view_path(rollout.observation, index): (rollout.observation, index)
         for rollout in rollouts
@@ -69,6 +70,7 @@ def save_views(rollouts: Sequence[Rollout], folder: Path) -> None:
         partial = path.with_name(path.name + ".partial")
         Image.fromarray(observation.pool.images_VHW3[index]).save(partial, format="JPEG")
         os.replace(partial, path)
+        write_camera(path, observation.pool.cameras[index])
 
 
 def world_boxes(observation: Observation, boxes: Sequence[Sequence[float]]) -> list[list[float]]:
