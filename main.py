@@ -29,8 +29,10 @@ if not __package__:  # started as a file: give it its package (PEP 366), so that
 
 
 if TYPE_CHECKING:
+    from .datasets.scene import Scene
     from .datasets.synthesis.views import ViewsOf
     from .engine.predict import Answered
+    from .visualization.shown_boxes import ShownBoxes
 
 
 def say(text: str) -> None:
@@ -231,11 +233,14 @@ def check_view(args: argparse.Namespace) -> None:
 
 def show_scenes(args: argparse.Namespace) -> None:
     """The scenes of `view` in Rerun or in an .rrd file; one of them as a page, a plan or a file of boxes."""
-    from .engine.scene_viewer import detected_boxes, save_scene, scenes_to_show, the_scene
+    from .engine.scene_viewer import save_scene, scenes_to_show, the_scene
     from .visualization.rerun_view import show
 
-    detects = args.scene is not None and args.model is not None
-    options = {"language_model": args.language_model, "multiview": args.multiview}
+    def detect(scene: "Scene") -> "ShownBoxes":
+        from .engine.detections import detected_boxes
+
+        return detected_boxes(scene, args.model, language_model=args.language_model, multiview=args.multiview)
+
     scenes = scenes_to_show(
         args.predictions,
         args.scene,
@@ -243,7 +248,7 @@ def show_scenes(args: argparse.Namespace) -> None:
         align=args.align,
         frame=args.frame,
         limit=args.limit,
-        detect=(lambda scene: detected_boxes(scene, args.model, **options)) if detects else None,
+        detect=detect if args.scene is not None and args.model is not None else None,
     )
     if args.scene is not None:
         for note in scenes[0].scene.notes:
@@ -260,7 +265,8 @@ def show_scenes(args: argparse.Namespace) -> None:
 
 def save_view_sheets(args: argparse.Namespace) -> list[str]:
     """A contact sheet of the candidate views for each question, as PNG; returns them as sections of a report."""
-    from .engine.views import SENTENCE_ENCODER, find_scene, score_views
+    from .engine.scans import find_scene
+    from .engine.views import SENTENCE_ENCODER, score_views
     from .visualization.contact_sheet import contact_sheet, sheet_section
     from .visualization.pictures import save_picture
 

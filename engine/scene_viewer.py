@@ -3,45 +3,17 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
-from ..datasets.multiview import open_multiview
 from ..datasets.readers import read_scene
 from ..datasets.scene import Scene
-from ..models.scene_vlm import SceneVLM
-from ..utils.labels import DETECTION_CLASSES, NUM_CLASSES
 from ..visualization.box_files import from_world, is_box_file, read_boxes, to_world, write_boxes
 from ..visualization.pictures import save_picture
 from ..visualization.scene_page import write_scene_page
 from ..visualization.shown_boxes import ShownBoxes
 from ..visualization.shown_scene import LAYERS, ShownScene, load_shown
 from ..visualization.top_view import top_view
-from .checkpoint import model_folder
-from .runtime import pick_device
-from .views import find_scene
+from .scans import find_scene
 
 _PICTURES = (".png", ".jpg", ".jpeg")
-
-
-def detected_boxes(
-    scene: Scene,
-    model_path: str | Path,
-    *,
-    language_model: str | None = None,
-    multiview: str = "",
-    device: str = "auto",
-) -> ShownBoxes:
-    """What a model detects in a scene, world frame: the class of each object and its objectness."""
-    model = SceneVLM.from_pretrained(
-        model_folder(model_path), device=pick_device(device), language_model=language_model
-    )
-    model.multiview = open_multiview(multiview, model.settings.multiview_dim)
-    with torch.no_grad():
-        (encoded,) = model.encode([model.observe(scene)])
-    classes = encoded.class_probs_KC[encoded.valid_K, :NUM_CLASSES].argmax(1).tolist()
-    scores = encoded.objectness_K[encoded.valid_K].float().tolist()
-    rows = scene.to_world(encoded.proposals).tolist()
-    return ShownBoxes.from_rows(rows, [DETECTION_CLASSES[number] for number in classes], scores)
 
 
 def scenes_to_show(

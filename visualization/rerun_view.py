@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..datasets.scene import Scene
 from ..utils.camera import Camera
+from ..utils.splat import point_radii
 from .shown_boxes import ShownBoxes
 from .shown_scene import LAYERS, QUESTION_LAYERS, ShownQuestion, ShownScene, ShownView
 
 STEP = 0.5  # seconds between one box and the next
 _FRUSTUM = 0.35  # metres from a camera to its picture
+_EYE_3 = np.array([-0.45, -0.45, 1.1])
 _MEDIA_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
 
 
@@ -28,6 +32,7 @@ def box_archetype(rerun: Any, boxes: ShownBoxes, color: tuple[int, int, int]) ->
         colors=[color] * len(boxes),
         labels=boxes.texts(),
         show_labels=True,
+        fill_mode=rerun.components.FillMode.MajorWireframe,
     )
 
 
@@ -69,6 +74,7 @@ class _Recorder:
     def __init__(self, rerun: Any, most_views: int):
         self.rerun, self.most_views = rerun, most_views
         self.question = self.step = 0
+        self.placed: set[str] = set()
 
     def log(self, path: str, *parts: Any, static: bool = False) -> None:
         self.rerun.log(path, *parts, static=static)
@@ -85,7 +91,8 @@ class _Recorder:
         """Points, annotated objects and boxes without a question, which come one after the other."""
         self._set_time()
         scene = shown.scene
-        self.log("world/points", self.rerun.Points3D(scene.points_N3, colors=scene.colors_N3, radii=0.01))
+        radii_N = point_radii(torch.from_numpy(scene.points_N3 - scene.points_N3.min(0))).numpy()
+        self.log("world/points", self.rerun.Points3D(scene.points_N3, colors=scene.colors_N3, radii=radii_N))
         self.boxes("objects", shown.objects)
         self.boxes("boxes", shown.boxes.first(0))
         for count in range(1, len(shown.boxes) + 1):
@@ -115,33 +122,56 @@ class _Recorder:
         """A view's picture at its camera; nothing where there is no view, or no camera of it."""
         camera = view.camera if view is not None else None
         if view is None or camera is None:
-            self.log(path, self.rerun.Clear(recursive=True))
+            # Rerun complains of a picture whose camera was cleared, so the camera stays, without an extent
+            if path in self.placed:
+                self.log(path, self.rerun.Pinhole(focal_length=1, width=1, height=1, image_plane_distance=0))
+                self.log(f"{path}/picture", self.rerun.Clear(recursive=False))
             return
         media_type = _MEDIA_TYPES.get(view.file.suffix.lower())
         if media_type is None:
             raise ValueError(f"{view.file} is no JPEG or PNG picture; views are kept as one of them.")
-        pose, pinhole = camera_archetypes(self.rerun, camera)
         image = self.rerun.EncodedImage(contents=view.file.read_bytes(), media_type=media_type)
-        self.log(path, pose, pinhole, image)
+        self.log(path, *camera_archetypes(self.rerun, camera))
+        self.log(f"{path}/picture", image)
+        self.placed.add(path)
 
     def quiet(self) -> None:
         """Take a scene's questions away, before the next scene."""
+        self._set_time()
         for layer in (*QUESTION_LAYERS, "boxes"):
             self.boxes(layer, ShownBoxes.from_rows([]))
         for slot in range(self.most_views):
             self.view(f"world/views/{slot + 1}", None)
 
 
-def blueprint(rerun: Any) -> Any:
-    """The scene on the left, the text on the right, the timeline of questions below."""
+def eye_of(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """A place from which a room is seen whole, above one corner and higher than its walls hide it; and its middle."""
+    low_3, high_3 = scene.points_N3.min(0).astype(np.float64), scene.points_N3.max(0).astype(np.float64)
+    middle_3 = (low_3 + high_3) / 2
+    distance = 1.1 * float(np.linalg.norm(high_3 - low_3))
+    return middle_3 + distance * _EYE_3 / np.linalg.norm(_EYE_3), middle_3
+
+
+def blueprint(rerun: Any, scenes: Sequence[ShownScene]) -> Any:
+    """The scene on the left, the text on the right, and a timeline: of questions, or else of boxes."""
     layout = rerun.blueprint
+    questions = any(shown.questions for shown in scenes)
+    eye_3, middle_3 = eye_of(scenes[0].scene)
     return layout.Blueprint(
         layout.Horizontal(
-            layout.Spatial3DView(origin="/world", name="scene"),
+            layout.Spatial3DView(
+                origin="/world",
+                name="scene",
+                background=[255, 255, 255],
+                line_grid=False,
+                eye_controls=layout.EyeControls3D(position=eye_3, look_target=middle_3, eye_up=[0, 0, 1]),
+                # what is annotated would cover what is asked; a click in the list of streams shows it
+                overrides={"/world/objects": layout.EntityBehavior(visible=not questions)},
+            ),
             layout.TextDocumentView(origin="/dialogue", name="think and answer"),
             column_shares=[3, 1],
         ),
-        layout.TimePanel(timeline="question"),
+        layout.TimePanel(timeline="question" if questions else "time"),
         collapse_panels=True,
     )
 
@@ -160,10 +190,11 @@ def show(scenes: Sequence[ShownScene], *, save: str | Path | None = None) -> Non
         import rerun.blueprint
     except ImportError:
         raise ValueError('The viewer needs Rerun: pip install "rerun-sdk>=0.24".') from None
-    rerun.init("3D-R1", spawn=save is None, default_blueprint=blueprint(rerun))
+    look = blueprint(rerun, scenes)
+    rerun.init("3D-R1", spawn=save is None, default_blueprint=look if save is None else None)
     if save is not None:
         Path(save).parent.mkdir(parents=True, exist_ok=True)
-        rerun.save(str(save), default_blueprint=blueprint(rerun))
+        rerun.save(str(save), default_blueprint=look)
     rerun.log("world", rerun.ViewCoordinates.RIGHT_HAND_Z_UP, static=True)
     questions = [question for shown in scenes for question in shown.questions]
     recorder = _Recorder(rerun, max((len(question.views) for question in questions), default=0))

@@ -92,15 +92,17 @@ def page_data(shown: ShownScene, *, max_points: int = _MAX_POINTS, seed: int = 0
 
 
 def quantised(points_N3: np.ndarray, colors_N3: np.ndarray) -> dict[str, Any]:
-    """Points as 16-bit steps from their lowest corner and colours as bytes, in base64, and the size to draw."""
+    """Points as 16-bit steps from their lowest corner colours and sizes as bytes, in base64."""
     low_3 = points_N3.min(0)
     step_3 = np.maximum(np.ptp(points_N3, axis=0), 1e-6) / _STEPS
     places_N3 = np.rint((points_N3 - low_3) / step_3).astype("<u2")
-    radii_N = point_radii(torch.from_numpy((points_N3 - low_3).astype(np.float32)))
+    wide_N = 2 * point_radii(torch.from_numpy((points_N3 - low_3).astype(np.float32))).numpy()
+    widest = max(float(wide_N.max()), 1e-6)
     return {
         "low": low_3.tolist(),
         "step": step_3.tolist(),
-        "spacing": round(float(radii_N.median()) * 1.5, 5),
+        "widest": widest,
+        "sizes": base64.b64encode(np.rint(wide_N / widest * 255).astype(np.uint8).tobytes()).decode(),
         "positions": base64.b64encode(places_N3.tobytes()).decode(),
         "colors": base64.b64encode(np.ascontiguousarray(colors_N3, dtype=np.uint8).tobytes()).decode(),
     }

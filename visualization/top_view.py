@@ -4,6 +4,7 @@ Shapes: N points, H rows, W columns. World frame, metres; x to the right, y upwa
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +15,7 @@ from ..utils.splat import splat
 from .shown_boxes import EDGES, ShownBoxes
 
 Color = tuple[int, int, int]
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _FAR = 200.0  # heights of the camera in room sizes: so far that lines of sight are all but parallel
 _MARGIN = 40  # pixels around the plan; the scale stands in the lower one
 _CEILING_SHARE = 0.85  # what is above this share of the height is left out, so that a ceiling hides nothing
@@ -51,36 +53,46 @@ def top_view(scene: Scene, layers: Sequence[tuple[ShownBoxes, Color]], *, width:
     middle_3 = (low_3 + high_3) / 2
     camera = plan_camera(low_3 - middle_3, high_3 - middle_3, width)
     points_N3 = (scene.points_N3[kept_N] - middle_3).astype(np.float32)
-    image_HW3 = splat(points_N3, scene.colors_N3[kept_N], camera).color_HW3
+    image_HW3 = splat(points_N3, scene.colors_N3[kept_N], camera, smooth=False).color_HW3
     picture = Image.fromarray(np.ascontiguousarray(image_HW3))
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(_TEXT)
-    for boxes, color in layers:
-        _draw(pen, font, boxes, middle_3, camera, color)
+    # labels last, so that no box crosses one
+    corners = [_projected(boxes, middle_3, camera) for boxes, _ in layers]
+    for (_, color), corners_K82 in zip(layers, corners, strict=True):
+        _draw_boxes(pen, corners_K82, color)
+    for (boxes, color), corners_K82 in zip(layers, corners, strict=True):
+        _draw_labels(pen, font, corners_K82, boxes.texts(), color)
     _draw_scale(pen, font, camera)
     return np.asarray(picture)
 
 
-def _draw(
-    pen: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    boxes: ShownBoxes,
-    middle_3: np.ndarray,
-    camera: Camera,
-    color: Color,
-) -> None:
-    for corners_83, text in zip(boxes.corners_K83, boxes.texts(), strict=True):
-        uv_82, _ = camera.project(corners_83 - middle_3)
+def _projected(boxes: ShownBoxes, middle_3: np.ndarray, camera: Camera) -> np.ndarray:
+    """Corners of boxes in the picture [K, 8, 2], pixels."""
+    uv_C2, _ = camera.project((boxes.corners_K83 - middle_3).reshape(-1, 3))
+    return uv_C2.reshape(-1, 8, 2)
+
+
+def _draw_boxes(pen: ImageDraw.ImageDraw, corners_K82: np.ndarray, color: Color) -> None:
+    for corners_82 in corners_K82:
         for start, end in EDGES:
-            pen.line((*uv_82[start], *uv_82[end]), fill=color, width=_LINE)
-        if text:
-            left, top = float(uv_82[:, 0].min()), float(uv_82[:, 1].min())
-            frame = pen.textbbox((left, top - _TEXT - 4), text, font=font)
-            pen.rectangle((frame[0] - 2, frame[1] - 1, frame[2] + 2, frame[3] + 1), fill=color)
-            pen.text((left, top - _TEXT - 4), text, fill=(255, 255, 255), font=font)
+            pen.line((*corners_82[start], *corners_82[end]), fill=color, width=_LINE)
 
 
-def _draw_scale(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, camera: Camera) -> None:
+def _draw_labels(
+    pen: ImageDraw.ImageDraw, font: Font, corners_K82: np.ndarray, texts: Sequence[str], color: Color
+) -> None:
+    """Each label above the upper left corner of its box."""
+    for corners_82, text in zip(corners_K82, texts, strict=True):
+        if not text:
+            continue
+        place = (float(corners_82[:, 0].min()), float(corners_82[:, 1].min()) - _TEXT - 4)
+        left, top, right, bottom = pen.textbbox(place, text, font=font)
+        pen.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=color)
+        pen.text(place, text, fill=(255, 255, 255), font=font)
+
+
+def _draw_scale(pen: ImageDraw.ImageDraw, font: Font, camera: Camera) -> None:
     """A bar of a round length below the plan, at most a third as long as the plan is wide."""
     pixels_per_metre = float(camera.intrinsics_33[0, 0]) / float(camera.position_3[2])
     room = (camera.width - 2 * _MARGIN) / 3
