@@ -116,7 +116,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         if size > _MAX_BYTES:
             raise _TooLarge
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            # a member that is no array comes as bytes
+            return {name: np.asarray(archive[name]) for name in archive.files}
     except _TooLarge:
         raise ValueError(f"{path} unpacks to more than 64 MB, which no file of boxes does; check it.") from None
     except ValueError as error:
@@ -125,7 +126,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{path} holds arrays of Python objects, which are not read; write labels as texts: np.array(labels, str)."
         ) from None
-    except (EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except (EOFError, OSError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a whole .npz file ({error}); write it again.") from None
 
 
