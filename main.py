@@ -229,11 +229,16 @@ def check_view(args: argparse.Namespace) -> None:
         raise ValueError("--save, --room, --top and --export show predictions or a scan; name one, or --scene.")
     if args.html and args.scene is not None and args.predictions is None:
         raise ValueError("--html reports on predictions; a scan alone is shown with --room.")
+    if args.predictions is not None and Path(args.predictions).suffix.lower() == ".npz":
+        if args.html:
+            raise ValueError("--html reports on predictions; boxes are shown with --room, --top or --save.")
+        if args.model and args.scene is not None:
+            raise ValueError(f"--model detects boxes, and {args.predictions} holds some; leave one of them out.")
 
 
 def show_scenes(args: argparse.Namespace) -> None:
     """The scenes of `view` in Rerun or in an .rrd file; one of them as a page, a plan or a file of boxes."""
-    from .engine.scene_viewer import save_scene, scenes_to_show, the_scene
+    from .engine.scene_viewer import check_names, save_scene, scenes_to_show, the_scene
     from .visualization.rerun_view import show
 
     def detect(scene: "Scene") -> "ShownBoxes":
@@ -241,6 +246,7 @@ def show_scenes(args: argparse.Namespace) -> None:
 
         return detected_boxes(scene, args.model, language_model=args.language_model, multiview=args.multiview)
 
+    check_names(args.top, args.export)
     scenes = scenes_to_show(
         args.predictions,
         args.scene,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..datasets.readers import read_scene
 from ..datasets.scene import Scene
-from ..visualization.box_files import from_world, is_box_file, read_boxes, to_world, write_boxes
+from ..visualization.box_files import SUFFIXES, from_world, is_box_file, read_boxes, to_world, write_boxes
 from ..visualization.pictures import save_picture
 from ..visualization.scene_page import write_scene_page
 from ..visualization.shown_boxes import ShownBoxes
@@ -52,6 +52,14 @@ def scenes_to_show(
     return found
 
 
+def check_names(top: str | Path | None, export: str | Path | None) -> None:
+    """ValueError where a file that is to be written has a name of no form that there is."""
+    if top is not None and Path(top).suffix.lower() not in _PICTURES:
+        raise ValueError(f"{top} is no name of a picture; end it in {', '.join(_PICTURES)}.")
+    if export is not None and Path(export).suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{export}: boxes are written as {' or '.join(SUFFIXES)}; name the file so.")
+
+
 def the_scene(scenes: Sequence[ShownScene]) -> ShownScene:
     """The only scene of several, or one sentence."""
     if len(scenes) > 1:
@@ -73,8 +81,6 @@ def save_scene(
     if room is not None:
         written.append(write_scene_page(shown, room))
     if top is not None:
-        if Path(top).suffix.lower() not in _PICTURES:
-            raise ValueError(f"{top} is no name of a picture; end it in {', '.join(_PICTURES)}.")
         layers = [("boxes", shown.boxes)] + [
             (name, question.layers[name]) for question in shown.questions for name in ("true", "asked", "answered")
         ]
