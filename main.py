@@ -199,7 +199,7 @@ def run_view(args: argparse.Namespace) -> int:
         page = args.html or Path(args.out) / "views.html"
         say(f"wrote {write_page(page, '3D-R1 views', str(args.views), sections)}")
         return 0
-    if args.html:
+    if args.html and args.predictions is not None:
         from .visualization.report import write_report
         from .visualization.table import results_markdown
 

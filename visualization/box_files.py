@@ -233,7 +233,7 @@ def write_boxes(path: str | Path, boxes: ShownBoxes) -> Path:
     return path
 
 
-def _to_arrays(boxes: ShownBoxes) -> dict[str, np.ndarray]:
+def _to_arrays(boxes: ShownBoxes) -> dict[str, Any]:
     headings_K = boxes.headings_K
     if headings_K is None:
         arrays = {"corners": boxes.corners_K83}

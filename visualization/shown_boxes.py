@@ -28,9 +28,9 @@ class ShownBoxes:
     def __post_init__(self):
         count = len(self.centers_K3)
         if not self.labels:
-            self.labels.extend([""] * count)
+            object.__setattr__(self, "labels", [""] * count)
         if not self.scores:
-            self.scores.extend([None] * count)
+            object.__setattr__(self, "scores", [None] * count)
         sizes = [len(part) for part in (self.sizes_K3, self.rotations_K33, self.labels, self.scores)]
         if any(size != count for size in sizes):
             raise ValueError(f"{count} boxes have {sizes} sizes, rotations, labels and scores; give one to each box.")
@@ -87,8 +87,13 @@ class ShownBoxes:
 
     def first(self, count: int) -> "ShownBoxes":
         """The first `count` boxes."""
-        parts = (self.centers_K3, self.sizes_K3, self.rotations_K33, self.labels, self.scores)
-        return ShownBoxes(*(part[:count] for part in parts))
+        return ShownBoxes(
+            self.centers_K3[:count],
+            self.sizes_K3[:count],
+            self.rotations_K33[:count],
+            self.labels[:count],
+            self.scores[:count],
+        )
 
 
 def boxes_from_corners(corners_K83: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

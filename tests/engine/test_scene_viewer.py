@@ -137,3 +137,30 @@ def test_a_prepared_scene_and_several(rooms_root, tmp_path, capsys):
     assert cli.main([*words, "--scene", ids[1]]) == 0
     assert page_of(tmp_path / "room.html")["title"] == ids[1]
     assert cli.main(["view", "--scene", ids[0], "--data", str(rooms_root), "--top", str(tmp_path / "plan.png")]) == 0
+
+
+def count_inside(boxes: ShownBoxes, points_N3: np.ndarray) -> list[int]:
+    """How many points each box holds, from its corners alone."""
+    counts = []
+    for corners_83 in boxes.corners_K83:
+        edges_33 = corners_83[[1, 3, 4]] - corners_83[0]
+        share_N3 = (points_N3 - corners_83[0]) @ edges_33.T / (edges_33**2).sum(1)
+        counts.append(int(((share_N3 >= -1e-4) & (share_N3 <= 1 + 1e-4)).all(1).sum()))
+    return counts
+
+
+@pytest.mark.real
+def test_boxes_of_a_real_scan_hold_the_same_points_after_alignment(real_data, tmp_path):
+    """ScanNet's aligned boxes and the raw cloud of scene0000_00, which our reader aligns a little differently."""
+    official = json.loads((real_data / "scannet" / "scene0000_00_boxes.json").read_text())
+    matrix_44 = np.array(official["axis_align_matrix"]).reshape(4, 4)
+    aligned = ShownBoxes.from_rows([row["box_aligned"] for row in official["instances"]])
+    with np.load(real_data / "scannet" / "scene0000_00_cloud.npz") as arrays:
+        raw_N3 = arrays["xyz"].astype(np.float64)
+    expected = count_inside(aligned, raw_N3 @ matrix_44[:3, :3].T + matrix_44[:3, 3])
+    assert len(expected) == 27 and min(expected) > 5
+    file = write_boxes(tmp_path / "raw.npz", aligned.moved(np.linalg.inv(matrix_44)))
+    scene = read_scene(real_data / "scannet" / "scene0000_00_cloud.npz")
+    assert np.abs(scene.axis_align_44[:2, :2] - matrix_44[:2, :2]).max() > 1e-3, "the alignments are not the same"
+    found = count_inside(to_world(read_boxes(file), scene, "scan"), scene.points_N3.astype(np.float64))
+    np.testing.assert_allclose(found, expected, atol=1, rtol=0.002)
