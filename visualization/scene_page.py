@@ -28,6 +28,7 @@ _TEMPLATE = Path(__file__).with_name("viewer.html")
 _MARK = "/*DATA*/"
 _MAX_POINTS = 250_000  # 3.0 MB of text
 _STEPS = 65535
+_EXTENT = (0.2, 99.8)  # percentiles: stray points do not move the eye away from the room
 _PICTURE_BYTES = 5_500_000  # of all pictures as text
 _PICTURE_SIZES = ((480, 82), (384, 78), (288, 74), (208, 68), (144, 60))  # longest side in pixels, quality
 _FRUSTUM = 0.35  # metres from a camera to its picture
@@ -75,11 +76,13 @@ def page_data(shown: ShownScene, *, max_points: int = _MAX_POINTS, seed: int = 0
     if len(kept) > max_points:
         kept = np.sort(np.random.default_rng(seed).choice(len(kept), max_points, replace=False))
         notes.append(f"{max_points:,} of {len(scene.points_N3):,} points shown")
+    points_N3 = scene.points_N3[kept].astype(np.float64) - offset_3
     return {
         "title": scene.scene_id,
         "notes": notes,
         "offset": offset_3.tolist(),
-        "points": quantised(scene.points_N3[kept].astype(np.float64) - offset_3, scene.colors_N3[kept]),
+        "points": quantised(points_N3, scene.colors_N3[kept]),
+        "extent": np.percentile(points_N3, _EXTENT, axis=0).tolist(),
         "edges": EDGES,
         "colors": {**LAYERS, "cameras": _CAMERAS},
         "names": _NAMES,
