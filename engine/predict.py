@@ -67,7 +67,7 @@ def save_views(rollouts: Sequence[Rollout], folder: Path) -> None:
         assert observation.pool is not None
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # processes may share a scene
         Image.fromarray(observation.pool.images_VHW3[index]).save(partial, format="JPEG")
         os.replace(partial, path)
         write_camera(path, observation.pool.cameras[index])

@@ -25,7 +25,7 @@ def write_camera(picture: str | Path, camera: Camera) -> None:
         "height": camera.height,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # processes may share a scene
     partial.write_text(json.dumps(content), encoding="utf-8")
     os.replace(partial, path)
 
