@@ -29,11 +29,13 @@ if not __package__:  # started as a file: give it its package (PEP 366), so that
 
 
 if TYPE_CHECKING:
+    from .datasets.scene import Scene
     from .datasets.synthesis.views import ViewsOf
     from .engine.predict import Session
     from .engine.questions import Request
     from .engine.rollout import Rollout
     from .utils.predictions import Prediction
+    from .visualization.shown_boxes import ShownBoxes
 
     Answer = tuple[Prediction, Rollout]
 
@@ -269,24 +271,15 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def run_view(args: argparse.Namespace) -> int:
-    if args.views is None and (args.ask or args.model or args.encoder or args.source or args.candidates):
-        raise ValueError("--ask, --model, --encoder, --source and --candidates go with --views SCENE.")
-    if args.views is None and args.predictions is None:
-        raise ValueError("Name a run folder or predictions.jsonl to look at, or a scan with --views.")
-    if args.predictions is None and args.save:
-        raise ValueError("--save writes predictions; name a run folder or predictions.jsonl too.")
+    check_view(args)
     sections = save_view_sheets(args) if args.views is not None else []
-    if args.predictions is None:
+    if args.predictions is None and args.scene is None:
         from .visualization.report import write_page
 
         page = args.html or Path(args.out) / "views.html"
         say(f"wrote {write_page(page, '3D-R1 views', str(args.views), sections)}")
         return 0
-    if args.save or not args.html:
-        from .visualization.rerun_view import show
-
-        show(args.predictions, data_root=args.data, save=args.save, limit=args.limit)
-    if args.html:
+    if args.html and args.predictions is not None:
         from .visualization.report import write_report
         from .visualization.table import results_markdown
 
@@ -295,12 +288,71 @@ def run_view(args: argparse.Namespace) -> int:
             say(table)
         out = write_report(args.predictions, args.html, data_root=args.data, limit=args.limit, sections=sections)
         say(f"wrote {out}")
+    if args.save or args.room or args.top or args.export or not args.html:
+        show_scenes(args)
     return 0
+
+
+def check_view(args: argparse.Namespace) -> None:
+    """ValueError where the arguments of `view` do not go together."""
+    if args.views is None and (args.ask or args.encoder or args.source or args.candidates):
+        raise ValueError("--ask, --encoder, --source and --candidates go with --views SCENE.")
+    if args.views is None and args.scene is None and args.model:
+        raise ValueError("--model goes with --scene SCAN, for what it detects, or with --views SCENE.")
+    if args.views is None and args.scene is None and args.predictions is None:
+        raise ValueError(
+            "Name a run folder or predictions.jsonl to look at, a scan with --scene, or one with --views."
+        )
+    if args.views is not None and args.scene is not None:
+        raise ValueError("--scene and --views show different things; give one of them at a time.")
+    if args.predictions is None and args.scene is None and (args.save or args.room or args.top or args.export):
+        raise ValueError("--save, --room, --top and --export show predictions or a scan; name one, or --scene.")
+    if args.html and args.scene is not None and args.predictions is None:
+        raise ValueError("--html reports on predictions; a scan alone is shown with --room.")
+    if args.predictions is not None and Path(args.predictions).suffix.lower() == ".npz":
+        if args.html:
+            raise ValueError("--html reports on predictions; boxes are shown with --room, --top or --save.")
+        if args.model and args.scene is not None:
+            raise ValueError(f"--model detects boxes, and {args.predictions} holds some; leave one of them out.")
+
+
+def show_scenes(args: argparse.Namespace) -> None:
+    """The scenes of `view` in Rerun or in an .rrd file; one of them as a page, a plan or a file of boxes."""
+    from .engine.scene_viewer import check_names, save_scene, scenes_to_show, the_scene
+    from .visualization.rerun_view import show
+
+    def detect(scene: "Scene") -> "ShownBoxes":
+        from .engine.detections import detected_boxes
+
+        return detected_boxes(scene, args.model, language_model=args.language_model, multiview=args.multiview)
+
+    check_names(args.top, args.export)
+    scenes = scenes_to_show(
+        args.predictions,
+        args.scene,
+        data_root=args.data,
+        align=args.align,
+        frame=args.frame,
+        limit=args.limit,
+        detect=detect if args.scene is not None and args.model is not None else None,
+    )
+    if args.scene is not None:
+        for note in scenes[0].scene.notes:
+            sys.stderr.write(f"assumed: {note}\n")
+    if args.room or args.top or args.export:
+        one = the_scene(scenes)
+        for path in save_scene(one, room=args.room, top=args.top, export=args.export, frame=args.frame):
+            say(f"wrote {path}")
+    if args.save or not (args.html or args.room or args.top or args.export):
+        show(scenes, save=args.save)
+        if args.save:
+            say(f"wrote {args.save}")
 
 
 def save_view_sheets(args: argparse.Namespace) -> list[str]:
     """A contact sheet of the candidate views for each question, as PNG; returns them as sections of a report."""
-    from .engine.views import SENTENCE_ENCODER, find_scene, score_views
+    from .engine.scans import find_scene
+    from .engine.views import SENTENCE_ENCODER, score_views
     from .visualization.contact_sheet import contact_sheet, sheet_section
     from .visualization.pictures import save_picture
 

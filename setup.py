@@ -135,6 +135,7 @@ setup(
         "threedr1": ["script/*.sh", "script/recipes/*.yaml"],
         "threedr1.third_party.pointnet2": ["csrc/*.h", "csrc/*.cpp", "csrc/*.cuh", "csrc/*.cu"],
         "threedr1.utils": ["*.pyx"],
+        "threedr1.visualization": ["*.html"],
     },
     ext_modules=extensions(),
     cmdclass={"build": Build, "build_ops": BuildOps},

@@ -466,21 +466,49 @@ def _add_result_commands(add: AddCommand) -> None:
     )
     infer.add_argument("--json", action="store_true", help="print one JSON object a question")
 
-    view = add("view", "look at predictions (HTML report, Rerun viewer or file), or at how views are chosen (--views)")
-    view.add_argument("predictions", nargs="?", help="run folder or predictions.jsonl")
+    view = add(
+        "view",
+        "look at a scan with answers or boxes (Rerun, a page to walk around in, a plan), at a run (HTML report), or "
+        "at how views are chosen (--views)",
+    )
+    view.add_argument(
+        "predictions",
+        nargs="?",
+        help="run folder, predictions.jsonl, or a file of boxes: .npz, .json (docs/viewer.md)",
+    )
     view.add_argument(
         "--data",
         default="data/rooms",
         metavar="ROOT",
         help="data root with the prepared scenes (default: %(default)s)",
     )
+    view.add_argument(
+        "--scene",
+        metavar="SCAN",
+        help="the scan to show (as infer --scene takes it), or a prepared scene of the data root (default: those "
+        "that the predictions are about)",
+    )
     view.add_argument("--html", metavar="FILE", help="write a report that needs no server")
     view.add_argument("--save", metavar="FILE.rrd", help="write a Rerun file instead of opening the viewer")
+    view.add_argument(
+        "--room", metavar="FILE.html", help="write one scene as a page to walk around in, for any browser"
+    )
+    view.add_argument("--top", metavar="FILE.png", help="write a plan of one scene, seen from above")
+    view.add_argument(
+        "--export", metavar="FILE", help="write the predicted boxes of one scene: .npz, or .json (docs/viewer.md)"
+    )
+    view.add_argument(
+        "--frame",
+        choices=("scan", "world", "camera"),
+        default="scan",
+        help="frame of a file of boxes that is read or written: the scan file's, the aligned one, or that with a "
+        "camera's axes (default: %(default)s)",
+    )
     view.add_argument(
         "--limit",
         type=at_least(0),
         metavar="N",
-        help="predictions to show (default: 2 a task in the report, all in the viewer)",
+        help="predictions to show (default: 2 a task in the report, all in the viewers)",
     )
     views = view.add_argument_group("how views are chosen", "one contact sheet a question (docs/views.md)")
     views.add_argument(
@@ -488,7 +516,9 @@ def _add_result_commands(add: AddCommand) -> None:
     )
     views.add_argument("--ask", action="append", default=[], metavar="TEXT", help="a question; may be repeated")
     chooser = views.add_mutually_exclusive_group()
-    chooser.add_argument("--model", metavar="DIR", help="model or run folder: its detections, its view selector")
+    chooser.add_argument(
+        "--model", metavar="DIR", help="model or run folder: its detections (with --scene too), its view selector"
+    )
     chooser.add_argument(
         "--encoder",
         metavar="NAME",
@@ -508,7 +538,7 @@ def _add_result_commands(add: AddCommand) -> None:
     views.add_argument(
         "--candidates", type=at_least(1), metavar="N", help="views to choose from (default: the model's, else 16)"
     )
-    views.add_argument("--align", choices=("auto", "none"), default="auto", help="as for infer")
+    views.add_argument("--align", choices=("auto", "none"), default="auto", help="as for infer; for --scene too")
     views.add_argument(
         "--out",
         default="runs/views",

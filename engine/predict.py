@@ -19,6 +19,7 @@ from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
 from ..utils.metrics.dense_caption import filter_proposals
 from ..utils.predictions import Prediction, write_predictions
+from ..utils.view_cameras import write_camera
 from .checkpoint import model_folder
 from .data import ObservationCache
 from .questions import Request, checked_box, samples_of
@@ -57,7 +58,7 @@ def view_path(observation: Observation, index: int) -> str:
 
 
 def save_views(rollouts: Sequence[Rollout], folder: Path) -> None:
-    """Write the pictures of the views that rollouts were given."""
+    """Write the pictures of the views that rollouts were given, and the camera of each beside it."""
     shown = {
         view_path(rollout.observation, index): (rollout.observation, index)
         for rollout in rollouts
@@ -67,9 +68,10 @@ def save_views(rollouts: Sequence[Rollout], folder: Path) -> None:
         assert observation.pool is not None
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # processes may share a scene
         Image.fromarray(observation.pool.images_VHW3[index]).save(partial, format="JPEG")
         os.replace(partial, path)
+        write_camera(path, observation.pool.cameras[index])
 
 
 def world_boxes(observation: Observation, boxes: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -343,7 +343,7 @@ def test_infer_with_wrong_arguments(argv: list[str], words: str, refused: Refuse
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "Name a run folder or predictions.jsonl to look at, or a scan with --views."),
+        ([], "Name a run folder or predictions.jsonl to look at, a scan with --scene, or one with --views."),
         (["--ask", "Where?"], "go with --views SCENE"),
         (
             ["--views", "gone", "--ask", "Where?"],
@@ -356,7 +356,22 @@ def test_infer_with_wrong_arguments(argv: list[str], words: str, refused: Refuse
         (["--views", "SCENE", "--ask", "Where?", "--encoder", "gone"], "Cannot load the encoder 'gone'"),
         (["--views", "SCENE", "--ask", "Where?", "--model", "RUN"], "This model takes no views"),
         (["--views", "SCENE", "--ask", "Where?", "--model", "gone"], "There is no model at gone"),
-        (["--views", "SCENE", "--ask", "Where?", "--save", "a.rrd"], "--save writes predictions"),
+        (["--views", "SCENE", "--ask", "Where?", "--save", "a.rrd"], "show predictions or a scan; name one"),
+        (["--model", "RUN"], "--model goes with --scene SCAN, for what it detects, or with --views SCENE."),
+        (["--scene", "SCENE", "--views", "SCENE"], "--scene and --views show different things"),
+        (
+            ["--scene", "SCENE", "--html", "a.html"],
+            "--html reports on predictions; a scan alone is shown with --room.",
+        ),
+        (["--scene", "gone", "--top", "a.png"], "There is no scan at gone, and no prepared scene data/rooms/prepared"),
+        (["--scene", "SCENE", "--top", "a.txt"], "a.txt is no name of a picture; end it in .png, .jpg, .jpeg."),
+        (["--scene", "SCENE", "--export", "a.txt"], "a.txt: boxes are written as .npz or .json"),
+        (["--scene", "SCENE", "--room", "a.html", "--model", "gone"], "There is no model at gone"),
+        (["gone.npz", "--top", "a.png"], "gone.npz holds boxes alone; name the scan that they are in with --scene."),
+        (["gone.npz", "--scene", "SCENE", "--top", "a.png"], "There is no file of boxes at gone.npz"),
+        (["SCENE", "--scene", "SCENE", "--top", "a.png"], "neither corners nor centers, sizes and headings"),
+        (["gone.npz", "--scene", "SCENE", "--html", "a.html"], "--html reports on predictions; boxes are shown with"),
+        (["gone.npz", "--scene", "SCENE", "--model", "RUN"], "--model detects boxes, and gone.npz holds some"),
     ],
 )
 def test_view_of_views_with_wrong_arguments(argv: list[str], words: str, refused: Refused, run: Path, prepared: Path):

@@ -156,6 +156,54 @@ def test_unknown_arguments_reach_main(script: str, shell: Shell):
     assert args.dry_run and "run.seed=5" in args.set
 
 
+def test_a_scan_is_detected_in_and_shown_as_by_the_official_script(shell: Shell):
+    done = shell.run("visualize.sh", "room.PLY", "scene0000_00", "out", "json", "--save", "a.rrd", MODEL="some/model")
+    assert done.returncode == 0, done.stderr
+    export, show = shell.commands()
+    scan, boxes = ["--scene", "room.PLY"], "out/scene0000_00.json"
+    assert export == ["view", *scan, "--model", "some/model", "--export", boxes]
+    assert show == ["view", boxes, *scan, "--save", "a.rrd"]
+    for command in (export, show):
+        check_command(command)
+
+
+@pytest.mark.parametrize(
+    ("words", "boxes"),
+    [
+        (["a/my room.ply"], "outputs/preds/my room.npz"),
+        (["a.glb", "b", "--limit", "3"], "outputs/preds/b.npz"),
+        (["a.ply", "b", "c"], "c/b.npz"),
+    ],
+)
+def test_what_the_official_script_is_not_told_has_defaults(words: list[str], boxes: str, shell: Shell):
+    assert shell.run("visualize.sh", *words).returncode == 0
+    export, show = shell.commands()
+    assert export == ["view", "--scene", words[0], "--model", "runs/quickstart/grpo", "--export", boxes]
+    assert show == ["view", boxes, "--scene", words[0], *(["--limit", "3"] if "--limit" in words else [])]
+
+
+def test_boxes_that_are_there_are_shown_without_a_model(shell: Shell):
+    assert shell.run("visualize.sh", "a.ply", "b", "c", "npz", MODEL="").returncode == 0
+    assert shell.commands() == [["view", "c/b.npz", "--scene", "a.ply"]]
+
+
+def test_a_scan_in_which_nothing_could_be_detected_is_not_shown(shell: Shell):
+    assert shell.run("visualize.sh", "a.ply", FAIL_AT="view").returncode == 3
+    assert len(shell.commands()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["a.ply", "b", "c", "txt"], "writes boxes as npz or json, not as txt"),
+        (["a.ply", "b", "c", "npz", "d"], "takes PLY SCAN OUT FORMAT, and then options"),
+    ],
+)
+def test_wrong_words_for_the_official_script(words: list[str], said: str, shell: Shell):
+    done = shell.run("visualize.sh", *words)
+    assert done.returncode == 2 and said in done.stderr and not shell.commands()
+
+
 def test_several_gpus_start_torchrun(shell: Shell):
     assert shell.run("train.rl.sh", NGPU="4").returncode == 0
     (row,) = [json.loads(line) for line in shell.record.read_text().splitlines()]

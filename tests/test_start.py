@@ -197,7 +197,10 @@ def test_wheel(environment: Callable[[str], Path], tmp_path: Path):
         assert packaged == sources, f"{name}: a folder without __init__.py is not packaged"
     assert "threedr1/main.py" in names and "threedr1/script/setup.sh" in names
     compiled = [*checkout.glob("third_party/pointnet2/csrc/*"), *checkout.glob("utils/*.pyx")]
-    assert {f"threedr1/{path.relative_to(checkout)}" for path in compiled} <= names, "what is compiled on first use"
+    compiled += checkout.glob("visualization/*.html")
+    assert {f"threedr1/{path.relative_to(checkout)}" for path in compiled} <= names, (
+        "what is compiled on first use, and pages"
+    )
     python = environment("wheel")
     pip_install(python, wheel)
     check_installed(python, python.parents[1], tmp_path)

@@ -12,8 +12,9 @@ from PIL import Image
 from threedr1 import main as cli
 from threedr1.datasets.scene_store import SceneStore
 from threedr1.datasets.synthesis.rule_teacher import RuleTeacher
+from threedr1.engine.scans import find_scene
 from threedr1.engine.teacher_views import SelectedViews, load_selected_views
-from threedr1.engine.views import find_scene, score_views
+from threedr1.engine.views import score_views
 from threedr1.models.dual_encoder import DualEncoder
 from threedr1.models.scene_vlm import SceneVLM
 from threedr1.utils.predictions import Prediction, write_predictions

@@ -3,8 +3,6 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,8 @@ from PIL import Image
 from threedr1.datasets.scene_store import SceneStore
 from threedr1.utils.predictions import Prediction, write_predictions
 from threedr1.visualization.report import write_report
+
+from .browser import console, find_browser, open_page
 
 pytestmark = pytest.mark.slow
 
@@ -41,10 +41,7 @@ window.addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no chromium on PATH (Debian: apt-get install chromium)")
-    return found
+    return find_browser()
 
 
 @pytest.fixture(scope="module")
@@ -89,31 +86,6 @@ def report(rooms_root, tmp_path_factory) -> Path:
     return write_report(run, run / "report.html", data_root=rooms_root)
 
 
-def open_page(browser: str, page: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-dev-shm-usage",
-            "--enable-logging=stderr",
-            f"--user-data-dir={folder / 'profile'}",
-            f"--window-size={WIDTH},{HEIGHT}",
-            "--virtual-time-budget=5000",
-            *more,
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
-
-
 @pytest.fixture(scope="module")
 def seen(browser, report, tmp_path_factory) -> dict:
     """What the probe saw, and what the browser's console said."""
@@ -122,11 +94,10 @@ def seen(browser, report, tmp_path_factory) -> dict:
     source = report.read_text(encoding="utf-8")
     assert source.count("<style>") == 1
     page.write_text(source.replace("<style>", PROBE + "<style>"), encoding="utf-8")
-    done = open_page(browser, page, folder, "--dump-dom")
+    done = open_page(browser, page, folder, "--dump-dom", size=(WIDTH, HEIGHT))
     found = re.search(r'data-seen="([^"]*)"', done.stdout)
     assert found, "the page never loaded"
-    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    return json.loads(html.unescape(found.group(1))) | {"console": console}
+    return json.loads(html.unescape(found.group(1))) | {"console": console(done)}
 
 
 def test_nothing_goes_wrong_and_nothing_is_fetched(seen):
@@ -154,7 +125,7 @@ def test_table_curves_and_text_are_to_be_seen(seen):
 def test_the_screenshot_is_not_blank(browser, report, tmp_path):
     """Dark text, white ground and colours of pictures, and ink over the upper half of the page."""
     picture = tmp_path / "report.png"
-    open_page(browser, report, tmp_path, f"--screenshot={picture}")
+    open_page(browser, report, tmp_path, f"--screenshot={picture}", size=(WIDTH, HEIGHT))
     pixels_HW3 = np.asarray(Image.open(picture).convert("RGB")).astype(int)
     assert pixels_HW3.shape == (HEIGHT, WIDTH, 3)
     ink_HW = pixels_HW3.min(axis=-1) < 200

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from threedr1.datasets.scene_store import SceneStore
@@ -122,16 +121,3 @@ def test_broken_results_are_one_sentence(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ValueError, match=r"results.json is not what `eval` writes"):
         write_report(tmp_path, tmp_path / "report.html")
-
-
-def test_rerun_file_is_written_with_oriented_boxes(scene, rooms_root, tmp_path):
-    rerun = pytest.importorskip("rerun")
-    from threedr1.visualization.rerun_view import box_archetype, show
-
-    write_predictions(tmp_path / "predictions.jsonl", [prediction(scene)])
-    show(tmp_path, data_root=rooms_root, save=tmp_path / "scene.rrd")
-    assert (tmp_path / "scene.rrd").stat().st_size > 10_000
-    boxes = box_archetype(rerun, [[1, 2, 3, 4, 5, 6, np.pi / 2]], PREDICTED, ["a"])
-    quaternion = boxes.quaternions.as_arrow_array().to_pylist()[0]
-    np.testing.assert_allclose(quaternion, [0, 0, np.sqrt(0.5), np.sqrt(0.5)], atol=1e-6)
-    assert boxes.half_sizes.as_arrow_array().to_pylist()[0] == [2, 2.5, 3]

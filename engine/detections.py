@@ -1,0 +1,34 @@
+"""What a trained model detects in a scan."""
+
+from pathlib import Path
+
+import torch
+
+from ..datasets.multiview import open_multiview
+from ..datasets.scene import Scene
+from ..models.scene_vlm import SceneVLM
+from ..utils.labels import DETECTION_CLASSES, NUM_CLASSES
+from ..visualization.shown_boxes import ShownBoxes
+from .checkpoint import model_folder
+from .runtime import pick_device
+
+
+def detected_boxes(
+    scene: Scene,
+    model_path: str | Path,
+    *,
+    language_model: str | None = None,
+    multiview: str = "",
+    device: str = "auto",
+) -> ShownBoxes:
+    """What a model detects in a scene, world frame: the class of each object and its objectness."""
+    model = SceneVLM.from_pretrained(
+        model_folder(model_path), device=pick_device(device), language_model=language_model
+    )
+    model.multiview = open_multiview(multiview, model.settings.multiview_dim)
+    with torch.no_grad():
+        (encoded,) = model.encode([model.observe(scene)])
+    classes = encoded.class_probs_KC[encoded.valid_K, :NUM_CLASSES].argmax(1).tolist()
+    scores = encoded.objectness_K[encoded.valid_K].float().tolist()
+    rows = scene.to_world(encoded.proposals).tolist()
+    return ShownBoxes.from_rows(rows, [DETECTION_CLASSES[number] for number in classes], scores)
