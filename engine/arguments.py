@@ -118,7 +118,9 @@ def build_parser(
 
     _add_data_commands(add)
     _add_loop_commands(add)
-    _add_result_commands(add)
+    _add_score_command(add)
+    _add_infer_command(add)
+    _add_view_command(add)
     _add_demo_command(add)
     _add_bench_command(add, benchmarks)
     return parser
@@ -368,7 +370,7 @@ def _add_loop_commands(add: AddCommand) -> None:
     dual.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
 
 
-def _add_result_commands(add: AddCommand) -> None:
+def _add_score_command(add: AddCommand) -> None:
     score = add("score", "score any prediction file, ours or another model's")
     score.add_argument("--task", required=True, help=f"one of {TASKS}, detection")
     score.add_argument(
@@ -391,6 +393,8 @@ def _add_result_commands(add: AddCommand) -> None:
     )
     score.add_argument("--json", action="store_true", help="print one JSON object")
 
+
+def _add_infer_command(add: AddCommand) -> None:
     infer = add(
         "infer",
         "ask questions about one scan: PLY, mesh, NPZ, ScanNet scan, posed RGB-D folder, export of a phone scanner",
@@ -466,6 +470,8 @@ def _add_result_commands(add: AddCommand) -> None:
     )
     infer.add_argument("--json", action="store_true", help="print one JSON object a question")
 
+
+def _add_view_command(add: AddCommand) -> None:
     view = add(
         "view",
         "look at a scan with answers or boxes (Rerun, a page to walk around in, a plan), at a run (HTML report), or "

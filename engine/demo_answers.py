@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..datasets.prompts import CAPTION_QUESTION, DEFAULT_MODE
+from ..datasets.prompts import CAPTION_QUESTION, DEFAULT_MODE, dialogue_question
 from ..datasets.scene import TASKS, Sample
 from ..models.scene_vlm import SceneVLM
 from .demo_scenes import Limits, Opened
@@ -94,12 +94,6 @@ class Told:
     seconds: float = 0.0
 
 
-def dialogue_text(turns: Turns, question: str) -> str:
-    """A dialogue's next question behind its earlier turns, as the samples of 3D-LLM write them."""
-    before = "".join(f"### human: {asked} ### assistant: {answer} " for asked, answer in turns)
-    return f"{before}### human: {question} ### assistant:"
-
-
 def make_sample(
     opened: Opened, task: str, *, question: str, situation: str, number: int | None, turns: Turns, limits: Limits
 ) -> Sample:
@@ -128,7 +122,7 @@ def make_sample(
         box_7 = np.asarray(opened.objects_K7[number], dtype=np.float32)
         question = CAPTION_QUESTION
     if task == "dialogue":
-        question = dialogue_text(turns, question)
+        question = dialogue_question(turns, question)
     scene_id = opened.scene.scene_id
     situation = situation if form.situation else ""
     return Sample(f"{scene_id}-0", task, "own", scene_id, question, "", query_box_7=box_7, situation=situation)

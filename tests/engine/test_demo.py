@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from threedr1 import main as cli
+from threedr1.datasets.prompts import dialogue_question
 from threedr1.datasets.scene import TASKS
 from threedr1.engine.demo import GRADIO, check_gradio, private_folder
-from threedr1.engine.demo_answers import DEMO_TASKS, answers, dialogue_text, make_sample, parts_so_far
+from threedr1.engine.demo_answers import DEMO_TASKS, answers, make_sample, parts_so_far
 from threedr1.engine.demo_gate import BODY_BYTES, Gate, asks_file, is_foreign, names_foreign
 from threedr1.engine.demo_page import boxes_table, groups_of, notice, summary, views_strip
 from threedr1.engine.demo_scenes import (
@@ -228,7 +229,9 @@ def test_a_sample_has_what_its_task_needs(opened):
     assert ask(opened, "scene_description", question="").task == "scene_description"
     said = [("A chair?", "Which?")]
     text = "### human: A chair? ### assistant: Which? ### human: The red one. ### assistant:"
-    assert ask(opened, "dialogue", "The red one.", turns=said).question == text == dialogue_text(said, "The red one.")
+    assert (
+        ask(opened, "dialogue", "The red one.", turns=said).question == text == dialogue_question(said, "The red one.")
+    )
 
 
 @pytest.mark.parametrize(
