@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..datasets.multiview import open_multiview
 from ..models.scene_vlm import SceneVLM
 from .checkpoint import model_folder
 from .demo_gate import Gate
@@ -67,6 +68,7 @@ def serve(
     folder = model_folder(model_path)
     with private_folder() as uploads:
         model = SceneVLM.from_pretrained(folder, device=pick_device(device), language_model=language_model)
+        model.multiview = open_multiview("", model.settings.multiview_dim)  # refuses a model that takes such features
         scenes = DemoScenes(model, threading.Lock(), uploads, limits, Path(data) if data else None)
         page, address = launch(scenes, host, port)
         on_start(address)

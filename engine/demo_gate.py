@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import unquote
 
+from .demo_scenes import UPLOAD_SECONDS, sweep, waiting_bytes
+
 BODY_BYTES = 256 * 1024  # of a request that is no upload
+_FILES_WAITING = 4  # of the largest size: uploads that may lie on the disk unopened, before another is refused
 _FORM_BYTES = 64 * 1024  # what a form adds to the file in it
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -66,6 +69,10 @@ class Gate:
             size = _length(scope)
             if size is None or size > self.file_bytes + _FORM_BYTES:
                 await _refuse(send, 413, f"A file may have up to {self.file_bytes / 2**20:.0f} MB.")
+                return
+            sweep(self.uploads, UPLOAD_SECONDS)
+            if waiting_bytes(self.uploads) > _FILES_WAITING * self.file_bytes:
+                await _refuse(send, 503, "Many files wait to be opened; try again in a few minutes.")
             else:
                 await self.app(scope, receive, send)
         else:

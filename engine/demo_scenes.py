@@ -6,6 +6,7 @@ that lies in the folder for uploads; nothing else of theirs becomes a path.
 Shapes: K objects.
 """
 
+import contextlib
 import re
 import secrets
 import tempfile
@@ -166,12 +167,23 @@ def read_upload(uploaded: Path, uploads: Path, limits: Limits) -> Scene:
 def sweep(uploads: Path, older: float) -> None:
     """Remove what arrived more than so many seconds ago and was not opened, and folders that are empty."""
     for path in sorted(uploads.rglob("*"), reverse=True):  # what is in a folder before the folder
-        if path.stat().st_mtime > time.time() - older:
-            continue
-        if path.is_file():
-            path.unlink(missing_ok=True)
-        elif path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+        with contextlib.suppress(FileNotFoundError):  # another visitor's request sweeps, or opens it, meanwhile
+            if path.stat().st_mtime > time.time() - older:
+                continue
+            if not path.is_dir():
+                path.unlink()
+            elif not any(path.iterdir()):
+                with contextlib.suppress(OSError):  # something has just come into it
+                    path.rmdir()
+
+
+def waiting_bytes(uploads: Path) -> int:
+    """Bytes of the uploads that nobody has opened yet."""
+    total = 0
+    for path in uploads.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 @dataclass(eq=False)

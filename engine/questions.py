@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..datasets.prompts import CAPTION_QUESTION, OBJECT_PLACEHOLDER, task_named
+from ..datasets.prompts import CAPTION_QUESTION, OBJECT_PLACEHOLDER, dialogue_question, task_named
 from ..datasets.scene import Sample, Scene
 from ..models.observation import Observation, clicked_box
 from ..utils.boxes import points_in_boxes
@@ -117,6 +117,8 @@ def samples_of(request: Request, observation: Observation, detected: Sequence[Se
     elif not asked:
         asked = [(None, {})]
     questions = request.questions or [CAPTION_QUESTION if task in CAPTION_TASKS else _DESCRIPTION]
+    if task == "dialogue":  # each is the first of a dialogue of its own
+        questions = [dialogue_question((), question) for question in questions]
     return [
         Sample(
             f"{scene.scene_id}-{index}",

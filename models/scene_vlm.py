@@ -349,6 +349,7 @@ class SceneVLM(SceneObserver):
         question: str = "",
         *,
         task: str | None = None,
+        situation: str = "",
         history: Sequence[tuple[str, str]] = (),
         max_new_tokens: int = 256,
         on_text: Callable[[str], object] | None = None,
@@ -361,6 +362,7 @@ class SceneVLM(SceneObserver):
             question: may be left out where the task is `describe`.
             task: how the question is put and in which response mode (datasets/prompts.py); by default `qa`, or
                 `dialogue` where there is a history.
+            situation: where the asker stands and looks, for the task `situated`.
             history: questions and answers before this one, oldest first.
             on_text: called with the response piece by piece, as it is written; the pieces are whole characters.
 
@@ -373,6 +375,8 @@ class SceneVLM(SceneObserver):
             raise ValueError("A question about one object needs its box; ask it with engine.predict.infer.")
         if not question.strip() and "{question}" in TASK_TEMPLATES[task]:
             raise ValueError("The question is empty; say what you want to know about the scene.")
+        if bool(situation.strip()) != (task == "situated_qa"):
+            raise ValueError(f"A situation goes with the task situated, and with no other; the task is {task}.")
         if history and task != "dialogue":
             raise ValueError(f"Only a dialogue has a history, not the task {task}; leave one of them out.")
         self.eval()
@@ -383,7 +387,7 @@ class SceneVLM(SceneObserver):
         if task == "dialogue":
             question = dialogue_question(history, question)
         scene_id = observation.scene.scene_id
-        sample = Sample(f"{scene_id}-0", task, "own", scene_id, question, answer="")
+        sample = Sample(f"{scene_id}-0", task, "own", scene_id, question, answer="", situation=situation)
         row, views = self.write_row(sample, observation, DEFAULT_MODE[task], None)
         inputs = self.embed_rows([row], [observation], [views], packed_length=0)
         with self.telling(on_text) as on_token:

@@ -21,6 +21,7 @@ from threedr1.engine.demo_answers import DEMO_TASKS, answers, make_sample, parts
 from threedr1.engine.demo_gate import BODY_BYTES, Gate, asks_file, is_foreign, names_foreign
 from threedr1.engine.demo_page import boxes_table, groups_of, notice, summary, views_strip
 from threedr1.engine.demo_scenes import (
+    UPLOAD_SECONDS,
     DemoScenes,
     Limits,
     Opened,
@@ -31,6 +32,7 @@ from threedr1.engine.demo_scenes import (
     read_upload,
     shown_name,
     sweep,
+    waiting_bytes,
 )
 from threedr1.models.observation import Observation
 from threedr1.models.scene_vlm import SceneVLM
@@ -417,6 +419,20 @@ def test_the_gate_passes_what_the_page_sends(tmp_path):
     assert through_the_gate(tmp_path, "GET", "/config") == (200, b"")
     assert through_the_gate(tmp_path, "POST", "/gradio_api/queue/join", body) == (200, body)
     assert through_the_gate(tmp_path, "POST", "/gradio_api/upload", b"x", content_length="900")[0] == 200
+
+
+def test_uploads_that_nobody_opens_do_not_fill_the_disk(tmp_path):
+    def upload():
+        return through_the_gate(tmp_path, "POST", "/gradio_api/upload", b"x", content_length="900")[0]
+
+    for number in range(5):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "scan.ply").write_bytes(b"x" * 1000)
+    assert waiting_bytes(tmp_path) == 5000 and upload() == 503
+    long_ago = time.time() - UPLOAD_SECONDS - 1
+    for path in (tmp_path / "0" / "scan.ply", tmp_path / "0"):
+        os.utime(path, (long_ago, long_ago))
+    assert upload() == 200 and not (tmp_path / "0" / "scan.ply").exists() and waiting_bytes(tmp_path) == 4000
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,11 @@ def test_a_description_needs_no_question_and_a_plan_does(session):
         session.samples(Request(["Why?"], task="describe"))
 
 
+def test_a_question_of_a_dialogue_is_put_as_the_first_of_one(scripted):
+    (sample,) = scripted.samples(Request(["Is there a chair?"], task="dialogue"))
+    assert sample.question == "### human: Is there a chair? ### assistant:"
+
+
 def test_a_situation_makes_a_question_situated(scripted):
     request = Request(["What is behind me?"], situation="I stand at the door.")
     ((prediction, _),) = scripted.answers(scripted.samples(request))
@@ -318,6 +323,8 @@ def test_a_model_is_loaded_by_its_name_on_the_hub(folder, tmp_path, monkeypatch)
         ({"question": "Where?", "task": "caption"}, "needs its box"),
         ({"question": "What is {object}?"}, "needs its box"),
         ({"question": "Where?", "task": "qa", "history": [("a", "b")]}, "Only a dialogue has a history"),
+        ({"question": "Where?", "task": "situated"}, "A situation goes with the task situated"),
+        ({"question": "Where?", "situation": "I sit."}, "A situation goes with the task situated"),
         ({"question": "Where?", "task": "sing"}, "Unknown task 'sing'"),
     ],
 )
