@@ -372,6 +372,9 @@ def test_infer_with_wrong_arguments(argv: list[str], words: str, refused: Refuse
         (["SCENE", "--scene", "SCENE", "--top", "a.png"], "neither corners nor centers, sizes and headings"),
         (["gone.npz", "--scene", "SCENE", "--html", "a.html"], "--html reports on predictions; boxes are shown with"),
         (["gone.npz", "--scene", "SCENE", "--model", "RUN"], "--model detects boxes, and gone.npz holds some"),
+        (["gone.json", "--scene", "SCENE", "--model", "RUN"], "--model detects boxes, and gone.json holds some"),
+        (["--scene", "SCENE", "--align", "none", "--up", "y"], "go with --align auto; --align none takes the scan"),
+        (["RUN", "--from-video"], "say how a scan is read; name it with --scene or --views."),
     ],
 )
 def test_view_of_views_with_wrong_arguments(argv: list[str], words: str, refused: Refused, run: Path, prepared: Path):
