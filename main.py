@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if not __package__:  # started as a file: give it its package (PEP 366), so that the relative imports below work
     import importlib.util
@@ -29,6 +29,7 @@ if not __package__:  # started as a file: give it its package (PEP 366), so that
 
 
 if TYPE_CHECKING:
+    from .datasets.alignment import AlignOptions
     from .datasets.scene import Scene
     from .datasets.synthesis.views import ViewsOf
     from .engine.predict import Session
@@ -143,8 +144,19 @@ def run_score(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_infer(args: argparse.Namespace) -> int:
+def scan_frame(args: argparse.Namespace) -> "Literal['none'] | AlignOptions":
+    """How the scan is read, as `read_scene` takes it."""
     from .datasets.alignment import AlignOptions
+
+    known = AlignOptions(args.up, args.height, args.from_video)
+    if args.align != "none":
+        return known
+    if known != AlignOptions():
+        raise ValueError("--up, --height and --from-video go with --align auto; --align none takes the scan as it is.")
+    return "none"
+
+
+def run_infer(args: argparse.Namespace) -> int:
     from .engine.questions import Request
 
     request = Request(asked_questions(args), args.box, args.click, args.task, args.situation)
@@ -155,9 +167,7 @@ def run_infer(args: argparse.Namespace) -> int:
         raise ValueError("There is no question; give one or more with --ask, or a file with one a line: --questions.")
     else:
         request.check()
-    known = AlignOptions(args.up, args.height, args.from_video)
-    if args.align == "none" and known != AlignOptions():
-        raise ValueError("--up, --height and --from-video go with --align auto; --align none takes the scan as it is.")
+    align = scan_frame(args)
     from .engine.predict import check_out, open_session
 
     check_out(args.out)
@@ -165,7 +175,7 @@ def run_infer(args: argparse.Namespace) -> int:
         args.scene,
         args.model,
         None if args.chat else request,
-        align="none" if args.align == "none" else known,
+        align=align,
         device=args.device,
         max_new_tokens=args.max_tokens,
         language_model=args.language_model,
@@ -309,11 +319,11 @@ def check_view(args: argparse.Namespace) -> None:
         raise ValueError("--save, --room, --top and --export show predictions or a scan; name one, or --scene.")
     if args.html and args.scene is not None and args.predictions is None:
         raise ValueError("--html reports on predictions; a scan alone is shown with --room.")
-    if args.predictions is not None and Path(args.predictions).suffix.lower() == ".npz":
-        if args.html:
-            raise ValueError("--html reports on predictions; boxes are shown with --room, --top or --save.")
-        if args.model and args.scene is not None:
-            raise ValueError(f"--model detects boxes, and {args.predictions} holds some; leave one of them out.")
+    if args.html and args.predictions is not None and Path(args.predictions).suffix.lower() == ".npz":
+        raise ValueError("--html reports on predictions; boxes are shown with --room, --top or --save.")
+    scan_frame(args)
+    if args.views is None and args.scene is None and (args.up or args.height or args.from_video):
+        raise ValueError("--up, --height and --from-video say how a scan is read; name it with --scene or --views.")
 
 
 def show_scenes(args: argparse.Namespace) -> None:
@@ -331,7 +341,7 @@ def show_scenes(args: argparse.Namespace) -> None:
         args.predictions,
         args.scene,
         data_root=args.data,
-        align=args.align,
+        align=scan_frame(args),
         frame=args.frame,
         limit=args.limit,
         detect=detect if args.scene is not None and args.model is not None else None,
@@ -365,7 +375,7 @@ def save_view_sheets(args: argparse.Namespace) -> list[str]:
         encoder=args.encoder or SENTENCE_ENCODER,
         source=args.source,
         num_candidates=args.candidates,
-        align=args.align,
+        align=scan_frame(args),
     )
     for note in scored[0].assumed:
         sys.stderr.write(f"assumed: {note}\n")

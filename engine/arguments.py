@@ -448,7 +448,19 @@ def _add_infer_command(add: AddCommand) -> None:
         "--max-tokens", type=at_least(1), default=256, metavar="N", help="length of an answer (default: %(default)s)"
     )
     infer.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    frame = infer.add_argument_group("the scan's frame", "what was assumed or changed is said on standard error")
+    _add_frame_arguments(infer)
+    infer.add_argument(
+        "--out",
+        default="runs/infer",
+        metavar="DIR",
+        help="where predictions.jsonl and a picture of each answer go (default: %(default)s)",
+    )
+    infer.add_argument("--json", action="store_true", help="print one JSON object a question")
+
+
+def _add_frame_arguments(command: argparse.ArgumentParser) -> None:
+    """How a scan is read, the same for all commands that show or ask about one."""
+    frame = command.add_argument_group("the scan's frame", "what was assumed or changed is said on standard error")
     frame.add_argument(
         "--align", choices=("auto", "none"), default="auto", help="correct up-axis, scale and walls, or take as is"
     )
@@ -462,13 +474,6 @@ def _add_infer_command(add: AddCommand) -> None:
         help="a reconstruction of MASt3R-SLAM, SLAM3R or VGGT: remove stray points, find up and walls in any frame, "
         "scale to --height, else to a usual ceiling",
     )
-    infer.add_argument(
-        "--out",
-        default="runs/infer",
-        metavar="DIR",
-        help="where predictions.jsonl and a picture of each answer go (default: %(default)s)",
-    )
-    infer.add_argument("--json", action="store_true", help="print one JSON object a question")
 
 
 def _add_view_command(add: AddCommand) -> None:
@@ -544,13 +549,13 @@ def _add_view_command(add: AddCommand) -> None:
     views.add_argument(
         "--candidates", type=at_least(1), metavar="N", help="views to choose from (default: the model's, else 16)"
     )
-    views.add_argument("--align", choices=("auto", "none"), default="auto", help="as for infer; for --scene too")
     views.add_argument(
         "--out",
         default="runs/views",
         metavar="DIR",
         help="where views-<n>.png and views.html go (default: %(default)s)",
     )
+    _add_frame_arguments(view)
 
 
 def _add_demo_command(add: AddCommand) -> None:

@@ -165,7 +165,7 @@ class Session:
     def answers(
         self, samples: Sequence[Sample], on_text: Callable[[str], object] | None = None
     ) -> Iterator[tuple[Prediction, Rollout]]:
-        """Answers in the samples' order.
+        """Answers in the samples' order; `meta.axis_align` says which frame of the scan they are in.
 
         Args:
             on_text: called with each answer piece by piece as it is written; they are then decoded one by one, not
@@ -179,7 +179,9 @@ class Session:
             with self.model.telling(on_text) as on_token:
                 rollouts = roll_out(self.model, prompts, max_new_tokens=self.max_new_tokens, on_token=on_token)
             for rollout in rollouts:
-                yield to_prediction(self.model, rollout, self.label), rollout
+                prediction = to_prediction(self.model, rollout, self.label)
+                prediction.meta["axis_align"] = self.scene.axis_align_44.tolist()
+                yield prediction, rollout
 
     def reply(self, question: str, on_text: Callable[[str], object] | None = None) -> tuple[Prediction, Rollout]:
         """The answer to the next question of a dialogue, which is asked with all that was said before."""

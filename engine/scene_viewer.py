@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..datasets.alignment import AlignOptions
 from ..datasets.readers import read_scene
 from ..datasets.scene import Scene
 from ..visualization.box_files import SUFFIXES, from_world, is_box_file, read_boxes, to_world, write_boxes
@@ -21,7 +22,7 @@ def scenes_to_show(
     scan: str | Path | None,
     *,
     data_root: str | Path,
-    align: str = "auto",
+    align: str | AlignOptions = "auto",
     frame: str = "scan",
     limit: int | None = None,
     detect: Callable[[Scene], ShownBoxes] | None = None,
@@ -38,10 +39,14 @@ def scenes_to_show(
         detect: finds further boxes in the scan.
 
     Raises:
-        ValueError: a file that cannot be read, boxes without a scan, a scan that the predictions are not about.
+        ValueError: a file that cannot be read, boxes without a scan, boxes of a file and a detector, a scan that the
+            predictions are not about, or that is in another frame than theirs.
     """
+    boxes_alone = source is not None and is_box_file(source)
+    if boxes_alone and detect is not None:
+        raise ValueError(f"--model detects boxes, and {source} holds some; leave one of them out.")
     scene = read_scene(find_scene(scan, data_root), align=align) if scan is not None else None
-    if source is not None and is_box_file(source):
+    if source is not None and boxes_alone:
         if scene is None:
             raise ValueError(f"{source} holds boxes alone; name the scan that they are in with --scene.")
         return [ShownScene(scene, boxes=to_world(read_boxes(source), scene, frame))]

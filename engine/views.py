@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..datasets.alignment import AlignOptions
 from ..datasets.multiview import open_multiview
 from ..datasets.readers import read_scene
 from ..datasets.scene import Scene
@@ -55,7 +56,7 @@ def score_views(
     encoder: str = SENTENCE_ENCODER,
     source: str | None = None,
     num_candidates: int | None = None,
-    align: str = "auto",
+    align: str | AlignOptions = "auto",
     seed: int = 0,
     device: str = "auto",
 ) -> list[ScoredViews]:

@@ -372,6 +372,9 @@ def test_infer_with_wrong_arguments(argv: list[str], words: str, refused: Refuse
         (["SCENE", "--scene", "SCENE", "--top", "a.png"], "neither corners nor centers, sizes and headings"),
         (["gone.npz", "--scene", "SCENE", "--html", "a.html"], "--html reports on predictions; boxes are shown with"),
         (["gone.npz", "--scene", "SCENE", "--model", "RUN"], "--model detects boxes, and gone.npz holds some"),
+        (["gone.json", "--scene", "SCENE", "--model", "RUN"], "--model detects boxes, and gone.json holds some"),
+        (["--scene", "SCENE", "--align", "none", "--up", "y"], "go with --align auto; --align none takes the scan"),
+        (["RUN", "--from-video"], "say how a scan is read; name it with --scene or --views."),
     ],
 )
 def test_view_of_views_with_wrong_arguments(argv: list[str], words: str, refused: Refused, run: Path, prepared: Path):
@@ -733,6 +736,8 @@ def row(**changes: object) -> bytes:
         (row(text=5), "predictions.jsonl, line 1 (a), text: must be a text, not 5"),
         (row(references=[5]), "references: must be a list of texts"),
         (row(meta=5), "meta: must be an object, not 5"),
+        (row(meta={"axis_align": [[1, 0, 0, 0]]}), "meta.axis_align: must be four rows of four finite numbers"),
+        (row(meta={"axis_align": [[0, 0, 0, float("nan")]] * 4}), "meta.axis_align: must be four rows of four finite"),
         (row(boxes=[[1, 2]]), "boxes: a box must be 6 or 7 finite numbers"),
         (row(boxes=[[float("nan")] * 7]), "boxes: a box must be 6 or 7 finite numbers"),
         (b"\xff\xfe", "is not a text file in UTF-8"),

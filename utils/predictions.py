@@ -74,6 +74,18 @@ def _id_text_fault(value: Any) -> str | None:
     return text_fault(value, empty=False)
 
 
+def _is_entry(value: Any) -> bool:
+    """Whether a value may stand in a matrix that moves a scan, which may lie far away (in millimetres of a map)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
+
+
+def _matrix_fault(value: Any) -> str | None:
+    whole = isinstance(value, list) and len(value) == 4
+    if whole and all(isinstance(row, list) and len(row) == 4 and all(map(_is_entry, row)) for row in value):
+        return None
+    return f"must be four rows of four finite numbers, not {shown(value)}"
+
+
 _FAULTS: dict[str, Fault] = {  # every other field is a text
     "sample_id": _id_text_fault,
     "well_formed": _flag_fault,
@@ -85,9 +97,10 @@ _FAULTS: dict[str, Fault] = {  # every other field is a text
     "scores": _object_fault,
     "meta": _object_fault,
 }
-# what scorers read of `meta`; null says that it is not known
+# what scorers and viewers read of `meta`; null says that it is not known
 _META_FAULTS: dict[str, Fault] = {
     "answer_top10": _ten_fault,
+    "axis_align": _matrix_fault,
     "query_box": _flat_box_fault,
     "distractor_boxes": _flat_boxes_fault,
     "multiple": _flag_fault,

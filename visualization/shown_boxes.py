@@ -97,12 +97,12 @@ class ShownBoxes:
 
 
 def boxes_from_corners(corners_K83: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centres, sizes and rotations of upright boxes from their corners, in whatever order these come.
+    """Centres, sizes and rotations of boxes from their corners: in any order if upright, in that of EDGES if tilted.
 
-    Turned boxes come back with a heading of at most 45 degrees, and the sides along x and y to go with it.
+    Upright boxes come back with a heading of at most 45 degrees, and the sides along x and y to go with it.
 
     Raises:
-        ValueError: corners that are those of no upright box, by the number of the box (from 0).
+        ValueError: corners that are those of no such box, by the number of the box (from 0).
     """
     found = [_from_corners(corners_83, number) for number, corners_83 in enumerate(corners_K83)]
     parts = list(zip(*found, strict=True)) or [[], [], []]
@@ -114,9 +114,19 @@ def boxes_from_corners(corners_K83: np.ndarray) -> tuple[np.ndarray, np.ndarray,
 
 
 def _from_corners(corners_83: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The upright box that 8 corners are those of, else the tilted one."""
+    extent = max(float(np.ptp(corners_83, axis=0).max()), 1e-6)
+    for center_3, size_3, rotation_33 in (_upright(corners_83, extent), _along_edges(corners_83, extent)):
+        made_83 = center_3 + (_SIGNS_83 * size_3 / 2) @ rotation_33.T
+        gaps_88 = np.linalg.norm(made_83[:, None] - corners_83[None], axis=-1)
+        if max(gaps_88.min(0).max(), gaps_88.min(1).max()) <= 1e-3 * extent:
+            return center_3, size_3, rotation_33
+    raise ValueError(f"box {number}: its corners are not those of an upright box, nor of a tilted one edge by edge")
+
+
+def _upright(corners_83: np.ndarray, extent: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The box around 8 corners whose footprint is the smallest among those along a side or a diagonal of them."""
     sides_P2 = (corners_83[:, None, :2] - corners_83[None, :, :2]).reshape(-1, 2)
-    extent = max(float(np.ptp(corners_83, axis=0).max()), 1e-6)
     sides_P2 = sides_P2[np.linalg.norm(sides_P2, axis=1) > 1e-4 * extent]
     turns_P = np.arctan2(sides_P2[:, 1], sides_P2[:, 0])
     quarter = np.pi / 2
@@ -127,9 +137,21 @@ def _from_corners(corners_83: np.ndarray, number: int) -> tuple[np.ndarray, np.n
     best = int(np.argmin(spans_P3[:, 0] * spans_P3[:, 1] + 1e-6 * extent * spans_P3[:, :2].sum(1)))
     low_3, high_3 = local_P83[best].min(0), local_P83[best].max(0)
     size_3, rotation_33 = high_3 - low_3, rotations_P33[best]
-    center_3 = rotation_33 @ ((low_3 + high_3) / 2)
-    made_83 = center_3 + (_SIGNS_83 * size_3 / 2) @ rotation_33.T
-    gaps_88 = np.linalg.norm(made_83[:, None] - corners_83[None], axis=-1)
-    if max(gaps_88.min(0).max(), gaps_88.min(1).max()) > 1e-3 * extent:
-        raise ValueError(f"box {number}: its corners are not those of an upright box")
-    return center_3, size_3, rotation_33
+    return rotation_33 @ ((low_3 + high_3) / 2), size_3, rotation_33
+
+
+def _along_edges(corners_83: np.ndarray, extent: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The box with the edges 0-1, 0-3 and 0-4 of 8 corners; an edge without length stands upright on the others."""
+    edges_33 = corners_83[[1, 3, 4]] - corners_83[0]
+    size_3 = np.linalg.norm(edges_33, axis=1)
+    axes_33 = edges_33 / np.maximum(size_3, 1e-12)[:, None]
+    if (size_3 < 1e-6 * extent).sum() == 1:
+        flat = int(size_3.argmin())
+        axes_33[flat] = np.cross(axes_33[(flat + 1) % 3], axes_33[(flat + 2) % 3])
+    if np.abs(axes_33 @ axes_33.T - np.eye(3)).max() > 1e-3:
+        return corners_83.mean(0), np.zeros(3), np.eye(3)  # no box, which shows where it is compared
+    left_33, _, right_33 = np.linalg.svd(axes_33.T)  # the rotation, or reflection, next to the axes
+    rotation_33 = left_33 @ right_33
+    if np.linalg.det(rotation_33) < 0:  # an exporter that counts the other way round; the corners are the same
+        rotation_33[:, 2] *= -1
+    return corners_83.mean(0), size_3, rotation_33

@@ -28,6 +28,7 @@ LAYERS = {
 QUESTION_LAYERS = ("true", "asked", "answered")
 _SAME = 0.5  # IoU at which a true box takes the label of the scene's object
 _REFERENCES = 3
+_SAME_FRAME = 1e-3  # metres, and parts of a matrix without unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +152,7 @@ def load_shown(
         limit: questions to show; default all.
 
     Raises:
-        ValueError: no answers, none about `scene`, or no prepared scene at all.
+        ValueError: no answers, none about `scene`, answers in another frame of it, or no prepared scene at all.
     """
     if source is None:
         assert scene is not None
@@ -175,6 +176,8 @@ def load_shown(
             raise ValueError(
                 f"There is no prepared scene {paths[0]}; name the data root with --data, or --scene SCAN."
             )
+    for one in scenes:
+        _check_frame(one, [entry for entry in predictions if entry.scene_id == one.scene_id])
     return [
         ShownScene(
             one,
@@ -182,3 +185,18 @@ def load_shown(
         )
         for one in scenes
     ]
+
+
+def _check_frame(scene: Scene, predictions: Sequence[Prediction]) -> None:
+    """ValueError where predictions say that the scan was aligned in another way."""
+    from_world_44 = np.linalg.inv(scene.axis_align_44)
+    for entry in predictions:
+        if entry.meta.get("axis_align") is None:
+            continue
+        # compared in the world frame: the matrices themselves hardly differ for a scan in millimetres
+        moved_44 = np.array(entry.meta["axis_align"], dtype=np.float64) @ from_world_44
+        if np.abs(moved_44 - np.eye(4)).max() > _SAME_FRAME:
+            raise ValueError(
+                "The answers were made in another frame of this scan; give view the --align, --up, --height, "
+                "--from-video that infer had."
+            )

@@ -9,6 +9,7 @@ import torch
 from plyfile import PlyData, PlyElement
 
 from threedr1 import main as cli
+from threedr1.datasets.alignment import AlignOptions
 from threedr1.datasets.readers import read_scene
 from threedr1.datasets.scene_store import SceneStore
 from threedr1.engine.detections import detected_boxes
@@ -110,6 +111,36 @@ def test_answers_of_infer_are_shown_on_the_scan_that_was_asked_about(run, scan, 
     assert [question["question"] for question in data["questions"]] == ["Where is the trunk?", "What is it?"]
     assert all(view["frustum"] for question in data["questions"] for view in question["views"])
     assert len(read_boxes(outputs["json"])) == 1 and outputs["rrd"].stat().st_size > 10_000
+
+
+def test_answers_are_shown_in_the_frame_that_infer_read_the_scan_in(run, scan, tmp_path, capsys):
+    answers, room = tmp_path / "answers", tmp_path / "room.html"
+    frame = ["--from-video", "--height", "2.9"]
+    asked = ["--model", str(run), "--out", str(answers), "--ask", "What is it?"]
+    assert cli.main(["infer", "--scene", str(scan), *frame, *asked]) == 0
+    (prediction,) = read_predictions(answers / "predictions.jsonl")
+    scene = read_scene(scan, align=AlignOptions(height=2.9, from_video=True))
+    np.testing.assert_array_equal(np.float32(prediction.meta["axis_align"]), np.float32(scene.axis_align_44))
+    words = ["view", str(answers), "--scene", str(scan), "--room", str(room)]
+    assert cli.main([*words, *frame]) == 0 and room.exists()
+    room.unlink()
+    capsys.readouterr()
+    for other in ([], ["--align", "none"], ["--from-video", "--height", "2.6"], ["--height", "2.95"]):
+        assert cli.main([*words, *other]) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert "The answers were made in another frame of this scan; give view the --align, --up, --height, " in said
+        assert "--from-video that infer had." in said
+    assert not room.exists()
+    del prediction.meta["axis_align"]
+    write_predictions(answers / "predictions.jsonl", [prediction])
+    assert cli.main(words) == 0 and room.exists()
+
+
+def test_a_file_of_boxes_and_a_model_are_not_both_shown(run, scan, tmp_path, capsys):
+    file = write_boxes(tmp_path / "boxes.json", ShownBoxes.from_rows([BOX]))
+    words = ["view", str(file), "--scene", str(scan), "--model", str(run), "--top", str(tmp_path / "plan.png")]
+    assert cli.main(words) == 1 and not (tmp_path / "plan.png").exists()
+    assert f"--model detects boxes, and {file} holds some; leave one of them out." in capsys.readouterr().err
 
 
 def test_detections_are_exported_and_opened_again(run, scan, tmp_path):

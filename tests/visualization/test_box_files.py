@@ -5,6 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from threedr1.visualization.box_files import from_world, is_box_file, read_boxes, to_world, write_boxes
 from threedr1.visualization.shown_boxes import ShownBoxes
@@ -81,7 +82,44 @@ def test_the_forms_written_are_the_official_ones(tmp_path):
     tilted = boxes.moved(np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]]))
     with np.load(write_boxes(tmp_path / "b.npz", tilted)) as arrays:
         assert "corners" in arrays.files and arrays["corners"].shape == (2, 8, 3)
-    same_boxes(read_boxes(write_boxes(tmp_path / "b.json", tilted)), tilted)
+    for name in ("b.json", "b.npz"):
+        same_boxes(read_boxes(write_boxes(tmp_path / name, tilted)), tilted)
+
+
+def turn(*angles: float) -> np.ndarray:
+    """A scan's frame to the world: turned about x, y and z by degrees, in centimetres, far away."""
+    matrix_44 = np.eye(4)
+    matrix_44[:3, :3] = 0.01 * Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    matrix_44[:3, 3] = [3.0, -20.0, 1.0]
+    return matrix_44
+
+
+@pytest.mark.parametrize("angles", [(4.0, -7.0, 25.0), (90.0, 0.0, 20.0), (90.0, 0.0, 0.0)])
+@pytest.mark.parametrize("name", ["a.npz", "a.json"])
+def test_boxes_of_a_tilted_scan_and_of_one_with_y_up_are_read_again(tmp_path, angles, name):
+    scene = odd_scene()
+    scene.axis_align_44 = turn(*angles)
+    world = ShownBoxes.from_rows(
+        [*ROWS, [0.0, 0.0, 1.0, 2.0, 1.0, 0.0, 0.3]], ["chair", "", "board"], [0.5, None, 1.0]
+    )
+    in_scan = from_world(world, scene, "scan")
+    assert in_scan.headings_K is None
+    found = to_world(read_boxes(write_boxes(tmp_path / name, in_scan)), scene, "scan")
+    same_boxes(found, world)
+    assert found.texts() == world.texts()
+
+
+def test_turned_boxes_of_the_official_exporter_are_read_in_the_camera_s_frame(tmp_path):
+    """Its corners go round the other way: +z first, then -x, then down, in the axes of a camera."""
+    signs_83 = np.array([(x, y, z) for y in (1, -1) for x, z in ((1, 1), (1, -1), (-1, -1), (-1, 1))], float)
+    yaw = np.radians(20.0)
+    about_y_33 = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
+    half_3 = np.array([1.0, 0.4, 0.25])
+    np.savez(tmp_path / "a.npz", corners=((signs_83 * half_3) @ about_y_33.T + [1.0, -0.5, 2.0])[None])
+    found = to_world(read_boxes(tmp_path / "a.npz"), odd_scene(), "camera")
+    # about the camera's y, which points down, and so counter-clockwise from below: a heading of -20 degrees
+    same_boxes(found, ShownBoxes.from_rows([[1.0, 2.0, 0.5, 2.0, 0.5, 0.8, -yaw]]))
+    assert found.headings_K is not None
 
 
 def test_boxes_of_the_scan_s_frame_land_on_its_points(tmp_path):
