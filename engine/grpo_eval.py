@@ -17,14 +17,7 @@ class GrpoHeldOut(HeldOut):
     """Held-out questions of a GRPO run."""
 
     def __init__(self, config: GrpoConfig, model: SceneVLM, rewards: RewardSet, runtime: Runtime):
-        super().__init__(
-            config.data,
-            model,
-            runtime,
-            datasets=config.eval_datasets,
-            count=config.eval_samples,
-            seed=config.run.seed,
-        )
+        super().__init__(config, model, runtime)
         if not self.questions:
             raise ValueError("The held-out samples are all dense captions; name another data set in eval_datasets.")
         self.config = config

@@ -10,7 +10,7 @@ from ..datasets.scene import Sample
 from ..models.scene_vlm import SceneVLM
 from ..utils.metrics.score import score_predictions
 from ..utils.predictions import Prediction
-from .config import DataConfig
+from .config import GrpoConfig, SftConfig
 from .data import ObservationCache, load_held_out
 from .runtime import Runtime, log, wait_for_beside
 from .training_state import rng_state, set_rng_state
@@ -20,28 +20,18 @@ class HeldOut:
     """Held-out samples. Ranks share them, and all of them get the results.
 
     Args:
-        datasets: that are evaluated on; () takes those of the configuration.
-        count: samples at most, of each data set alike.
+        config: of the run; it says which samples, and how many at most.
 
     Raises:
         ValueError: no samples in data.eval_split.
     """
 
-    def __init__(
-        self,
-        data: DataConfig,
-        model: SceneVLM,
-        runtime: Runtime,
-        *,
-        datasets: Sequence[str],
-        count: int,
-        seed: int,
-    ):
-        self.data = replace(data, datasets=tuple(datasets) or data.datasets)
+    def __init__(self, config: SftConfig | GrpoConfig, model: SceneVLM, runtime: Runtime):
+        self.data = replace(config.data, datasets=config.eval_datasets or config.data.datasets)
         self.model = model
         self.runtime = runtime
-        self.seed = seed
-        self.samples, self.store = load_held_out(self.data, seed, count)
+        self.seed = config.run.seed
+        self.samples, self.store = load_held_out(self.data, self.seed, config.eval_samples)
         log.info("%d held-out samples of %s", len(self.samples), sorted({sample.dataset for sample in self.samples}))
         if model.multiview is not None:
             model.multiview.check(sorted({sample.scene_id for sample in self.samples}))

@@ -20,14 +20,7 @@ class SftHeldOut(HeldOut):
     """Held-out samples of a supervised run."""
 
     def __init__(self, config: SftConfig, model: SceneVLM, runtime: Runtime):
-        super().__init__(
-            config.data,
-            model,
-            runtime,
-            datasets=config.eval_datasets,
-            count=config.eval_samples,
-            seed=config.run.seed,
-        )
+        super().__init__(config, model, runtime)
         self.config = config
         if config.eval_answers and model.language.sharded_from is not None:
             raise ValueError(
