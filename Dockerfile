@@ -8,17 +8,19 @@
 #   docker run --rm --gpus all -v "$PWD/data:/opt/3d-r1/data" -v "$PWD/runs:/opt/3d-r1/runs" 3d-r1:cuda \
 #       sft --config script/recipes/sft.yaml
 #
+# torch brings some 4 GB of CUDA libraries. An image for CPUs without them: name an index that has torch for CPUs with
+# --build-arg PIP_EXTRA_INDEX_URL=...
+#
 # Folders that are mounted must be writable for user 1000, or add: --user "$(id -u):$(id -g)".
 
 ARG KIND=cpu
 
-# torch for CPUs is fetched from its own index, which spares some 4 GB of CUDA libraries
 FROM python:3.11-slim-bookworm AS cpu
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ default-jre-headless \
     && rm -rf /var/lib/apt/lists/* \
     && python -m venv /opt/venv
-ENV TORCH_INDEX=https://download.pytorch.org/whl/cpu THREEDR1_BUILD_OPS=cpu
+ENV THREEDR1_BUILD_OPS=cpu
 
 # the devel image has nvcc, with which the point operations are compiled; torch brings its own CUDA libraries
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS cuda
@@ -26,13 +28,14 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ python3 python3-dev python3-venv default-jre-headless \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/venv
-ENV TORCH_INDEX= THREEDR1_BUILD_OPS=1 CUDA_HOME=/usr/local/cuda
+ENV THREEDR1_BUILD_OPS=1 CUDA_HOME=/usr/local/cuda
 
 FROM ${KIND}
 ENV PATH=/opt/venv/bin:$PATH THREEDR1_PYTHON=/opt/venv/bin/python PIP_NO_CACHE_DIR=1
 WORKDIR /opt/3d-r1
+ARG PIP_EXTRA_INDEX_URL=
 COPY requirements.txt setup.py ./
-RUN pip install "$(grep '^torch==' requirements.txt)" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
+RUN pip install "$(grep '^torch==' requirements.txt)" \
     && pip install -r requirements.txt \
     && pip install "$(grep -o 'gradio==[0-9.]*' setup.py)"
 COPY . .

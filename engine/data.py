@@ -38,6 +38,11 @@ class ObservationCache:
         self.capacity = capacity
         self._kept: OrderedDict[str, Observation] = OrderedDict()
 
+    @classmethod
+    def of_config(cls, config: DataConfig, store: SceneStore, model: SceneVLM, seed: int) -> "ObservationCache":
+        """As a configuration says."""
+        return cls(store, model, seed=seed, capacity=config.cached_scenes, cache_views=config.cache_views)
+
     def __getitem__(self, scene_id: str) -> Observation:
         if scene_id in self._kept:
             self._kept.move_to_end(scene_id)

@@ -12,12 +12,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..datasets.multiview import open_multiview
-from ..models.scene_vlm import SceneVLM
 from .checkpoint import model_folder
 from .demo_gate import Gate
 from .demo_scenes import DemoScenes, Limits
-from .runtime import pick_device
+from .predict import open_model
 
 # The version that was tested. It is no pin of requirements.txt, as it takes an older pillow than the one there.
 GRADIO = "gradio==6.31.0"
@@ -67,8 +65,7 @@ def serve(
     limits = limits or Limits()
     folder = model_folder(model_path)
     with private_folder() as uploads:
-        model = SceneVLM.from_pretrained(folder, device=pick_device(device), language_model=language_model)
-        model.multiview = open_multiview("", model.settings.multiview_dim)  # refuses a model that takes such features
+        model = open_model(folder, device=device, language_model=language_model)
         scenes = DemoScenes(model, threading.Lock(), uploads, limits, Path(data) if data else None)
         page, address = launch(scenes, host, port)
         on_start(address)

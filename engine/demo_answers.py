@@ -16,6 +16,7 @@ import torch
 from ..datasets.prompts import CAPTION_QUESTION, DEFAULT_MODE, dialogue_question
 from ..datasets.scene import TASKS, Sample
 from ..models.scene_vlm import SceneVLM
+from ..utils.text_stream import ANSWER, PLAIN, THOUGHT, ResponseParts, TokenText
 from .demo_scenes import Limits, Opened
 from .rollout import write_prompts
 
@@ -130,14 +131,10 @@ def make_sample(
 
 def parts_so_far(text: str) -> tuple[str, str]:
     """Thought and answer of a response that is still being written; an unfinished tag at its end is left out."""
-    cut = text.rfind("<")
-    if cut >= 0 and any(tag.startswith(text[cut:]) for tag in ("<think>", "</think>", "<answer>", "</answer>")):
-        text = text[:cut] if not text[cut:].endswith(">") else text
-    before, _, rest = text.partition("<think>")
-    think, closed, after = rest.partition("</think>")
-    answer = after if closed else "" if "<think>" in text else before
-    answer = answer.partition("<answer>")[2] if "<answer>" in answer else answer
-    return think.strip(), answer.partition("</answer>")[0].strip()
+    found = {THOUGHT: "", ANSWER: "", PLAIN: ""}
+    for part, piece in ResponseParts().push(text):
+        found[part] += piece
+    return found[THOUGHT].strip(), (found[ANSWER] or found[PLAIN]).strip()
 
 
 class _Enough(Exception):
@@ -161,13 +158,16 @@ def generate(
         left: set where nobody waits for the answer any more.
     """
     start, ids = time.monotonic(), list[int]()
+    written, text = TokenText(model.language.decode), ""
     model.eval()
     (prompt,) = write_prompts(model, [sample], [opened.observation], [DEFAULT_MODE[sample.task]])
     inputs = model.embed_rows([prompt.row], [opened.observation], [prompt.views], packed_length=0)
 
     def on_token(_: int, token: int) -> None:
+        nonlocal text
         ids.append(token)
-        on_text(model.language.decode(ids))
+        text += written.push(token)
+        on_text(text)
         if left.is_set() or time.monotonic() - start > limits.seconds:
             raise _Enough
 

@@ -4,13 +4,11 @@ from pathlib import Path
 
 import torch
 
-from ..datasets.multiview import open_multiview
 from ..datasets.scene import Scene
-from ..models.scene_vlm import SceneVLM
 from ..utils.labels import DETECTION_CLASSES, NUM_CLASSES
 from ..visualization.shown_boxes import ShownBoxes
 from .checkpoint import model_folder
-from .runtime import pick_device
+from .predict import open_model
 
 
 def detected_boxes(
@@ -22,10 +20,7 @@ def detected_boxes(
     device: str = "auto",
 ) -> ShownBoxes:
     """What a model detects in a scene, world frame: the class of each object and its objectness."""
-    model = SceneVLM.from_pretrained(
-        model_folder(model_path), device=pick_device(device), language_model=language_model
-    )
-    model.multiview = open_multiview(multiview, model.settings.multiview_dim)
+    model = open_model(model_folder(model_path), device=device, language_model=language_model, multiview=multiview)
     with torch.no_grad():
         (encoded,) = model.encode([model.observe(scene)])
     classes = encoded.class_probs_KC[encoded.valid_K, :NUM_CLASSES].argmax(1).tolist()

@@ -30,7 +30,6 @@ from .build import give_multiview
 from .checkpoint import model_folder
 from .config import DataConfig, EvalConfig, save_config, to_dict
 from .data import Loaded, ObservationCache, load_evaluated, load_split, open_store
-from .data import fingerprint as sample_fingerprint
 from .predict import answer, detected_objects, world_boxes
 from .references import GIVEN_OBJECTS, object_rows, reference_of
 from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything
@@ -184,13 +183,7 @@ class _Evaluation:
         self.runtime = runtime
         self.journal = journal
         self.label = config.label or Path(config.model).name
-        self.observations = ObservationCache(
-            store,
-            model,
-            seed=config.run.seed,
-            capacity=config.data.cached_scenes,
-            cache_views=config.data.cache_views,
-        )
+        self.observations = ObservationCache.of_config(config.data, store, model, config.run.seed)
 
     def predict(self, loaded: Loaded) -> tuple[list[Prediction], list[Prediction]]:
         """Answers to a data set's questions; and rows of objects, for dense captioning."""
@@ -298,7 +291,7 @@ def open_journal(config: EvalConfig, folder: Path, parts: Sequence[Loaded], runt
     for name in ("root", "cached_scenes", "cache_views"):
         del settings["data"][name]
     settings["run"] = {"seed": config.run.seed, "batch_size": config.run.batch_size}
-    questions = [(entry.dataset, sample_fingerprint([its.sample_id for its in entry.samples])) for entry in parts]
+    questions = [(entry.dataset, [sample.sample_id for sample in entry.samples]) for entry in parts]
     key = fingerprint(model_facts(folder), settings, questions, prompt_fingerprint())
     journal = AnswerJournal(Path(config.run.dir), key, runtime.rank)
     if runtime.is_main and journal.done:

@@ -107,7 +107,7 @@ def update_policy(
     lengths = [len(rollout.token_ids[row]) for rollout, its in zip(rollouts, kept, strict=True) for row in its]
     sequences, tokens = runtime.total(len(lengths), sum(lengths))
     if not sequences:
-        warn(runtime, "step %d: the limit cut every completion; the policy stays as it is", step)
+        warn(runtime, "step %d: no completion with a reward came to its end; the policy stays as it is", step)
         return {}
     normalizer = Normalizer(sequences, tokens, config.rollout.max_new_tokens)
     with phases("reference"):
@@ -193,13 +193,7 @@ def reinforce(
         model.trainable_parameters(), config.optim, run.steps, runtime, skipped_dir=Path(run.dir) / "skipped"
     )
     first_step = restore_run(last, optimizer, extra["data"])["step"]
-    observations = ObservationCache(
-        store,
-        model,
-        seed=run.seed,
-        capacity=config.data.cached_scenes,
-        cache_views=config.data.cache_views,
-    )
+    observations = ObservationCache.of_config(config.data, store, model, run.seed)
     groups = GroupSampler(config, model, samples, observations, rewards, runtime)
     held_out = GrpoHeldOut(config, model, rewards, runtime) if run.eval_every else None
     checkpoints = Checkpoints(

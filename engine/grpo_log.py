@@ -23,9 +23,8 @@ class GrpoLog:
         self.runtime = runtime
         self.phases = Phases(runtime.device)
         self.path = Path(run.dir) / COMPLETIONS
-        self._decoded = self._seen = (
-            0.0  # tokens of completions, and with them those of prompts, since a row was logged
-        )
+        # tokens of completions, and with them those of prompts, since a row was logged
+        self._decoded = self._seen = 0.0
         if runtime.is_main and self.path.exists():
             drop_steps_from(self.path, first_step)
         self.tracker = Tracker(

@@ -41,13 +41,7 @@ class HeldOut:
 
     def observe(self) -> ObservationCache:
         """Scenes as the model sees them now."""
-        return ObservationCache(
-            self.store,
-            self.model,
-            seed=self.seed,
-            capacity=self.data.cached_scenes,
-            cache_views=self.data.cache_views,
-        )
+        return ObservationCache.of_config(self.data, self.store, self.model, self.seed)
 
     def share(self, samples: Sequence[Sample]) -> list[Sample]:
         """This rank's of some samples."""

@@ -208,6 +208,15 @@ class Answered:
     observation: Observation
 
 
+def open_model(
+    folder: Path, *, device: str = "auto", language_model: str | None = None, multiview: str = ""
+) -> SceneVLM:
+    """A model to ask, from its folder; ValueError where it takes multi-view features and no file is named."""
+    model = SceneVLM.from_pretrained(folder, device=pick_device(device), language_model=language_model)
+    model.multiview = open_multiview(multiview, model.settings.multiview_dim)
+    return model
+
+
 def open_session(
     scene_path: str | Path,
     model_path: str | Path,
@@ -233,8 +242,7 @@ def open_session(
     scene = read_scene(scene_path, align=align)
     for box in request.boxes if request is not None else ():
         checked_box(box, scene)
-    model = SceneVLM.from_pretrained(folder, device=pick_device(device), language_model=language_model)
-    model.multiview = open_multiview(multiview, model.settings.multiview_dim)
+    model = open_model(folder, device=device, language_model=language_model, multiview=multiview)
     return Session(model, scene, label=Path(model_path).name, max_new_tokens=max_new_tokens)
 
 

@@ -175,13 +175,7 @@ def fine_tune(config: SftConfig, last: Path | None, runtime: Runtime) -> Path:
     log.info("%d samples of %s, %.2f M trained parameters", len(samples), config.data.datasets, num_trained / 1e6)
     held_out = SftHeldOut(config, model, runtime) if run.eval_every else None
     mixture = Mixture([sample.dataset for sample in samples], config.data.weights, run.seed)
-    observations = ObservationCache(
-        store,
-        model,
-        seed=run.seed,
-        capacity=config.data.cached_scenes,
-        cache_views=config.data.cache_views,
-    )
+    observations = ObservationCache.of_config(config.data, store, model, run.seed)
 
     def choose(step: int) -> list[Sample]:
         return [samples[row] for row in mixture.rows(step, run.batch_size, runtime)]

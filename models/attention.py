@@ -46,10 +46,6 @@ class Attends(Protocol):
         """What attention gives [L, H, E] in one of the decoder's layers, counted from 0."""
         ...
 
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments that transformers' decoder hands on to its attention."""
-        ...
-
 
 class Documents(NamedTuple):
     """Where the documents of a packed row begin."""
@@ -70,7 +66,8 @@ class Documents(NamedTuple):
         return attend_documents(query_LHE, key_LGE, value_LGE, *self, causal=True, scale=scale)
 
     def arguments(self) -> dict[str, Any]:
-        """Transformers' own names, for compiled layers to take tensors and numbers alone."""
+        """What transformers' decoder hands on to its attention: by its own names, tensors and numbers alone, so that
+        compiled layers take them."""
         starts_N = self.starts_N
         return {
             "cu_seq_lens_q": starts_N,
@@ -134,9 +131,6 @@ class Groups(NamedTuple):
             keys=self.keys,
         )
         return torch.cat([prompts_PHE, completions_LHE])
-
-    def arguments(self) -> dict[str, Any]:
-        return {"attends": self}
 
 
 class _Gather(torch.autograd.Function):

@@ -14,7 +14,6 @@ has most.
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,9 +117,6 @@ class KVCache:
         """Keep each row's key and value; its attention to its prompt, to what it has said, and to itself."""
         return self._steps.attend(layer, query_RHE, key_RGE, value_RGE, scale)
 
-    def arguments(self) -> dict[str, Any]:
-        return {"attends": self}
-
 
 class Prefill:
     """Prompts that attend each to itself, their keys and values kept."""
@@ -133,9 +129,6 @@ class Prefill:
         self.cache.prompts[0, layer, here] = key_LGE
         self.cache.prompts[1, layer, here] = value_LGE
         return self.documents.attend(layer, query_LHE, key_LGE, value_LGE, scale)
-
-    def arguments(self) -> dict[str, Any]:
-        return {"attends": self}
 
 
 class _PlainSteps:

@@ -156,7 +156,8 @@ class LanguageModel(nn.Module):
         packed: dict[str, Any] = {"attention_mask": inputs.attention_mask_BL}
         if attends is not None and self.attention == PACKED:
             # the kernel needs no mask; transformers would make one of [L, L] out of the positions
-            packed = {"attention_mask": {_FULL: None}, **attends.arguments()}
+            told = attends.arguments() if isinstance(attends, Documents) else {"attends": attends}
+            packed = {"attention_mask": {_FULL: None}, **told}
         elif attends is not None and not isinstance(attends, Documents):
             raise ValueError(f"Attention {self.attention} knows no shared prompts; set attention to {PACKED}.")
         return self.decoder(

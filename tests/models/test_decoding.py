@@ -11,8 +11,10 @@ from threedr1.models.attention import Documents
 from threedr1.models.decoding import Decoder, pick_tokens
 from threedr1.models.inputs import IMAGE, RowWriter, assemble
 from threedr1.models.kv_cache import KVCache, _FlashSteps
-from threedr1.models.language_model import add_lora, load_language_model
+from threedr1.models.language_model import load_language_model
 from threedr1.models.lm_head import token_logprobs
+
+from .adapted import adapted
 
 TEXTS = ("Where is the chair?", "How many red desks stand next to the chair?", "Look")
 
@@ -147,23 +149,12 @@ def test_sampling_without_generators_is_refused(language):
 # The engine --------------------------------------------------------------------------------------------------------
 
 
-def adapted(tiny_qwen, fused):
-    language = load_language_model(tiny_qwen, dtype="float32").eval()
-    add_lora(language, "policy", rank=4, alpha=8)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in language.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
-    if fused:
-        language.fuse_blocks()
-    return language
-
-
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_group_is_sampled_from_the_policy_that_is_trained(tiny_qwen, fused):
     """Log-probabilities kept while decoding equal those of the trainer's forward pass over the shared prompt."""
-    language = adapted(tiny_qwen, fused)
+    language = adapted(tiny_qwen).eval()
+    if fused:
+        language.fuse_blocks()
     rows, _, _, inputs = prompts(language)
     ends = range(0, 400, 4)
     sampled = run(

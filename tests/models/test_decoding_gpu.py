@@ -7,8 +7,9 @@ from threedr1.models.attention import Documents, Groups, attend_documents
 from threedr1.models.decoding import Decoder
 from threedr1.models.inputs import IGNORE, Row, assemble
 from threedr1.models.kv_cache import KVCache, _FlashSteps, _PlainSteps
-from threedr1.models.language_model import add_lora, load_language_model
 from threedr1.models.lm_head import token_logprobs
+
+from .adapted import adapted
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,14 +77,7 @@ def test_a_shared_prompt_equals_separate_documents_and_so_do_gradients():
 
 
 def language_and_prompts(tiny_qwen, kind):
-    language = load_language_model(tiny_qwen, dtype="bfloat16").eval()
-    add_lora(language, "policy", rank=4, alpha=8)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in language.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
-    language.cuda()
+    language = adapted(tiny_qwen, dtype="bfloat16").eval().cuda()
     if kind == "fused":
         language.fuse_blocks()
     generator = torch.Generator().manual_seed(2)

@@ -16,16 +16,11 @@ from threedr1.models.language_model import (
 )
 from threedr1.models.lm_head import cross_entropy
 
+from .adapted import adapted
+
 
 def lora_model(folder, *, last_blocks=0, rank=4, dtype="float32"):
-    language = load_language_model(folder, dtype=dtype)
-    add_lora(language, "policy", rank=rank, alpha=3 * rank, last_blocks=last_blocks)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in language.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    return language
+    return adapted(folder, rank=rank, alpha=3 * rank, std=0.1, last_blocks=last_blocks, dtype=dtype)
 
 
 def text_rows(language, lengths=(9, 14, 5)):

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from threedr1.models.attention import Groups
 from threedr1.models.inputs import IGNORE, TEXT, RowWriter, assemble
-from threedr1.models.language_model import add_lora, load_language_model
+from threedr1.models.language_model import load_language_model
 from threedr1.models.lm_head import token_logprobs
+
+from .adapted import adapted
 
 QUESTIONS = ["Where is the chair?", "How many tables are there in this room, all counted?", "Why?"]
 # ragged, one of a single token, one of none, and a prompt that nothing goes on from
@@ -60,15 +62,7 @@ def test_attention_and_its_gradient_equal_brute_force(prompts, data):
 
 
 def model(folder, *, lora=True):
-    language = load_language_model(folder, dtype="float32")
-    if lora:
-        add_lora(language, "policy", rank=4, alpha=8)
-        generator = torch.Generator().manual_seed(1)
-        for name, parameter in language.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05, generator=generator)
-    return language.train()
+    return (adapted(folder) if lora else load_language_model(folder, dtype="float32")).train()
 
 
 def prompts(language):
