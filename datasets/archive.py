@@ -66,10 +66,13 @@ def read_arrays(path: Path, *, mapped: bool = False) -> dict[str, np.ndarray]:
 
 
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, memory: mmap.mmap | None) -> np.ndarray:
-    array = _mapped(member, memory) if memory is not None else None
-    if array is not None:
-        return array
-    return np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)
+    try:
+        array = _mapped(member, memory) if memory is not None else None
+        if array is not None:
+            return array
+        return np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)
+    except (tokenize.TokenError, SyntaxError, TypeError) as error:  # NumPy parses the header as Python
+        raise ValueError(f"{member.filename} has a broken header: {error}") from None
 
 
 def _mapped(member: zipfile.ZipInfo, memory: mmap.mmap) -> np.ndarray | None:
@@ -81,12 +84,9 @@ def _mapped(member: zipfile.ZipInfo, memory: mmap.mmap) -> np.ndarray | None:
     name_size, extra_size = struct.unpack_from("<HH", memory, member.header_offset + 26)
     start = member.header_offset + _LOCAL_HEADER + name_size + extra_size
     memory.seek(start)
-    try:
-        if np.lib.format.read_magic(memory) != (1, 0):
-            return None
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(memory)
-    except (tokenize.TokenError, SyntaxError) as error:  # NumPy parses the header as Python
-        raise ValueError(f"{member.filename} has a broken header: {error}") from None
+    if np.lib.format.read_magic(memory) != (1, 0):
+        return None
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(memory)
     size, offset = math.prod(shape), memory.tell()
     if (
         dtype.kind not in "biuf"

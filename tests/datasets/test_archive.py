@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as extra
 
@@ -71,6 +71,7 @@ def test_any_array_comes_back(tmp_path_factory, array):
     np.testing.assert_array_equal(read_arrays(path, mapped=True)["array"], array)
 
 
+@example(position=410, value=98, length=0)  # a name of the header becomes bytes
 @settings(max_examples=300, deadline=None)
 @given(position=st.integers(0, 3000), value=st.integers(0, 255), length=st.integers(0, 3000))
 def test_damaged_files_are_errors_or_arrays_and_never_a_crash(tmp_path_factory, position, value, length):
@@ -84,6 +85,16 @@ def test_damaged_files_are_errors_or_arrays_and_never_a_crash(tmp_path_factory, 
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error):
         return
     assert all(isinstance(array.sum(), np.generic) for array in found.values())
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_broken_header_in_a_sound_archive_names_the_member(tmp_path, mapped):
+    content = io.BytesIO()
+    np.save(content, np.arange(3.0))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("points.npy", content.getvalue().replace(b" 'fortran", b"b'fortran"))
+    with pytest.raises(ValueError, match="points.npy has a broken header"):
+        read_arrays(tmp_path / "a.npz", mapped=mapped)
 
 
 def test_a_member_that_states_more_than_it_holds_is_refused(tmp_path):
