@@ -1,15 +1,16 @@
 """GRPO: seconds of a whole step, tokens a second of decoding, memory, beside TRL's GRPOTrainer.
 
-A step is what the training loop does: prepared rooms are read and encoded, views chosen from the cache on disk and put
-through the vision tower, a group of completions sampled for each prompt, and the LoRA adapter updated once by the
-clipped loss with KL to a frozen reference. Rewards are random numbers, so that every group has variance. Completions
-all have the full length: nothing ends them before. Prompts hold views, layout tokens, named objects and words, up to
-the length that is asked for. Weights are random, of the shape of Qwen2.5-VL-7B on a GPU. TRL has the same model,
-adapter, loss and numbers of tokens, its prompts text alone; it runs first, and what it held is freed.
+A step is what the training loop does: prepared rooms are read and encoded and views chosen from the cache on disk, on
+a GPU while the step before computes; views are put through the vision tower, a group of completions sampled for each
+prompt, and the LoRA adapter updated once by the clipped loss with KL to a frozen reference. Rewards are random
+numbers, so that every group has variance. Completions all have the full length: nothing ends them before. Prompts
+hold views, layout tokens, named objects and words, up to the length that is asked for. Weights are random, of the
+shape of Qwen2.5-VL-7B on a GPU. TRL has the same model, adapter, loss and numbers of tokens, its prompts text alone;
+it runs first, and what it held is freed.
 
 `rollout_s` is the step up to the last sampled token. By how much full completions take longer than single tokens, of
-the same prompts, is the time of decoding; the rest of the rollout, `first_token_s`, is rooms, views and prefill. TRL's
-decoding is the part of generate after the prompts' last logits.
+the same prompts, is the time of decoding; the rest of the rollout, `first_token_s`, is the wait for prompts, their
+views and prefill. TRL's decoding is the part of generate after the prompts' last logits.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import torch
 from ..datasets.scene import Sample
 from ..datasets.scene_store import SceneStore
 from ..engine.advantages import group_advantages
+from ..engine.ahead import Ahead
 from ..engine.build import speed_up
 from ..engine.config import GrpoConfig, SftConfig, load_config
 from ..engine.data import ObservationCache
@@ -33,7 +35,7 @@ from ..engine.groups import MODE, Experience
 from ..engine.grpo import REFERENCE, update_policy
 from ..engine.optim import Optimizer
 from ..engine.rewards import RewardResult
-from ..engine.rollout import Rollout, roll_out, write_prompts
+from ..engine.rollout import Prompt, Rollout, roll_out, write_prompts
 from ..engine.runtime import Runtime, init_runtime, seed_everything, torch_stream
 from ..engine.sft import load_model
 from ..engine.throughput import Phases
@@ -104,27 +106,34 @@ class Ours:
         self.names = (folder / "scannetv2_train.txt").read_text(encoding="utf-8").split()
         self.done = 0
 
-    def begin(self, work: Workload) -> int:
-        """Get ready for steps of a shape; returns the number of views in a prompt."""
+    def begin(self, work: Workload, num_steps: int) -> int:
+        """Get ready for so many steps of a shape; returns the number of views in a prompt."""
         self.work = work
         self.config = grpo_config(work)
         self.observations = ObservationCache(self.store, self.model, seed=0, capacity=work.prompts, cache_views=True)
         self.samples, num_views = fit_prompts(self.model, self.observations, self.names, work.prompt_tokens)
         self.optimizer = Optimizer(self.model.trainable_parameters(), self.config.optim, 1000, self.runtime)
+        device = self.model.device
+        self.coming = Ahead(self.write, device, num_steps=self.done + num_steps, on=device.type == "cuda")
         return num_views
 
-    def next_prompts(self) -> list[Sample]:
-        """The prompts of the next step; their rooms were dropped since they last came."""
-        first = self.done * self.work.prompts
-        self.done += 1
-        return [self.samples[row % len(self.samples)] for row in range(first, first + self.work.prompts)]
+    def write(self, step: int) -> list[Prompt]:
+        """The prompts of a step; their rooms were dropped since they last came."""
+        first = step * self.work.prompts
+        samples = [self.samples[row % len(self.samples)] for row in range(first, first + self.work.prompts)]
+        return write_prompts(self.model, samples, self.observations.of(samples), [MODE] * len(samples))
 
-    def sample(self, samples: list[Sample], new_tokens: int) -> list[Rollout]:
+    def next_prompts(self) -> list[Prompt]:
+        """The prompts of the next step."""
+        self.done += 1
+        return self.coming[self.done - 1]
+
+    def sample(self, prompts: list[Prompt], new_tokens: int) -> list[Rollout]:
         """A group of completions of each prompt, all of one length."""
         with endless():
             return roll_out(
                 self.model,
-                write_prompts(self.model, samples, self.observations.of(samples), [MODE] * len(samples)),
+                prompts,
                 max_new_tokens=new_tokens,
                 group_size=self.work.group,
                 temperature=1.0,
@@ -227,7 +236,7 @@ def measure_ours(ours: Ours, work: Workload, repeats: int) -> Times:
     ValueError where completions are too short for their decoding to be told from noise.
     """
     device = str(ours.model.device)
-    num_views = ours.begin(work)
+    num_views = ours.begin(work, 2 + repeats)
     rollout, update, decode = [], [], []
     with measured_peak(ours.model.device) as peak:
         for _ in range(1 + repeats):
@@ -236,7 +245,7 @@ def measure_ours(ours: Ours, work: Workload, repeats: int) -> Times:
             rollout.append(sampled_s)
             update.append(timed(lambda kept=rollouts: ours.update(kept), device)[0])
     prompts = ours.next_prompts()
-    ours.sample(prompts, 1)  # reads the rooms
+    ours.sample(prompts, 1)  # views go through the vision tower
     for _ in range(repeats):
         one_s, all_s = (
             timed(lambda count=count: ours.sample(prompts, count), device)[0] for count in (1, work.new_tokens)

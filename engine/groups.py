@@ -5,6 +5,7 @@ Shapes: P prompts of this rank, G completions of each.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import torch
 from ..datasets.scene import Sample
 from ..models.scene_vlm import SceneVLM
 from .advantages import group_advantages, group_statistics, informative_groups
+from .ahead import Ahead
 from .config import GrpoConfig
 from .data import ObservationCache
 from .mixture import Mixture
@@ -35,15 +37,26 @@ class Experience:
     num_informative: int  # groups of all ranks whose rewards differ: without one there is nothing to learn
 
 
+class Written(NamedTuple):
+    """Prompts for some places in this rank's batch."""
+
+    places: list[int]
+    prompts: list[Prompt]
+    too_long: int  # prompts that others took the place of
+
+
 class GroupSampler:
     """Draws prompts, samples completions of the policy as it is, and scores them.
 
     A prompt whose completions all earn the same has nothing to teach. With `rollout.resample_rounds` others take the
     place of such prompts, as often as that says (dynamic sampling, DAPO, arXiv 2503.14476, with a limit).
 
+    Where a GPU samples, the prompts of the next step are written meanwhile. A context manager that stops the thread.
+
     Args:
         samples: that prompts are drawn from.
         rewards: of completions.
+        ahead: whether the thread is used; None: on a GPU.
     """
 
     def __init__(
@@ -54,6 +67,8 @@ class GroupSampler:
         observations: ObservationCache,
         rewards: RewardSet,
         runtime: Runtime,
+        *,
+        ahead: bool | None = None,
     ):
         self.config = config
         self.model = model
@@ -65,14 +80,26 @@ class GroupSampler:
         self.mixture = Mixture(names, weights, seed)
         self.substitutes = Mixture(names, weights, seed + 1)  # for prompts with nothing to teach
         self.shorter = Mixture(names, weights, seed + 2)  # for prompts that are too long
-        self.too_long = 0  # prompts of this rank in this step
+        on = runtime.device.type == "cuda" if ahead is None else ahead
+        self.coming = Ahead(self._first_prompts, runtime.device, num_steps=config.run.steps, on=on)
+
+    def __enter__(self) -> "GroupSampler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.coming.__exit__()
+
+    def settle(self) -> None:
+        """Wait until no prompts are being written, so that the model may be used for something else."""
+        self.coming.settle()
 
     def collect(self, step: int, phases: Phases) -> Experience:
         """The groups of a step. All ranks take part; while completions are sampled none waits for another."""
         run, rounds = self.config.run, self.config.rollout.resample_rounds
-        self.too_long = 0
-        drawn = self.mixture.rows(step, run.batch_size, self.runtime)
-        rollouts, scored = self._draw(dict(enumerate(drawn)), step, 0, phases)
+        with phases("prompts"):
+            written = self.coming[step]
+        too_long = written.too_long
+        rollouts, scored = self._sample(written, step, 0, phases)
         replaced = 0
         for again in range(1, rounds + 1):
             (flat_P,) = torch.nonzero(~informative_groups(self._by_group(scored)), as_tuple=True)
@@ -82,33 +109,44 @@ class GroupSampler:
             if not flat:
                 continue
             rows = self.substitutes.rows(step * rounds + again - 1, run.batch_size, self.runtime)
-            others, their_scores = self._draw({place: rows[place] for place in flat}, step, again, phases)
+            with phases("prompts"):
+                self.settle()
+                written = self._write({place: rows[place] for place in flat}, step, again)
+            too_long += written.too_long
+            others, their_scores = self._sample(written, step, again, phases)
             for number, better in enumerate(informative_groups(self._by_group(their_scores)).tolist()):
                 if better:
                     rollouts[flat[number]] = others[number]
                     scored.put(self._of_group(flat[number]), their_scores, self._of_group(number))
                     replaced += 1
-        return self._compared(rollouts, scored, replaced)
+        return self._compared(rollouts, scored, replaced, too_long)
 
-    def _draw(
-        self, rows: Mapping[int, int], step: int, again: int, phases: Phases
-    ) -> tuple[list[Rollout], RewardResult]:
-        """Completions of some prompts and what they earn; `rows`: the sample for each place in this rank's batch."""
-        rollout, runtime = self.config.rollout, self.runtime
+    def _first_prompts(self, step: int) -> Written:
+        """The prompts that a step begins with."""
+        drawn = self.mixture.rows(step, self.config.run.batch_size, self.runtime)
+        return self._write(dict(enumerate(drawn)), step, 0)
+
+    def _write(self, rows: Mapping[int, int], step: int, again: int) -> Written:
+        """Prompts of the samples for some places in this rank's batch."""
         samples = [self.samples[row] for row in rows.values()]
-        with phases("prompts"):
-            written = write_prompts(self.model, samples, self.observations.of(samples), [MODE] * len(samples))
-            turn = step * (rollout.resample_rounds + 1) + again
-            prompts = [self._short(prompt, place, turn) for prompt, place in zip(written, rows, strict=True)]
+        written = write_prompts(self.model, samples, self.observations.of(samples), [MODE] * len(samples))
+        turn = step * (self.config.rollout.resample_rounds + 1) + again
+        tried = [self._short(prompt, place, turn) for prompt, place in zip(written, rows, strict=True)]
+        return Written(list(rows), [prompt for prompt, _ in tried], sum(count for _, count in tried))
+
+    def _sample(self, written: Written, step: int, again: int, phases: Phases) -> tuple[list[Rollout], RewardResult]:
+        """Completions of some prompts and what they earn."""
+        rollout, runtime = self.config.rollout, self.runtime
         # A completion's random stream is named by its place in the global batch, so that ranks change nothing.
         first = runtime.rank * (self.config.run.batch_size // runtime.world_size)
-        numbers = [(first + place) * rollout.group_size + g for place in rows for g in range(rollout.group_size)]
+        size = rollout.group_size
+        numbers = [(first + place) * size + g for place in written.places for g in range(size)]
         with phases("rollout"):
             rollouts = roll_out(
                 self.model,
-                prompts,
+                written.prompts,
                 max_new_tokens=rollout.max_new_tokens,
-                group_size=rollout.group_size,
+                group_size=size,
                 temperature=rollout.temperature,
                 generators=[torch_stream("cpu", self.config.run.seed, 23, step, again, number) for number in numbers],
                 batch_size=rollout.batch_size,
@@ -116,14 +154,13 @@ class GroupSampler:
         with phases("rewards"):
             return rollouts, score_rollouts(self.rewards, rollouts)
 
-    def _short(self, prompt: Prompt, place: int, turn: int) -> Prompt:
-        """A prompt, or that of another sample where it is too long; `turn` counts what this rank has drawn."""
+    def _short(self, prompt: Prompt, place: int, turn: int) -> tuple[Prompt, int]:
+        """A prompt, or that of another sample where it is too long, and how many were; `turn` counts the draws."""
         limit, run = self.config.rollout.max_prompt_tokens, self.config.run
         for attempt in range(_ATTEMPTS):
             length = len(prompt.row.token_ids)
             if not limit or length <= limit:
-                return prompt
-            self.too_long += 1
+                return prompt, attempt
             name = prompt.sample.sample_id
             log.warning("the prompt of %s has %d tokens; another takes its place", name, length)
             sample = self.samples[self.shorter.rows(turn * _ATTEMPTS + attempt, run.batch_size, self.runtime)[place]]
@@ -133,13 +170,13 @@ class GroupSampler:
             "raise it, or give the model fewer views or layout tokens."
         )
 
-    def _compared(self, rollouts: list[Rollout], scored: RewardResult, replaced: int) -> Experience:
+    def _compared(self, rollouts: list[Rollout], scored: RewardResult, replaced: int, too_long: int) -> Experience:
         """Advantages of this rank's groups, and what all ranks' are like."""
         group_size = self.config.rollout.group_size
         everyone = gather_scores(scored, self.runtime)
         rewards_PG = self._by_group(everyone)
         advantages_PG = group_advantages(rewards_PG, self.config.loss.scale).float()
-        resampled, too_long = self.runtime.total(replaced, self.too_long)
+        resampled, too_long = self.runtime.total(replaced, too_long)
         metrics = group_statistics(rewards_PG) | everyone.statistics(group_size)
         metrics |= length_statistics(rollouts, self.runtime) | {"resampled": resampled, "too_long": too_long}
         own = slice(self.runtime.rank * len(rollouts), (self.runtime.rank + 1) * len(rollouts))

@@ -115,7 +115,9 @@ def update_policy(
         old, reference = fixed_logprobs(model, packs, config)
 
     metrics: dict[str, float] = {}
-    model.train()  # nothing here has dropout; gradient checkpointing works in training mode only
+    # Nothing here has dropout; gradient checkpointing works in training mode only. The rest stays in evaluation mode:
+    # the next prompts are being written with it.
+    model.language.train()
     for _ in range(config.updates_per_rollout):
         parts = []
         with phases("update"):
@@ -144,7 +146,7 @@ def update_policy(
             own = {name: value.detach().cpu() for name, value in merge_metrics(parts).items()}
             merged = {name: float(value) for name, value in merge_metrics(runtime.gather(own)).items()}
             metrics = {**metrics, **merged, **optimizer.step(step)}
-    model.eval()
+    model.language.eval()
     if metrics["mismatch/mean"] > _LARGE_MISMATCH:
         warn(
             runtime,
@@ -204,7 +206,8 @@ def reinforce(
         metric=METRIC,
     )
     log_of_run = GrpoLog(config, runtime, first_step=first_step)
-    with log_of_run, checkpoints:
+    model.eval()
+    with log_of_run, checkpoints, groups:
         for step in range(first_step, run.steps):
             seed_everything(run.seed, step, runtime.rank)
             experience = groups.collect(step, log_of_run.phases)
@@ -215,6 +218,7 @@ def reinforce(
                 warn(runtime, "step %d: no group has two different rewards; the policy stays as it is", step)
             log_of_run.step(step, metrics, experience)
             if held_out is not None and run.due(step, run.eval_every):
+                groups.settle()
                 scores = held_out.evaluate()
                 log_of_run.tracker.log(step, scores)
                 checkpoints.offer_best(step + 1, scores, model)

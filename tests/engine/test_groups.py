@@ -103,13 +103,13 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(groups, "roll_out", roll_out)
 
 
-def make_groups(chosen, reward, *more, rank=0, world_size=1):
+def make_groups(chosen, reward, *more, rank=0, world_size=1, ahead=False):
     settings = ["run.batch_size=4", "rollout.group_size=2", "data.datasets=scanqa", *more]
     config = load_config("grpo", None, settings)
     rewards = RewardSet({"own": reward}, {"own": 1.0}, gate_by_format=False)
     observations = SimpleNamespace(of=lambda wanted: [None] * len(wanted))
     runtime = Runtime(CPU, rank, world_size, rank)
-    return GroupSampler(config, SimpleNamespace(), chosen, observations, rewards, runtime)
+    return GroupSampler(config, SimpleNamespace(), chosen, observations, rewards, runtime, ahead=ahead)
 
 
 def number_of(text):
@@ -123,6 +123,18 @@ def only_odd_differ(completions, **columns):
 
 def informative(experience):
     return [bool(row.any()) for row in experience.advantages_PG]
+
+
+def test_prompts_written_ahead_are_the_same(stand_ins):
+    """Substitutes and shorter prompts, too, which are drawn while nothing is being written."""
+    chosen = samples(20, [10, 30] * 10)
+    settings = ("rollout.resample_rounds=2", "rollout.max_prompt_tokens=20", "run.steps=4")
+    plain = make_groups(chosen, only_odd_differ, *settings)
+    with make_groups(chosen, only_odd_differ, *settings, ahead=True) as beside:
+        for step in range(4):
+            ours, theirs = (sampler.collect(step, Phases(CPU)) for sampler in (beside, plain))
+            assert [rollout.texts for rollout in ours.rollouts] == [rollout.texts for rollout in theirs.rollouts]
+            assert ours.metrics == theirs.metrics and ours.metrics["too_long"] > 0
 
 
 def test_prompts_with_nothing_to_teach_make_room_for_others(stand_ins):

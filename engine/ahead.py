@@ -1,0 +1,61 @@
+"""What a loop needs at each step, made in a thread while the GPU computes the step before."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Generic, TypeVar
+
+import torch
+
+from .runtime import beside, wait_for_beside
+
+T = TypeVar("T")
+
+
+class Ahead(Generic[T]):
+    """`make(step)` for one step after the other, on a GPU on a stream of its own.
+
+    A context manager that stops the thread. What was given out last must be kept until its step is done: the GPU reads
+    it, and what is freed is used again at once.
+
+    Args:
+        make: what a step needs; it may depend on nothing that a step moves.
+        num_steps: of the run.
+        on: whether the thread is used; without it all is made here and now.
+    """
+
+    def __init__(self, make: Callable[[int], T], device: torch.device, *, num_steps: int, on: bool):
+        self.make = make
+        self.device = device
+        self.num_steps = num_steps
+        self._thread = ThreadPoolExecutor(1) if on else None
+        self._coming: tuple[int, Future[T]] | None = None
+
+    def _beside(self, step: int) -> T:
+        with beside(self.device):
+            return self.make(step)
+
+    def __getitem__(self, step: int) -> T:
+        """What a step needs; steps are asked for in order."""
+        if self._thread is None:
+            return self.make(step)
+        if self._coming is None or self._coming[0] != step:
+            self.settle()
+            self._coming = step, self._thread.submit(self._beside, step)
+        made = self._coming[1].result()
+        wait_for_beside(self.device)
+        self._coming = None
+        if step + 1 < self.num_steps:
+            self._coming = step + 1, self._thread.submit(self._beside, step + 1)
+        return made
+
+    def settle(self) -> None:
+        """Wait until nothing is being made, so that the model may be used for something else."""
+        if self._coming is not None:
+            wait([self._coming[1]])
+
+    def __enter__(self) -> "Ahead[T]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
