@@ -176,9 +176,9 @@ class GroupSampler:
         everyone = gather_scores(scored, self.runtime)
         rewards_PG = self._by_group(everyone)
         advantages_PG = group_advantages(rewards_PG, self.config.loss.scale).float()
-        resampled, too_long = self.runtime.total(replaced, too_long)
+        resampled, longer = self.runtime.total(replaced, too_long)
         metrics = group_statistics(rewards_PG) | everyone.statistics(group_size)
-        metrics |= length_statistics(rollouts, self.runtime) | {"resampled": resampled, "too_long": too_long}
+        metrics |= length_statistics(rollouts, self.runtime) | {"resampled": resampled, "too_long": longer}
         own = slice(self.runtime.rank * len(rollouts), (self.runtime.rank + 1) * len(rollouts))
         informative = int(informative_groups(rewards_PG).sum())
         return Experience(rollouts, scored, advantages_PG[own], metrics, informative)

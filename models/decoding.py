@@ -2,7 +2,7 @@
 
 All rows take a step together. Each prompt's keys are there once for all of its completions (kv_cache.py), adapters
 stay apart from the weights, so that what is sampled from is the policy that is trained, and rows that have finished
-leave. With the flash kernel a step is one CUDA graph for each number of rows that there may be: what changes from step
+leave. With the kernels a step is one CUDA graph for each number of rows that there may be: what changes from step
 to step is on the device, which is waited for every few tokens only.
 
 Shapes: P prompts, G completions of each, R = P * G rows, L prompt tokens packed, S tokens of a completion, V
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Documents
+from .block_parts import compiled_on_gpu
 from .inputs import ModelInputs
 from .kv_cache import KVCache
 from .language_model import LanguageModel
@@ -48,32 +49,41 @@ def pick_tokens(logits_RV: Tensor, temperature: float, uniform_R: Tensor | None)
 
     The draws come in as numbers, so that a row's sample depends on its own stream alone, not on its neighbours.
     """
-    logits_RV = logits_RV.float()
     if temperature not in (0, 1):
-        logits_RV = logits_RV / temperature
-    norm_R1 = torch.logsumexp(logits_RV, -1, keepdim=True)
+        logits_RV = logits_RV.float() / temperature
     if temperature > 0:
         assert uniform_R is not None
-        token_R = _draw((logits_RV - norm_R1).exp(), uniform_R)
+        norm_R1, sums_RN = _block_sums(logits_RV)
+        token_R = _draw(logits_RV, norm_R1, sums_RN, uniform_R)
     else:
+        norm_R1 = torch.logsumexp(logits_RV.float(), -1, keepdim=True)
         token_R = logits_RV.argmax(-1)
-    return token_R, (logits_RV.gather(1, token_R[:, None]) - norm_R1)[:, 0]
+    return token_R, (logits_RV.gather(1, token_R[:, None]).float() - norm_R1)[:, 0]
 
 
-def _draw(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
+@compiled_on_gpu
+def _block_sums(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp [R, 1] of the logits, and the probability of each block of the vocabulary [R, N], float64."""
+    wide_RV = logits_RV.float()
+    norm_R1 = torch.logsumexp(wide_RV, -1, keepdim=True)
+    probs_RV = F.pad((wide_RV - norm_R1).exp(), (0, -logits_RV.shape[1] % _BLOCK))
+    return norm_R1, probs_RV.unflatten(1, (-1, _BLOCK)).sum(-1, dtype=torch.float64)
+
+
+def _draw(logits_RV: Tensor, norm_R1: Tensor, sums_RN: Tensor, uniform_R: Tensor) -> Tensor:
     """Where each row's CDF passes its number: first among blocks of the vocabulary, then in one of them.
 
     In float64: in float32 the running sum over 150,000 tokens loses the small probabilities.
     """
-    missing = -probs_RV.shape[1] % _BLOCK
-    probs_RNB = (F.pad(probs_RV, (0, missing)) if missing else probs_RV).unflatten(1, (-1, _BLOCK))
-    sums_RN = probs_RNB.sum(-1, dtype=torch.float64)
     cdf_RN = sums_RN.cumsum(-1)
     wanted_R1 = uniform_R.to(cdf_RN)[:, None] * cdf_RN[:, -1:]
     block_R1 = _passes(cdf_RN, wanted_R1)
     before_R1 = (cdf_RN - sums_RN).gather(1, block_R1)
-    block_RB = probs_RNB.gather(1, block_R1[..., None].expand(-1, -1, _BLOCK))[:, 0]
-    return (block_R1 * _BLOCK + _passes(block_RB.double().cumsum(-1), wanted_R1 - before_R1))[:, 0]
+    token_RB = block_R1 * _BLOCK + torch.arange(_BLOCK, device=block_R1.device)
+    last = logits_RV.shape[1] - 1
+    probs_RB = (logits_RV.gather(1, token_RB.clamp(max=last)).float() - norm_R1).exp().double()
+    cdf_RB = probs_RB.masked_fill(token_RB > last, 0.0).cumsum(-1)
+    return (block_R1 * _BLOCK + _passes(cdf_RB, wanted_R1 - before_R1))[:, 0]
 
 
 def _passes(cdf_RN: Tensor, wanted_R1: Tensor) -> Tensor:

@@ -4,28 +4,28 @@ All rows that go on from one prompt read its keys together, as one block of quer
 all that a step reads. Each row's own keys are read by that row. The two attentions are merged by their log-sum-exps,
 which is exact (Hydragen, arXiv 2402.05099, section 3.1).
 
-Both are plain products over padded prompts; or, on CUDA in half precision, torch's flash kernel, where nothing that a
-step does depends on what the host knows, so that it can be captured as a CUDA graph. THREEDR1_DECODING=flash says so.
+Both are plain products over padded prompts; or, on a GPU in half precision, the kernels of
+`decode_attention_triton.py`: nothing that a step does depends on what the host knows then, so that it can be captured
+as a CUDA graph. The environment variable THREEDR1_DECODING chooses: `torch` takes the products everywhere, `triton`
+the kernels, also in float32.
 
 Shapes: N prompts, P tokens of the longest (packed: of all), R rows, S tokens that a row may say, L tokens of a packed
 row; H query heads, G key and value heads, M = H / G query heads of one, E width of a head; Q rows of the prompt that
-has most.
+has most; Z pieces of the longest prompt, and one.
 """
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..utils.kernels import takes_triton
 from .attention import Documents, uses_kernel
-from .block_parts import compiled_on_gpu
 
-_TILE = 128  # queries of a document that the kernel takes at once
+_TOGETHER = 32  # the table of pieces grows by so many, so that a graph serves many batches
 _ROOM = 4096  # tokens: the buffer of prompts comes in multiples, so that it is seldom made again
 
 
-@compiled_on_gpu
 def merge_attention(first_RHE: Tensor, first_lse_RH: Tensor, second_RHE: Tensor, second_lse_RH: Tensor) -> Tensor:
     """What attention over two sets of keys together gives, from what it gave over each and their log-sum-exps."""
     lse_RH = torch.logaddexp(first_lse_RH, second_lse_RH)
@@ -53,7 +53,7 @@ class KVCache:
         self.prompt_of: list[int] = []  # of each row
         self.room = (0, 0)  # rows, and tokens that a row may say
         self.prompts = self.empty(0, kv_heads)  # keys and values, of each layer, packed: [2, layers, P, G, E]
-        self._steps = _FlashSteps(self) if _takes_flash(self.prompts) else _PlainSteps(self)
+        self._steps = _KernelSteps(self) if _takes_kernels(self.prompts) else _PlainSteps(self)
         self.said = self._steps.empty_said(0, 0)
 
     def empty(self, *shape: int) -> Tensor:
@@ -79,7 +79,8 @@ class KVCache:
         self.lengths = list(prompt_lengths)
         have_P, (have_R, have_S) = self.prompts.shape[2], self.room
         need_P = _ROOM * -(-sum(self.lengths) // _ROOM) if self.fits_graphs else sum(self.lengths)
-        moved = need_P > have_P or num_rows > have_R or num_tokens > have_S
+        moved = self._steps.outgrows(max(self.lengths))
+        moved = moved or need_P > have_P or num_rows > have_R or num_tokens > have_S
         if need_P > have_P:
             self.prompts = self.empty(0, self.kv_heads)  # the old is gone before the new is made
             self.prompts = self.empty(need_P, self.kv_heads)
@@ -145,8 +146,12 @@ class _PlainSteps:
         """What rows have said: [2, layers, R, G, S, E], as the products take it."""
         return self.cache.empty(rows, self.cache.kv_heads, tokens)
 
+    def outgrows(self, longest: int) -> bool:  # noqa: ARG002
+        """Whether buffers are too small for prompts of this length."""
+        return False
+
     def reserve(self) -> None:
-        pass
+        """Make what is kept beside keys and values, once there is room for these."""
 
     def take_prompts(self) -> None:
         cache = self.cache
@@ -206,117 +211,96 @@ def _attention(
     return out_BGQE, torch.logsumexp(scores_BGQK, -1)
 
 
-class _FlashSteps:
-    """Steps by torch's flash kernel over packed keys, the query heads of one key head folded into the queries.
+class _KernelSteps:
+    """Steps by Triton kernels over packed keys, prompts in pieces.
 
     What differs between batches of one size, and between steps, is in buffers on the device that stay where they are.
     """
 
-    fits_graphs = True
-
     def __init__(self, cache: KVCache):
+        from . import decode_attention_triton as kernels
+
+        self.kernels = kernels
         self.cache = cache
-        self.fold = cache.heads // cache.kv_heads
-        self.most = 0
+        self.fits_graphs = cache.device.type == "cuda"
+        self.slots = 1  # Z, a power of two
+        self.most = 0  # queries of one prompt and key head
+        self.cuts: list[tuple[int, int, int, int]] = []  # pieces: prompt, start, tokens, slot
+        self.num_pieces = 0  # rows of the table that launches are about
 
     @property
     def fixed(self) -> tuple[int, ...]:
-        return (self.most,)
+        return self.most, self.num_pieces
 
     def empty_said(self, rows: int, tokens: int) -> Tensor:
-        """What rows have said: [2, layers, R, S, G, E], as the kernel takes it."""
+        """What rows have said: [2, layers, R, S, G, E]."""
         return self.cache.empty(rows, tokens, self.cache.kv_heads)
 
+    def outgrows(self, longest: int) -> bool:
+        """Whether buffers are too small for prompts of this length."""
+        needed = 1 + -(-longest // self.kernels.PIECE)
+        if needed <= self.slots:
+            return False
+        self.slots = 1 << (needed - 1).bit_length()
+        return True
+
     def reserve(self) -> None:
-        rows, tokens = self.cache.room
-        device = self.cache.device
+        """Make what is kept beside keys and values, once there is room for these."""
+        cache, device = self.cache, self.cache.device
+        rows, _ = cache.room
+        most_pieces = cache.prompts.shape[2] // self.kernels.PIECE + rows + _TOGETHER
         self.place = torch.zeros((), dtype=torch.long, device=device)
-        self.used_R = torch.zeros(rows, dtype=torch.int32, device=device)
-        # of rows, each a document; of prompts, of which there are as many as rows at most, those left over being empty
-        self.first_R = torch.arange(rows, device=device) * tokens
-        counted = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self.row_starts, self.said_starts = counted * self.fold, counted * tokens
-        self.group_starts, self.prompt_starts = torch.zeros_like(counted), torch.zeros_like(counted)
+        self.pieces_N5 = torch.zeros(most_pieces, self.kernels.COLUMNS, dtype=torch.int32, device=device)
+        self.num_slots_R = torch.ones(rows, dtype=torch.int32, device=device)
+        self.partial_ZRHE = torch.empty(self.slots, rows, cache.heads, cache.width, device=device)
+        self.lse_ZRH = torch.empty(self.slots, rows, cache.heads, device=device)
 
     def take_prompts(self) -> None:
-        lengths, prompt_of = self.cache.lengths, self.cache.prompt_of
-        self.prompt_starts.copy_(_starts(lengths, len(self.prompt_starts) - 1))
-        # What the host tells the kernel is coarse, and stays as it is when rows leave: a graph knows it.
-        most = self.fold * max(prompt_of.count(prompt) for prompt in range(len(lengths)))
-        self.most = _TILE * -(-most // _TILE)
+        lengths, piece = self.cache.lengths, self.kernels.PIECE
+        starts = [sum(lengths[:prompt]) for prompt in range(len(lengths))]
+        self.cuts = [
+            (prompt, starts[prompt] + cut, min(piece, length - cut), 1 + cut // piece)
+            for prompt, length in enumerate(lengths)
+            for cut in range(0, length, piece)
+        ]
+        # What the host tells the kernels is coarse, and stays as it is when rows leave: a graph knows it.
+        self.num_pieces = _TOGETHER * -(-len(self.cuts) // _TOGETHER)
+        prompt_of, fold = self.cache.prompt_of, self.cache.heads // self.cache.kv_heads
+        self.most = fold * max(prompt_of.count(prompt) for prompt in range(len(lengths)))
 
     def take_rows(self) -> None:
-        prompt_of = self.cache.prompt_of
-        counts = [self.fold * prompt_of.count(prompt) for prompt in range(len(self.cache.lengths))]
-        self.group_starts.copy_(_starts(counts, len(self.group_starts) - 1))
+        prompt_of, lengths = self.cache.prompt_of, self.cache.lengths
+        counts = [prompt_of.count(prompt) for prompt in range(len(lengths))]
+        first = [sum(counts[:prompt]) for prompt in range(len(lengths))]
+        table = [[start, tokens, first[prompt], counts[prompt], slot] for prompt, start, tokens, slot in self.cuts]
+        table += [[0] * self.kernels.COLUMNS] * (self.num_pieces - len(table))
+        self.pieces_N5[: self.num_pieces] = torch.tensor(table, dtype=torch.int32)
+        slots = [1 + -(-lengths[prompt] // self.kernels.PIECE) for prompt in prompt_of]
+        self.num_slots_R[: len(slots)] = torch.tensor(slots, dtype=torch.int32)
 
     def advance(self, place: int) -> None:
         self.place.fill_(place)
-        self.used_R.fill_(place + 1)
 
     def attend(self, layer: int, query_RHE: Tensor, key_RGE: Tensor, value_RGE: Tensor, scale: float) -> Tensor:
-        rows, (keys, values) = len(query_RHE), self.cache.prompts[:, layer]
-        own_keys, own_values = self.cache.said[:, layer].flatten(1, 2)
-        at_R = self.first_R[:rows] + self.place
-        own_keys.index_copy_(0, at_R, key_RGE)
-        own_values.index_copy_(0, at_R, value_RGE)
-        # [R M, G, E]
-        query = query_RHE.unflatten(1, (-1, self.fold)).transpose(1, 2).flatten(0, 1)
-        prompt, prompt_lse = self._flash(
-            query, keys, values, self.group_starts, self.prompt_starts, self.most, len(keys), scale, None
-        )
-        own, own_lse = self._flash(
-            query,
-            own_keys,
-            own_values,
-            self.row_starts[: rows + 1],
-            self.said_starts[: rows + 1],
-            self.fold,
-            self.cache.room[1],
+        return self.kernels.attend_step(
+            query_RHE,
+            key_RGE,
+            value_RGE,
+            self.cache.prompts[:, layer],
+            self.cache.said[:, layer],
+            self.pieces_N5[: self.num_pieces],
+            self.num_slots_R,
+            self.place,
+            self.partial_ZRHE,
+            self.lse_ZRH,
             scale,
-            self.used_R[:rows],
+            most_queries=self.most,
         )
-        merged = merge_attention(prompt, prompt_lse.T, own, own_lse.T)
-        return merged.unflatten(0, (rows, self.fold)).transpose(1, 2).flatten(1, 2)
-
-    @staticmethod
-    def _flash(
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        query_starts: Tensor,
-        key_starts: Tensor,
-        most: int,
-        longest: int,
-        scale: float,
-        used: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of documents to other documents, none of it causal: [R M, G, E] and log-sum-exps [G, R M]."""
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            query,
-            keys,
-            values,
-            query_starts,
-            key_starts,
-            most,
-            longest,
-            0.0,  # no dropout
-            False,  # not causal
-            False,  # no mask for debugging
-            scale=scale,
-            seqused_k=used,
-        )
-        return out, lse
 
 
-def _takes_flash(like: Tensor) -> bool:
-    choice = os.environ.get("THREEDR1_DECODING", "plain")
-    if choice not in ("plain", "flash"):
-        raise ValueError(f"THREEDR1_DECODING={choice} is not known; set it to plain or flash, or unset it.")
-    return choice == "flash" and uses_kernel(like)
-
-
-def _starts(lengths: Sequence[int], room: int) -> Tensor:
-    """Where documents of these lengths begin, and empty ones behind them: int32 [room + 1]."""
-    filled = torch.tensor([0, *lengths, *[0] * (room - len(lengths))])
-    return filled.cumsum(0).to(torch.int32)
+def _takes_kernels(like: Tensor) -> bool:
+    """Whether keys of this kind are for the kernels: heads of a power of two, in a precision that they know."""
+    known = like.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    width = like.shape[-1]
+    fits = known and width >= 16 and width & (width - 1) == 0
+    return fits and takes_triton("THREEDR1_DECODING", uses_kernel(like))

@@ -18,6 +18,17 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 inside = pytest.mark.skipif(not INTERPRETED, reason="run through the interpreter by another test of this file")
 outside = pytest.mark.skipif(INTERPRETED, reason="inside the interpreter already")
 
+if INTERPRETED:  # Triton 3.6 makes loop bounds of arrays with one element, which NumPy 2.4 no longer takes for numbers
+    from triton.runtime import interpreter  # pyright: ignore[reportMissingImports]
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _with_bounds(tensor, scope):
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _with_bounds
+
 
 def run_through_interpreter(files: Sequence[Path], variable: str) -> None:
     """Run test files with the kernels that an environment variable chooses."""
