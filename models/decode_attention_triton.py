@@ -22,7 +22,9 @@ from torch import Tensor
 
 PIECE = 256  # keys of a prompt that one program takes
 COLUMNS = 5  # of the table of pieces
-_KEYS = 64  # keys at a time
+_KEYS = 32  # keys at a time
+_STAGES = 3  # of keys on their way: more programs share a processor with fewer
+_WARPS = 4
 _LOG2_E = 1.4426950408889634
 
 
@@ -42,6 +44,108 @@ def _fold(query_ME, top_M, total_M, out_ME, keys, values, offsets_K, inside_K, c
     out_ME = out_ME * shrink_M[:, None]
     out_ME += tl.dot(weights_MK.to(value_KE.dtype), value_KE, input_precision=precision)
     return new_top_M, total_M, out_ME
+
+
+@triton.jit
+def _to_prompt(  # noqa: PLR0913 - a launch takes no structures
+    query,
+    query_stride,
+    keys,
+    values,
+    out,
+    lse,
+    piece,
+    tile,
+    head,
+    room_rows,
+    scale,
+    KV_HEADS: tl.constexpr,
+    FOLD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """A tile of the queries of the rows that go on from a prompt, to one piece of it."""
+    start = tl.load(piece).to(tl.int64)
+    length = tl.load(piece + 1)
+    first_row = tl.load(piece + 2)
+    queries = tl.load(piece + 3) * FOLD
+    slot = tl.load(piece + 4).to(tl.int64)
+    if tile * QUERIES < queries:
+        columns_E = tl.arange(0, WIDTH)
+        number_M = tile * QUERIES + tl.arange(0, QUERIES)
+        asked_M1 = (number_M < queries)[:, None]
+        row_M = (first_row + number_M // FOLD).to(tl.int64)
+        head_M = head * FOLD + number_M % FOLD
+        at_ME = row_M[:, None] * query_stride + head_M[:, None] * WIDTH + columns_E[None, :]
+        query_ME = tl.load(query + at_ME, mask=asked_M1, other=0.0)
+        top_M = tl.full((QUERIES,), float("-inf"), tl.float32)
+        total_M = tl.zeros((QUERIES,), tl.float32)
+        out_ME = tl.zeros((QUERIES, WIDTH), tl.float32)
+        for begin in range(0, length, KEYS):
+            number_K = begin + tl.arange(0, KEYS)
+            at_K = ((start + number_K) * KV_HEADS + head) * WIDTH
+            inside_K = number_K < length
+            top_M, total_M, out_ME = _fold(
+                query_ME, top_M, total_M, out_ME, keys, values, at_K, inside_K, columns_E, scale, EXACT
+            )
+        place_M = (slot * room_rows + row_M) * (KV_HEADS * FOLD) + head_M
+        tl.store(out + place_M[:, None] * WIDTH + columns_E[None, :], out_ME / total_M[:, None], asked_M1)
+        tl.store(lse + place_M, top_M + tl.log2(total_M), number_M < queries)
+
+
+@triton.jit
+def _to_said(  # noqa: PLR0913 - a launch takes no structures
+    query,
+    query_stride,
+    key,
+    key_stride,
+    value,
+    value_stride,
+    keys,
+    values,
+    out,
+    lse,
+    place,
+    row,
+    head,
+    tokens,
+    scale,
+    KV_HEADS: tl.constexpr,
+    FOLD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """The queries of a row to what it has said; its new key and value are kept."""
+    said = tl.load(place)
+    columns_E = tl.arange(0, WIDTH)
+    number_M = tl.arange(0, QUERIES)
+    asked_M1 = (number_M < FOLD)[:, None]
+    head_M = head * FOLD + number_M
+    at_ME = row * query_stride + head_M[:, None] * WIDTH + columns_E[None, :]
+    query_ME = tl.load(query + at_ME, mask=asked_M1, other=0.0)
+    # its new token, of which there is one key: with it the running attention begins
+    key_E = tl.load(key + row * key_stride + head * WIDTH + columns_E)
+    value_E = tl.load(value + row * value_stride + head * WIDTH + columns_E)
+    new = ((row * tokens + said) * KV_HEADS + head) * WIDTH
+    tl.store(keys + new + columns_E, key_E)
+    tl.store(values + new + columns_E, value_E)
+    top_M = tl.sum(query_ME.to(tl.float32) * key_E.to(tl.float32)[None, :], 1) * scale
+    total_M = tl.full((QUERIES,), 1.0, tl.float32)
+    out_ME = tl.zeros((QUERIES, WIDTH), tl.float32) + value_E.to(tl.float32)[None, :]
+    for begin in range(0, said, KEYS):
+        number_K = begin + tl.arange(0, KEYS)
+        at_K = ((row * tokens + number_K) * KV_HEADS + head) * WIDTH
+        inside_K = number_K < said
+        top_M, total_M, out_ME = _fold(
+            query_ME, top_M, total_M, out_ME, keys, values, at_K, inside_K, columns_E, scale, EXACT
+        )
+    place_M = row * (KV_HEADS * FOLD) + head_M
+    tl.store(out + place_M[:, None] * WIDTH + columns_E[None, :], out_ME / total_M[:, None], asked_M1)
+    tl.store(lse + place_M, top_M + tl.log2(total_M), number_M < FOLD)
 
 
 @triton.jit(do_not_specialize=["num_pieces", "room_rows", "tokens"])
@@ -65,6 +169,7 @@ def _attend_kernel(  # noqa: PLR0913 - a launch takes no structures
     tokens,
     scale,
     TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     FOLD: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -73,81 +178,54 @@ def _attend_kernel(  # noqa: PLR0913 - a launch takes no structures
     KEYS: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    head = tl.program_id(1)
     unit = tl.program_id(0)
-    columns_E = tl.arange(0, WIDTH)
-    keys_K = tl.arange(0, KEYS)
-    heads: tl.constexpr = KV_HEADS * FOLD
+    head = tl.program_id(1)
     if unit < num_pieces * TILES:
-        piece = pieces + unit // TILES * 5
-        start = tl.load(piece).to(tl.int64)
-        length = tl.load(piece + 1)
-        first_row = tl.load(piece + 2)
-        queries = tl.load(piece + 3) * FOLD
-        slot = tl.load(piece + 4).to(tl.int64)
-        number_M = unit % TILES * QUERIES + tl.arange(0, QUERIES)
-        if unit % TILES * QUERIES < queries:
-            asked_M = number_M < queries
-            row_M = (first_row + number_M // FOLD).to(tl.int64)
-            head_M = head * FOLD + number_M % FOLD
-            at_ME = row_M[:, None] * query_stride + head_M[:, None] * WIDTH + columns_E[None, :]
-            query_ME = tl.load(query + at_ME, mask=asked_M[:, None], other=0.0)
-            top_M = tl.full((QUERIES,), float("-inf"), tl.float32)
-            total_M = tl.zeros((QUERIES,), tl.float32)
-            out_ME = tl.zeros((QUERIES, WIDTH), tl.float32)
-            for begin in range(0, length, KEYS):
-                offsets_K = ((start + begin + keys_K) * KV_HEADS + head) * WIDTH
-                top_M, total_M, out_ME = _fold(
-                    query_ME,
-                    top_M,
-                    total_M,
-                    out_ME,
-                    prompt_keys,
-                    prompt_values,
-                    offsets_K,
-                    begin + keys_K < length,
-                    columns_E,
-                    scale,
-                    EXACT,
-                )
-            place_M = (slot * room_rows + row_M) * heads + head_M
-            tl.store(out + place_M[:, None] * WIDTH + columns_E[None, :], out_ME / total_M[:, None], asked_M[:, None])
-            tl.store(lse + place_M, top_M + tl.log2(total_M), asked_M)
+        piece = pieces + unit // TILES * COLUMNS
+        _to_prompt(
+            query,
+            query_stride,
+            prompt_keys,
+            prompt_values,
+            out,
+            lse,
+            piece,
+            unit % TILES,
+            head,
+            room_rows,
+            scale,
+            KV_HEADS,
+            FOLD,
+            WIDTH,
+            QUERIES,
+            KEYS,
+            EXACT,
+        )
     else:
         row = (unit - num_pieces * TILES).to(tl.int64)
-        said = tl.load(place)
-        number_M = tl.arange(0, OWN_QUERIES)
-        asked_M = number_M < FOLD
-        head_M = head * FOLD + number_M
-        at_ME = row * query_stride + head_M[:, None] * WIDTH + columns_E[None, :]
-        query_ME = tl.load(query + at_ME, mask=asked_M[:, None], other=0.0)
-        # its new token, of which there is one key: with it the running attention begins
-        key_E = tl.load(key + row * key_stride + head * WIDTH + columns_E)
-        value_E = tl.load(value + row * value_stride + head * WIDTH + columns_E)
-        new = ((row * tokens + said) * KV_HEADS + head) * WIDTH
-        tl.store(said_keys + new + columns_E, key_E)
-        tl.store(said_values + new + columns_E, value_E)
-        top_M = tl.sum(query_ME.to(tl.float32) * key_E.to(tl.float32)[None, :], 1) * scale
-        total_M = tl.full((OWN_QUERIES,), 1.0, tl.float32)
-        out_ME = tl.zeros((OWN_QUERIES, WIDTH), tl.float32) + value_E.to(tl.float32)[None, :]
-        for begin in range(0, said, KEYS):
-            offsets_K = ((row * tokens + begin + keys_K) * KV_HEADS + head) * WIDTH
-            top_M, total_M, out_ME = _fold(
-                query_ME,
-                top_M,
-                total_M,
-                out_ME,
-                said_keys,
-                said_values,
-                offsets_K,
-                begin + keys_K < said,
-                columns_E,
-                scale,
-                EXACT,
-            )
-        place_M = row * heads + head_M
-        tl.store(out + place_M[:, None] * WIDTH + columns_E[None, :], out_ME / total_M[:, None], asked_M[:, None])
-        tl.store(lse + place_M, top_M + tl.log2(total_M), asked_M)
+        _to_said(
+            query,
+            query_stride,
+            key,
+            key_stride,
+            value,
+            value_stride,
+            said_keys,
+            said_values,
+            out,
+            lse,
+            place,
+            row,
+            head,
+            tokens,
+            scale,
+            KV_HEADS,
+            FOLD,
+            WIDTH,
+            OWN_QUERIES,
+            KEYS,
+            EXACT,
+        )
 
 
 @triton.jit(do_not_specialize=["room_rows"])
@@ -218,6 +296,7 @@ def attend_step(
         said_2RSGE.shape[2],
         scale * _LOG2_E,
         TILES=tiles,
+        COLUMNS=COLUMNS,
         KV_HEADS=kv_heads,
         FOLD=fold,
         WIDTH=width,
@@ -225,7 +304,8 @@ def attend_step(
         OWN_QUERIES=max(16, triton.next_power_of_2(fold)),
         KEYS=_KEYS,
         EXACT=query_RHE.dtype == torch.float32,
-        num_warps=4,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
     )
     merged_RHE = torch.empty(rows, heads, width, dtype=query_RHE.dtype, device=query_RHE.device)
     _merge_kernel[(rows, heads)](  # pyright: ignore[reportIndexIssue]
