@@ -162,10 +162,15 @@ class Joined:
             x_TK[:, end:] = 0
         return x_TK[:, start:end]
 
-    def __call__(self, x_TK: Tensor, add_TN: Tensor | None = None) -> Tensor:
-        """The product [T, N] of a filled `room`, with the bias, or added to another tensor."""
-        add = self.bias if add_TN is None else add_TN
-        return torch.mm(x_TK, self.weight.T) if add is None else torch.addmm(add, x_TK, self.weight.T)
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        """The product [T, N] of a filled `room`, with the bias."""
+        return torch.mm(x_TK, self.weight.T) if self.bias is None else torch.addmm(self.bias, x_TK, self.weight.T)
+
+    def added_to(self, sum_TN: Tensor, x_TK: Tensor, *, kept: bool) -> Tensor:
+        """The product without a bias, added to a tensor; to that tensor itself unless it must be kept."""
+        if kept:
+            return torch.addmm(sum_TN, x_TK, self.weight.T)
+        return sum_TN.addmm_(x_TK, self.weight.T)
 
     def back(
         self, grad_TN: Tensor, down_RK: Tensor | None, up: Sequence[Tensor], scales: Sequence[float]
@@ -260,7 +265,7 @@ class _Rest(Function):
         a_TK = out.room(x_TD)
         a_TK[:, : out.num_inputs] = attended_TD
         thin_out = out.extend(a_TK, down[0])
-        mid_TD = out(a_TK, x_TD)
+        mid_TD = out.added_to(x_TD, a_TK, kept=kept)
         m_TK = gate_up.room(x_TD)
         normalize_into(mid_TD, block.norm_mid.weight, block.epsilon, m_TK[:, : gate_up.num_inputs])
         thin_gate = gate_up.extend(m_TK, down[1])
@@ -268,7 +273,7 @@ class _Rest(Function):
         p_TK = mlp.room(x_TD)
         gate_into(gate_up_TF, p_TK[:, : mlp.num_inputs])
         thin_mlp = mlp.extend(p_TK, down[2])
-        result_TD = mlp(p_TK, mid_TD)
+        result_TD = mlp.added_to(mid_TD, p_TK, kept=kept)
 
         if kept:
             ctx.block, ctx.counts, ctx.scales = block, counts, scales
@@ -326,6 +331,8 @@ class FusedBlock:
         self.out = Joined([attention.o_proj])
         self.gate_up = Joined([mlp.gate_proj, mlp.up_proj])
         self.down = Joined([mlp.down_proj])
+        if self.out.bias is not None or self.down.bias is not None:
+            raise ValueError("Fused blocks add what comes in where a bias would be; set blocks to compiled or plain.")
         self.norm_in, self.norm_mid = layer.input_layernorm, layer.post_attention_layernorm
         self.epsilon = float(self.norm_in.variance_epsilon)
         self.head_width = attention.head_dim
@@ -357,7 +364,8 @@ class FusedBlocks:
     def __call__(self, embeds_LD: Tensor, position_ids_4L: Tensor, attends: Attends) -> Tensor:
         """Last hidden states [L, D]."""
         cos, sin = self.decoder.rotary_emb(embeds_LD[None], position_ids_4L[1:, None])
-        hidden_LD = embeds_LD
+        # without gradients blocks add to what they are given
+        hidden_LD = embeds_LD if torch.is_grad_enabled() else embeds_LD.clone()
         for block in self.blocks:
             run = partial(block, cos_TE=cos[0], sin_TE=sin[0], attends=attends)
             if self.decoder.gradient_checkpointing and torch.is_grad_enabled():
