@@ -12,6 +12,7 @@ from ..models.scene_vlm import POLICY, SceneVLM
 from ..models.view_selector import ViewSelector
 from ..models.view_tokens import build_view_features, token_sizes
 from .config import DataConfig, ModelConfig, ViewsConfig
+from .runtime import log
 
 
 def build_view_selector(config: ViewsConfig) -> ViewSelector | None:
@@ -140,3 +141,14 @@ def speed_up(model: SceneVLM, blocks: str) -> None:
         model.language.compile_blocks(decoder=blocks == "compiled")
     if blocks == "fused":
         model.language.fuse_blocks()
+
+
+def prepare_to_answer(model: SceneVLM) -> SceneVLM:
+    """A loaded model that answers and does not learn: on a GPU its blocks run fused, where its adapter can be."""
+    model.requires_grad_(False)
+    if model.device.type == "cuda":
+        try:
+            model.language.fuse_blocks()
+        except ValueError as error:
+            log.warning("answers come from transformers' own blocks, which are slower: %s", error)
+    return model.eval()

@@ -26,7 +26,7 @@ from ..utils.metrics.score import SCORERS, score_predictions, scorer_name
 from ..utils.predictions import Prediction, write_predictions
 from ..utils.text import format_box, parse_response, resolve_boxes
 from .answer_journal import AnswerJournal, fingerprint, model_facts
-from .build import give_multiview
+from .build import give_multiview, prepare_to_answer
 from .checkpoint import model_folder
 from .config import DataConfig, EvalConfig, save_config, to_dict
 from .data import Loaded, ObservationCache, load_evaluated, load_split, open_store
@@ -261,7 +261,9 @@ def evaluate(config: EvalConfig) -> Path:
     parts = load_evaluated(config.data, store, config.run.seed)
     for loaded in parts:
         check_scorers(scorers_for(config, loaded.dataset, loaded.task), loaded)
-    model = SceneVLM.from_pretrained(folder, device=runtime.device, language_model=config.language_model or None)
+    model = prepare_to_answer(
+        SceneVLM.from_pretrained(folder, device=runtime.device, language_model=config.language_model or None)
+    )
     give_multiview(model, config.data, [sample for loaded in parts for sample in loaded.samples])
     journal = open_journal(config, folder, parts, runtime)
     evaluation = _Evaluation(config, model, store, runtime, journal)

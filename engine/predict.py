@@ -20,6 +20,7 @@ from ..models.scene_vlm import SceneVLM
 from ..utils.metrics.dense_caption import filter_proposals
 from ..utils.predictions import Prediction, write_predictions
 from ..utils.view_cameras import write_camera
+from .build import prepare_to_answer
 from .checkpoint import model_folder
 from .data import ObservationCache
 from .questions import Request, checked_box, samples_of
@@ -212,7 +213,9 @@ def open_model(
     folder: Path, *, device: str = "auto", language_model: str | None = None, multiview: str = ""
 ) -> SceneVLM:
     """A model to ask, from its folder; ValueError where it takes multi-view features and no file is named."""
-    model = SceneVLM.from_pretrained(folder, device=pick_device(device), language_model=language_model)
+    model = prepare_to_answer(
+        SceneVLM.from_pretrained(folder, device=pick_device(device), language_model=language_model)
+    )
     model.multiview = open_multiview(multiview, model.settings.multiview_dim)
     return model
 

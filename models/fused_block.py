@@ -355,11 +355,17 @@ class FusedBlocks:
     """The decoder of a Qwen2.5-VL whose base is frozen, over packed rows.
 
     Made when the model is where it stays: weights are joined there, and moving the model would part them again.
+
+    Raises:
+        ValueError: blocks or adapters of a kind that cannot be fused.
     """
 
     def __init__(self, decoder: Any):
         self.decoder = decoder
         self.blocks = [FusedBlock(layer) for layer in decoder.layers]
+        for block in self.blocks:
+            for product in (block.qkv, block.out, block.gate_up, block.down):
+                product.factors()  # an adapter of a kind that they do not know is refused here
 
     def __call__(self, embeds_LD: Tensor, position_ids_4L: Tensor, attends: Attends) -> Tensor:
         """Last hidden states [L, D]."""
