@@ -167,6 +167,7 @@ setup(
         "synthesis": ["google-genai>=1.40"],
         "tracking": ["tensorboard>=2.15"],
         "demo": ["gradio==6.31.0"],  # takes an older pillow than requirements.txt has, so it is no pin there
+        "docs": ["mkdocs-material==9.8.2"],
         "dev": [
             "datasets>=3",
             "pytest>=8",

@@ -41,20 +41,25 @@ def merged(recipe: dict, changes: dict) -> dict:
     }
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Path:
-    """A copy of the checkout without data and runs, its recipes made small."""
-    copy = tmp_path_factory.mktemp("quickstart") / "checkout"
+def small_checkout(copy: Path) -> Path:
+    """A copy of the checkout without tests, data and runs, its recipes made small."""
 
     def left_out(folder: str, names: list[str]) -> set[str]:
         top = {"runs", "data", "build", "dist", "tests"} if Path(folder) == ROOT else set()
         return {name for name in names if name in top or name.startswith(".") or name == "__pycache__"}
 
     shutil.copytree(ROOT, copy, ignore=left_out)
+    (copy / "data").mkdir()
+    shutil.copy(ROOT / "data" / "README.md", copy / "data")
     for name, changes in SMALLER.items():
         path = copy / "script" / "recipes" / name
         path.write_text(yaml.safe_dump(merged(yaml.safe_load(path.read_text()), changes)))
     return copy
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    return small_checkout(tmp_path_factory.mktemp("quickstart") / "checkout")
 
 
 def quickstart(checkout: Path, **variables: str) -> subprocess.CompletedProcess[str]:
