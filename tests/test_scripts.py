@@ -241,38 +241,56 @@ def test_the_dockerfile_copies_what_exists_and_has_both_images():
     assert any(line.startswith('ENTRYPOINT ["python", "main.py"]') for line in lines)
 
 
-# Stands in for the interpreter: `pip install` makes a folder `trl`, unless it is to fail; pytest notes what it sees.
+# Stands in for the interpreter: `pip install` makes a folder `peer`, unless it is to fail; pytest notes what it sees.
 PEER_RECORDER = f"""#!{sys.executable}
 import json, os, pathlib, sys
 arguments = sys.argv[1:]
 if arguments[:2] == ["-m", "pip"]:
     if "FAIL_PIP" in os.environ:
         sys.exit(1)
-    pathlib.Path(arguments[arguments.index("--target") + 1], "trl").mkdir()
+    constraints = pathlib.Path(arguments[arguments.index("--constraint") + 1]).read_text()
+    assert "numpy==" in constraints and "pillow" not in constraints and "[" not in constraints
+    pathlib.Path(arguments[arguments.index("--target") + 1], "peer").write_text(arguments[-1])
 elif arguments[:2] == ["-m", "pytest"]:
     path = os.environ["PYTHONPATH"].split(":")[0]
-    row = [*arguments[2:], path, pathlib.Path(path, "trl").is_dir()]
+    row = [*arguments[2:], path, pathlib.Path(path, "peer").read_text()]
     pathlib.Path(os.environ["RECORD"]).write_text(json.dumps(row))
     sys.exit(1 if "FAIL_PYTEST" in os.environ else 0)
 else:
     os.execv({sys.executable!r}, [{sys.executable!r}, *arguments])
 """
+PEERS = {
+    "--trl": ("trl", ["tests/engine/test_grpo_trl.py"]),
+    "--demo": ("gradio", ["-m", "not gpu", "tests/engine/test_demo.py", "tests/engine/test_demo_browser.py"]),
+    "--docs": ("mkdocs-material", ["tests/test_docs_site.py"]),
+}
 
 
-def test_the_comparison_with_trl_fetches_it_into_a_folder_that_goes_again(shell: Shell):
+@pytest.fixture
+def peers(shell: Shell) -> Shell:
+    """A checkout with what names the releases, and an interpreter that fetches nothing."""
+    for name in ("requirements.txt", "setup.py"):
+        shutil.copy(ROOT / name, shell.root)
     shell.python.write_text(PEER_RECORDER)
+    return shell
+
+
+@pytest.mark.parametrize("part", PEERS)
+def test_what_set_up_leaves_out_is_fetched_into_a_folder_that_goes_again(part: str, peers: Shell):
+    package, expected = PEERS[part]
     for failing, status in (({}, 0), ({"FAIL_PYTEST": "1"}, 1)):
-        done = shell.run("test.sh", "--trl", "-q", **failing)
+        done = peers.run("test.sh", part, "-q", **failing)
         assert done.returncode == status, done.stderr
-        *arguments, folder, fetched = json.loads(shell.record.read_text())
-        assert arguments == ["tests/engine/test_grpo_trl.py", "-q"] and (ROOT / arguments[0]).is_file()
-        assert fetched and not Path(folder).exists()
+        *arguments, folder, fetched = json.loads(peers.record.read_text())
+        assert arguments == [*expected, "-q"]
+        assert all((ROOT / name).is_file() for name in expected if name.startswith("tests/"))
+        assert fetched.startswith(f"{package}==") and fetched[-1].isdigit() and not Path(folder).exists()
 
 
-def test_where_trl_cannot_be_fetched_the_comparison_is_left_out(shell: Shell):
-    shell.python.write_text(PEER_RECORDER)
-    done = shell.run("test.sh", "--trl", FAIL_PIP="1")
-    assert done.returncode == 0 and "cannot be fetched here" in done.stderr and not shell.record.exists()
+@pytest.mark.parametrize("part", PEERS)
+def test_where_it_cannot_be_fetched_its_tests_are_left_out(part: str, peers: Shell):
+    done = peers.run("test.sh", part, FAIL_PIP="1")
+    assert done.returncode == 0 and "cannot be fetched here" in done.stderr and not peers.record.exists()
 
 
 # Slurm ----------------------------------------------------------------------------------------------------------
