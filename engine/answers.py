@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..utils.predictions import Prediction, write_predictions
-from ..visualization.pictures import DETECTED, PREDICTED, TARGET, save_picture, scene_picture
+from ..visualization.palette import ANSWERED, ASKED, DETECTED
+from ..visualization.pictures import save_picture, scene_picture
 from .predict import Session, save_views, world_boxes
 from .rollout import Rollout
 
@@ -18,7 +19,7 @@ def save_answers(session: Session, answers: Sequence[tuple[Prediction, Rollout]]
 
 
 def answer_pictures(session: Session, predictions: Sequence[Prediction], folder: Path) -> list[Path]:
-    """The scan with detected boxes in blue, the one asked about in green and those of the answer in red.
+    """The scan with detected boxes in orange, the one asked about in blue and those of the answer in red.
 
     `answer-<number>.png` for each answer; one `objects.png` where every detected object was captioned.
     """
@@ -26,11 +27,11 @@ def answer_pictures(session: Session, predictions: Sequence[Prediction], folder:
     asked = [[entry.meta["query_box"]] if "query_box" in entry.meta else [] for entry in predictions]
     if predictions and all(entry.task == "dense_caption" for entry in predictions):
         boxes = [box for entry in asked for box in entry]
-        return [save_picture(scene_picture(session.scene, [(boxes, PREDICTED)]), folder / "objects.png")]
+        return [save_picture(scene_picture(session.scene, [(boxes, ANSWERED)]), folder / "objects.png")]
     detected = world_boxes(session.observation, session.observation.encoded.proposals.tolist())
     return [
         save_picture(
-            scene_picture(session.scene, [(detected, DETECTED), (target, TARGET), (entry.boxes, PREDICTED)]),
+            scene_picture(session.scene, [(detected, DETECTED), (target, ASKED), (entry.boxes, ANSWERED)]),
             folder / f"answer-{number}.png",
         )
         for number, (entry, target) in enumerate(zip(predictions, asked, strict=True))

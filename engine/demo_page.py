@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import Any
 
 from ..models.observation import best_proposal
-from ..visualization.pictures import DETECTED, PREDICTED, TARGET, data_url
-from ..visualization.scene_canvas import Group, box_list, inline_frame, scene_page
+from ..visualization.pictures import data_url
+from ..visualization.scene_frame import box_layers, framed_scene, inline_frame
+from ..visualization.shown_boxes import ShownBoxes
 from .demo_answers import DEMO_TASKS, Told, answers, make_sample
 from .demo_scenes import DemoScenes, Opened
 
@@ -35,7 +36,7 @@ EMPTY = (
 # what moves boxes into the frame that is there, so that the camera stays
 _SHOW_BOXES = """(boxes) => {
   const frame = document.querySelector("#scene iframe");
-  if (frame && boxes) frame.contentWindow.postMessage({boxes: boxes}, "*");
+  if (frame && boxes) frame.contentWindow.postMessage(boxes, "*");
 }"""
 BROKEN = "Something went wrong on the server, and was noted there. Try again, or open another scene."
 Values = dict[Any, Any]
@@ -77,12 +78,17 @@ def box_names(boxes: Sequence[Sequence[float]], opened: Opened) -> list[str]:
     return found
 
 
-def groups_of(opened: Opened, boxes: Sequence[Sequence[float]], asked: int | None, detected: bool) -> list[Group]:
+def layers_of(
+    opened: Opened, boxes: Sequence[Sequence[float]], asked: int | None, detected: bool
+) -> dict[str, ShownBoxes]:
     """Boxes to show: what was detected, where that is wanted, the object asked about, and those of the answer."""
-    groups: list[Group] = [(opened.objects_K7.tolist(), DETECTED, [])] if detected else []
-    if asked is not None:
-        groups.append(([opened.objects_K7[asked].tolist()], TARGET, [opened.names[asked]]))
-    return [*groups, (boxes, PREDICTED, box_names(boxes, opened))]
+    found = opened.objects_K7.tolist() if detected else []
+    numbers = [] if asked is None else [asked]
+    return {
+        "boxes": ShownBoxes.from_rows(found),
+        "asked": ShownBoxes.from_rows(opened.objects_K7[numbers].tolist(), [opened.names[one] for one in numbers]),
+        "answered": ShownBoxes.from_rows(boxes, box_names(boxes, opened)),
+    }
 
 
 def boxes_table(boxes: Sequence[Sequence[float]], opened: Opened) -> str:
@@ -127,7 +133,7 @@ class Page:
                 with gr.Column(scale=3, min_width=420):
                     self.scene = gr.HTML(EMPTY, elem_id="scene")
                     self.summary = gr.HTML("", elem_id="summary")
-                    self.detected = gr.Checkbox(False, label="Show all detected objects (blue)", elem_id="detected")
+                    self.detected = gr.Checkbox(False, label="Show all detected objects (orange)", elem_id="detected")
                     self.views = gr.HTML("", label="Chosen views", elem_id="views")
                 with gr.Column(scale=2, min_width=360):
                     self._scene_part(gr)
@@ -171,7 +177,7 @@ class Page:
             label="Question", placeholder="Write a question, or take an example below", max_length=most,
             elem_id="question", lines=2,
         )  # fmt: skip
-        self.object = gr.Dropdown([], label="Detected object (green)", visible=False, elem_id="object")
+        self.object = gr.Dropdown([], label="Detected object (blue)", visible=False, elem_id="object")
         self.examples = gr.Dataset(
             components=[self.question], samples=[[text] for text in first.examples], label="Examples",
             elem_id="examples",
@@ -221,7 +227,7 @@ class Page:
                     return {self.status: notice(str(error)), self.file: None}
                 self.scenes.shelf.drop(before)
                 opened = self.scenes.shelf.get(key)
-                frame = inline_frame(scene_page(opened.scene), opened.title)
+                frame = inline_frame(framed_scene(opened.scene), opened.title)
             choices = list(zip(opened.names, range(len(opened.names)), strict=True))
             objects = gr.Dropdown(choices=choices, value=0 if choices else None)
             return {
@@ -267,7 +273,7 @@ class Page:
         asked = number if DEMO_TASKS[task].object else None
         yield {
             self.status: "Looking at the scene…", self.answer: "", self.think: "", self.table: "", self.views: "",
-            self.boxes: box_list(groups_of(opened, [], asked, detected)),
+            self.boxes: box_layers(layers_of(opened, [], asked, detected), opened.scene),
         }  # fmt: skip
         with InWords():
             for told in answers(scenes.model, scenes.lock, sample, opened, scenes.limits):
@@ -287,7 +293,7 @@ class Page:
             self.think: told.think or "(this answer comes without a thought)",
             self.table: boxes_table(told.boxes, opened),
             self.views: "<b>Views that the model chose</b>" + views_strip(told.views, opened),
-            self.boxes: box_list(groups_of(opened, told.boxes, asked, detected)),
+            self.boxes: box_layers(layers_of(opened, told.boxes, asked, detected), opened.scene),
             self.told: (list(told.boxes), asked),
         }
 
@@ -299,4 +305,4 @@ class Page:
             opened = self.scenes.shelf.get(key)
         except ValueError:
             return None
-        return box_list(groups_of(opened, told[0], told[1], detected))
+        return box_layers(layers_of(opened, told[0], told[1], detected), opened.scene)

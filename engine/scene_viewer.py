@@ -7,10 +7,11 @@ from ..datasets.alignment import AlignOptions
 from ..datasets.readers import read_scene
 from ..datasets.scene import Scene
 from ..visualization.box_files import SUFFIXES, from_world, is_box_file, read_boxes, to_world, write_boxes
+from ..visualization.palette import LAYERS
 from ..visualization.pictures import save_picture
 from ..visualization.scene_page import write_scene_page
 from ..visualization.shown_boxes import ShownBoxes
-from ..visualization.shown_scene import LAYERS, ShownScene, load_shown
+from ..visualization.shown_scene import ShownScene, load_shown
 from ..visualization.top_view import top_view
 from .scans import find_scene
 

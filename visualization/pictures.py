@@ -15,10 +15,9 @@ from ..datasets.scene import Scene
 from ..utils.camera import Camera, look_at, pinhole
 from ..utils.render import draw_boxes
 from ..utils.splat import splat
+from .extent import room_extent
+from .palette import Color
 
-PREDICTED = (220, 38, 38)
-TARGET = (22, 163, 74)
-DETECTED = (37, 99, 235)
 # What stands between the camera and the room is left out: near walls, and everything above this share of the height.
 _WALL_MARGIN = 0.2
 _CEILING_SHARE = 0.92
@@ -26,7 +25,7 @@ _CEILING_SHARE = 0.92
 
 def overview(scene: Scene, width: int = 640, height: int = 480) -> tuple[np.ndarray, Camera]:
     """A doll's-house view of a room from above one corner, near walls and ceiling cut away: picture and camera."""
-    low_3, high_3 = scene.points_N3.min(0), scene.points_N3.max(0)
+    low_3, high_3 = room_extent(scene)
     size_3 = np.maximum(high_3 - low_3, 0.1)
     target_3 = (low_3 + high_3) / 2
     target_3[2] = low_3[2] + 0.3 * size_3[2]
@@ -46,7 +45,7 @@ def overview(scene: Scene, width: int = 640, height: int = 480) -> tuple[np.ndar
 
 
 def scene_picture(
-    scene: Scene, groups: Sequence[tuple[Sequence[Sequence[float]], tuple[int, int, int]]], *, width: int = 640
+    scene: Scene, groups: Sequence[tuple[Sequence[Sequence[float]], Color]], *, width: int = 640
 ) -> np.ndarray:
     """The overview with boxes (world frame) drawn in, each group in its colour; the last group on top."""
     image_HW3, camera = overview(scene, width, width * 3 // 4)

@@ -15,7 +15,8 @@ from ..utils.files import read_log
 from ..utils.predictions import Prediction, read_predictions
 from .completions import completions_section
 from .curves import plot
-from .pictures import DETECTED, PREDICTED, TARGET, data_url, scene_picture
+from .palette import ANSWERED, ASKED, TRUE
+from .pictures import data_url, scene_picture
 
 # Columns in the order of the pipeline; others follow in alphabetical order.
 _COLUMN_ORDER = ("most-frequent", "untrained", "sft", "grpo")
@@ -219,7 +220,7 @@ def examples_section(predictions: Sequence[Prediction], folder: Path, data_root:
     def color(rgb: tuple[int, int, int]) -> str:
         return f"<span style='background:rgb{rgb}'></span>"
 
-    key = f"<p class='key note'>Boxes: {color(PREDICTED)}answered {color(TARGET)}true {color(DETECTED)}asked about</p>"
+    key = f"<p class='key note'>Boxes: {color(ANSWERED)}answered {color(TRUE)}true {color(ASKED)}asked about</p>"
     shown = "".join(_example(entry, folder, data_root) for entry in choose_examples(predictions, limit))
     return f"<h2>Examples</h2>{key}{shown}"
 
@@ -231,7 +232,7 @@ def _example(prediction: Prediction, folder: Path, data_root: Path) -> str:
     if path.exists():
         image_HW3 = scene_picture(
             load_scene(path),
-            [(prediction.target_boxes, TARGET), (asked, DETECTED), (prediction.boxes, PREDICTED)],
+            [(prediction.target_boxes, TRUE), (asked, ASKED), (prediction.boxes, ANSWERED)],
         )
         picture = f"<img class='scene' alt='scene with boxes' src='{data_url(image_HW3)}'>"
     else:

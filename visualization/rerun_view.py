@@ -14,8 +14,10 @@ import torch
 from ..datasets.scene import Scene
 from ..utils.camera import Camera
 from ..utils.splat import point_radii
+from .extent import room_extent
+from .palette import LAYERS, Color
 from .shown_boxes import ShownBoxes
-from .shown_scene import LAYERS, QUESTION_LAYERS, ShownQuestion, ShownScene, ShownView
+from .shown_scene import QUESTION_LAYERS, ShownQuestion, ShownScene, ShownView
 
 STEP = 0.5  # seconds between one box and the next
 _FRUSTUM = 0.35  # metres from a camera to its picture
@@ -23,7 +25,7 @@ _EYE_3 = np.array([-0.45, -0.45, 1.1])
 _MEDIA_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
 
 
-def box_archetype(rerun: Any, boxes: ShownBoxes, color: tuple[int, int, int]) -> Any:
+def box_archetype(rerun: Any, boxes: ShownBoxes, color: Color) -> Any:
     """Rerun's oriented boxes, with label and score as text."""
     return rerun.Boxes3D(
         centers=boxes.centers_K3,
@@ -146,7 +148,7 @@ class _Recorder:
 
 def eye_of(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """A place from which a room is seen whole, above one corner and higher than its walls hide it; and its middle."""
-    low_3, high_3 = scene.points_N3.min(0).astype(np.float64), scene.points_N3.max(0).astype(np.float64)
+    low_3, high_3 = room_extent(scene)
     middle_3 = (low_3 + high_3) / 2
     distance = 1.1 * float(np.linalg.norm(high_3 - low_3))
     return middle_3 + distance * _EYE_3 / np.linalg.norm(_EYE_3), middle_3

@@ -17,7 +17,8 @@ from PIL import Image
 
 from ..datasets.scene import Scene, load_scene
 from ..utils.text import parse_response, resolve_boxes
-from .pictures import PREDICTED, TARGET, data_url, scene_picture
+from .palette import ANSWERED, TRUE
+from .pictures import data_url, scene_picture
 from .report import write_page
 
 ViewsOf = Callable[[str, str], Sequence[bytes]]
@@ -91,7 +92,7 @@ def _example(row: dict[str, Any], prepared: Path, views_of: ViewsOf | None) -> s
     targets = scene.boxes_of([number for number in row.get("object_ids", []) if number in scene.object_ids_K.tolist()])
     answered = np.array(resolve_boxes(response.answer, []), np.float32).reshape(-1, 7)
     # the true boxes on top: where both agree, as they should, only the green one is seen
-    image_HW3 = scene_picture(scene, [(scene.to_world(answered).tolist(), PREDICTED), (targets.tolist(), TARGET)])
+    image_HW3 = scene_picture(scene, [(scene.to_world(answered).tolist(), ANSWERED), (targets.tolist(), TRUE)])
     views = views_of(row["scene_id"], row["question"]) if views_of else frames_of(scene)
     pictures = "".join(f"<img alt='view {number}' src='{_thumbnail(view)}'>" for number, view in enumerate(views, 1))
     steps = "".join(f"<p>{marked(step)}</p>" for step in _STEP.split(response.think))
@@ -159,7 +160,7 @@ def write_samples(
     refused = one_of_each_reason(_rows(rejects), rng) if rejects.is_file() else []
     swatches = "".join(
         f"<span style='background:rgb{color}'></span>{name}"
-        for color, name in ((TARGET, "true"), (PREDICTED, "answered"))
+        for color, name in ((TRUE, "true"), (ANSWERED, "answered"))
     )
     parts = [_STYLE, f"<p class='key note'>Boxes: {swatches}</p>" if sample else "<p>No record was kept.</p>"]
     parts += [_example(row, prepared, views_of) for row in sample]

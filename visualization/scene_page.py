@@ -18,17 +18,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..datasets.scene import Scene
 from ..utils.camera import Camera
 from ..utils.splat import point_radii
+from .extent import room_extent
+from .palette import LAYERS
 from .shown_boxes import EDGES, ShownBoxes
-from .shown_scene import LAYERS, ShownQuestion, ShownScene
+from .shown_scene import ShownQuestion, ShownScene
 
 MAX_BYTES = 10_000_000
 _TEMPLATE = Path(__file__).with_name("viewer.html")
 _MARK = "/*DATA*/"
 _MAX_POINTS = 250_000  # 3.0 MB of text
 _STEPS = 65535
-_EXTENT = (0.2, 99.8)  # percentiles: stray points do not move the eye away from the room
 _PICTURE_BYTES = 5_500_000  # of all pictures as text
 _PICTURE_SIZES = ((480, 82), (384, 78), (288, 74), (208, 68), (144, 60))  # longest side in pixels, quality
 _FRUSTUM = 0.35  # metres from a camera to its picture
@@ -45,11 +47,7 @@ def write_scene_page(shown: ShownScene, out: str | Path, *, max_points: int = _M
     Raises:
         ValueError: a scene without points, a picture that cannot be read, or more text than 10 MB hold.
     """
-    data = page_data(shown, max_points=max_points, seed=seed)
-    # a text that closes the script would end the data
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    before, _, after = _TEMPLATE.read_text(encoding="utf-8").partition(_MARK)
-    page = (before + text + after).encode("utf-8", errors="replace")
+    page = page_text(page_data(shown, max_points=max_points, seed=seed)).encode("utf-8", errors="replace")
     if len(page) > MAX_BYTES:
         raise ValueError(
             f"The page would have {len(page) / 1e6:.0f} MB, 10 at most; show fewer questions, with --limit."
@@ -62,19 +60,30 @@ def write_scene_page(shown: ShownScene, out: str | Path, *, max_points: int = _M
     return out
 
 
+def page_text(data: dict[str, Any]) -> str:
+    """The page with its data in it."""
+    # a text that closes the script would end the data
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    before, _, after = _TEMPLATE.read_text(encoding="utf-8").partition(_MARK)
+    return before + text + after
+
+
 def page_data(shown: ShownScene, *, max_points: int = _MAX_POINTS, seed: int = 0) -> dict[str, Any]:
     """What the page's script reads, as JSON."""
     scene = shown.scene
-    if not len(scene.points_N3):
-        raise ValueError(f"Scene {scene.scene_id} has no points; check the scan file.")
+    extent_23 = np.stack(room_extent(scene))
     offset_3 = scene.origin_3.astype(np.float64)
     files = list(dict.fromkeys(view.file for question in shown.questions for view in question.views))
     pictures = _pictures(files)
     numbers = {file: number for number, file in enumerate(files)}
-    kept = np.arange(len(scene.points_N3))
+    # far ones would leave few of the 16 bits to the room
+    near_N = (np.abs(scene.points_N3 - extent_23.mean(0)) <= 1.5 * np.maximum(np.ptp(extent_23, axis=0), 1.0)).all(1)
+    kept = np.flatnonzero(near_N)
     notes = list(scene.notes)
+    if not near_N.all():
+        notes.append(f"{np.count_nonzero(~near_N):,} stray points not shown")
     if len(kept) > max_points:
-        kept = np.sort(np.random.default_rng(seed).choice(len(kept), max_points, replace=False))
+        kept = np.sort(np.random.default_rng(seed).choice(kept, max_points, replace=False))
         notes.append(f"{max_points:,} of {len(scene.points_N3):,} points shown")
     points_N3 = scene.points_N3[kept].astype(np.float64) - offset_3
     return {
@@ -82,14 +91,14 @@ def page_data(shown: ShownScene, *, max_points: int = _MAX_POINTS, seed: int = 0
         "notes": notes,
         "offset": offset_3.tolist(),
         "points": quantised(points_N3, scene.colors_N3[kept]),
-        "extent": np.percentile(points_N3, _EXTENT, axis=0).tolist(),
+        "extent": (extent_23 - offset_3).tolist(),
         "edges": EDGES,
         "colors": {**LAYERS, "cameras": _CAMERAS},
         "names": _NAMES,
         "layers": {
-            name: _boxes(boxes, offset_3) for name, boxes in (("boxes", shown.boxes), ("objects", shown.objects))
+            name: box_rows(boxes, scene) for name, boxes in (("boxes", shown.boxes), ("objects", shown.objects))
         },
-        "questions": [_question(question, offset_3, numbers) for question in shown.questions],
+        "questions": [_question(question, scene, numbers) for question in shown.questions],
         "pictures": pictures,
     }
 
@@ -111,15 +120,16 @@ def quantised(points_N3: np.ndarray, colors_N3: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _boxes(boxes: ShownBoxes, offset_3: np.ndarray) -> list[dict[str, Any]]:
-    corners_K83 = np.round(boxes.corners_K83 - offset_3, 4)
+def box_rows(boxes: ShownBoxes, scene: Scene) -> list[dict[str, Any]]:
+    """Boxes (world frame) as the page's script takes them, in the page's frame."""
+    corners_K83 = np.round(boxes.corners_K83 - scene.origin_3, 4)
     return [
         {"corners": corners_83, "label": text}
         for corners_83, text in zip(corners_K83.tolist(), boxes.texts(), strict=True)
     ]
 
 
-def _question(question: ShownQuestion, offset_3: np.ndarray, numbers: dict[Path, int]) -> dict[str, Any]:
+def _question(question: ShownQuestion, scene: Scene, numbers: dict[Path, int]) -> dict[str, Any]:
     prediction = question.prediction
     scores = " · ".join(f"{name} {value}" for name, value in prediction.scores.items())
     malformed = "" if prediction.well_formed or prediction.text.startswith("<answer>") else "not well formed"
@@ -131,12 +141,12 @@ def _question(question: ShownQuestion, offset_3: np.ndarray, numbers: dict[Path,
         "answer": question.answer,
         "reference": question.references,
         "note": " · ".join(filter(None, (scores, malformed, prediction.model))),
-        "layers": {name: _boxes(boxes, offset_3) for name, boxes in question.layers.items()},
+        "layers": {name: box_rows(boxes, scene) for name, boxes in question.layers.items()},
         "views": [
             {
                 "name": view.name,
                 "picture": numbers[view.file],
-                "frustum": None if view.camera is None else _frustum(view.camera, offset_3),
+                "frustum": None if view.camera is None else _frustum(view.camera, scene.origin_3),
             }
             for view in question.views
         ],

@@ -14,17 +14,8 @@ from ..utils.boxes import box3d_iou
 from ..utils.camera import Camera
 from ..utils.predictions import Prediction, read_predictions
 from ..utils.view_cameras import read_camera
-from .pictures import DETECTED, PREDICTED, TARGET
 from .shown_boxes import ShownBoxes
 
-# What a layer of boxes is called, and its colour.
-LAYERS = {
-    "answered": PREDICTED,
-    "true": TARGET,
-    "asked": DETECTED,
-    "boxes": (217, 119, 6),
-    "objects": (148, 163, 184),
-}
 QUESTION_LAYERS = ("true", "asked", "answered")
 _SAME = 0.5  # IoU at which a true box takes the label of the scene's object
 _REFERENCES = 3

@@ -12,9 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from ..datasets.scene import Scene
 from ..utils.camera import Camera, look_at
 from ..utils.splat import splat
+from .extent import room_extent
+from .palette import Color
 from .shown_boxes import EDGES, ShownBoxes
 
-Color = tuple[int, int, int]
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _FAR = 200.0  # heights of the camera in room sizes: so far that lines of sight are all but parallel
 _MARGIN = 40  # pixels around the plan; the scale stands in the lower one
@@ -44,9 +45,9 @@ def top_view(scene: Scene, layers: Sequence[tuple[ShownBoxes, Color]], *, width:
     Raises:
         ValueError: a scene without points.
     """
-    if not len(scene.points_N3):
-        raise ValueError(f"Scene {scene.scene_id} has no points; check the scan file.")
-    low_3, high_3 = scene.points_N3.min(0).astype(np.float64), scene.points_N3.max(0).astype(np.float64)
+    low_3, high_3 = room_extent(
+        scene, np.concatenate([np.zeros((0, 3)), *(boxes.corners_K83.reshape(-1, 3) for boxes, _ in layers)])
+    )
     floor, top = (float(value) for value in np.percentile(scene.points_N3[:, 2], (1.0, 99.0)))
     kept_N = scene.points_N3[:, 2] <= floor + _CEILING_SHARE * (top - floor)
     # far from the origin, single-precision coordinates lose the millimetre; the plan is drawn around its middle

@@ -19,7 +19,7 @@ from threedr1.datasets.scene import TASKS
 from threedr1.engine.demo import GRADIO, check_gradio, private_folder
 from threedr1.engine.demo_answers import DEMO_TASKS, answers, make_sample, parts_so_far
 from threedr1.engine.demo_gate import BODY_BYTES, Gate, asks_file, is_foreign, names_foreign
-from threedr1.engine.demo_page import boxes_table, groups_of, notice, summary, views_strip
+from threedr1.engine.demo_page import boxes_table, layers_of, notice, summary, views_strip
 from threedr1.engine.demo_scenes import (
     UPLOAD_SECONDS,
     DemoScenes,
@@ -37,6 +37,7 @@ from threedr1.engine.demo_scenes import (
 from threedr1.models.observation import Observation
 from threedr1.models.scene_vlm import SceneVLM
 from threedr1.utils.text import format_response, parse_response
+from threedr1.visualization.palette import LAYERS
 
 from ..data_factory import room_vertices, write_ply
 
@@ -343,11 +344,12 @@ def test_texts_of_others_are_escaped(opened):
 
 def test_boxes_come_in_the_colours_of_their_meaning(opened):
     box = opened.objects_K7[0].tolist()
-    detected, asked, answered = groups_of(opened, [box, [50, 50, 50, 1, 1, 1, 0]], 1, True)
-    assert len(detected[0]) == len(opened.names) and detected[2] == []
-    assert asked[2] == [opened.names[1]] and np.allclose(asked[0][0], opened.objects_K7[1])
-    assert answered[2][1] == "box 2" and answered[2][0].startswith("<obj")
-    assert len(groups_of(opened, [], None, False)) == 1
+    layers = layers_of(opened, [box, [50, 50, 50, 1, 1, 1, 0]], 1, True)
+    assert set(layers) <= set(LAYERS) and layers["boxes"].labels == [""] * len(opened.names)
+    assert layers["asked"].labels == [opened.names[1]]
+    assert np.allclose(layers["asked"].centers_K3[0], opened.objects_K7[1][:3])
+    assert layers["answered"].labels[1] == "box 2" and layers["answered"].labels[0].startswith("<obj")
+    assert [len(boxes) for boxes in layers_of(opened, [], None, False).values()] == [0, 0, 0]
 
 
 def test_views_are_pictures_in_the_page(model, opened):

@@ -21,7 +21,7 @@ from threedr1.engine.demo import launch, private_folder
 from threedr1.engine.demo_page import BROKEN
 from threedr1.engine.demo_scenes import DemoScenes, Limits
 from threedr1.models.scene_vlm import SceneVLM
-from threedr1.visualization.pictures import DETECTED, PREDICTED, TARGET
+from threedr1.visualization.palette import ANSWERED, ASKED, DETECTED
 
 from ..chromium import Chromium, find_chromium
 from ..data_factory import room_vertices, write_ply
@@ -128,7 +128,7 @@ def test_a_scan_is_uploaded_asked_about_and_answered(browser, served, tmp_path):
     status(browser, "Ready: ask a question.")
     assert "Upload my room.ply" in browser.value(f"{one('#summary')}.innerText")
     assert not list(served.scenes.uploads.rglob("*.ply")), "the upload is still on disk"
-    assert ink(browser, tmp_path, PREDICTED) == 0
+    assert ink(browser, tmp_path, ANSWERED) == 0
     browser.click("[...document.querySelectorAll('#examples button')].find(b => b.innerText.includes('Where can'))")
     browser.wait_for(f"{one('#question textarea')}.value === 'Where can I sit?'")
     browser.click(one("#ask"))
@@ -139,10 +139,10 @@ def test_a_scan_is_uploaded_asked_about_and_answered(browser, served, tmp_path):
     assert len(rows) == 2 and rows[1].startswith("<obj1>")
     pictures = "[...document.querySelectorAll('#views img')].map(image => image.naturalWidth)"
     assert browser.value(pictures) == [56, 56]
-    assert ink(browser, tmp_path, PREDICTED) > 50 and ink(browser, tmp_path, DETECTED) == 0
+    assert ink(browser, tmp_path, ANSWERED) > 50 and ink(browser, tmp_path, DETECTED) == 0
     browser.click(one("#detected input"))
     browser.wait_a_little(1)
-    assert ink(browser, tmp_path, DETECTED) > 50 and ink(browser, tmp_path, PREDICTED) > 50
+    assert ink(browser, tmp_path, DETECTED) > 50 and ink(browser, tmp_path, ANSWERED) > 50
     assert errors(browser) == []
     outside = [url for url in browser.requests if not url.startswith((served.address, "data:", "blob:", "about:"))]
     assert outside == [], "the page must need no other server"
@@ -156,7 +156,7 @@ def test_a_room_a_scene_and_other_tasks(browser, served, tmp_path):
     browser.wait_for(f"!{one('#question textarea')} && {one('#object input')}")
     browser.click(one("#ask"))
     status(browser, "after")
-    assert ink(browser, tmp_path, TARGET) > 50
+    assert ink(browser, tmp_path, ASKED) > 50
     show_tab(browser, "Prepared scene")
     browser.click(one("#open-prepared"))
     browser.wait_for(f"{one('#summary')}.innerText.includes('Scene {served.scenes.prepared[0]}')")

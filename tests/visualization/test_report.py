@@ -6,7 +6,8 @@ import pytest
 
 from threedr1.datasets.scene_store import SceneStore
 from threedr1.utils.predictions import Prediction, write_predictions
-from threedr1.visualization.pictures import PREDICTED, overview, save_picture, scene_picture
+from threedr1.visualization.palette import ANSWERED
+from threedr1.visualization.pictures import overview, save_picture, scene_picture
 from threedr1.visualization.report import choose_examples, write_report
 
 
@@ -39,8 +40,8 @@ def test_overview_shows_the_room_and_boxes_are_drawn_in_their_colour(scene, tmp_
     assert plain.shape == (240, 320, 3) and 0.15 < filled < 1
     uv_K2, depth_K = camera.project(scene.boxes_K7[:, :3])
     assert (depth_K > 0).all() and (uv_K2 > 0).all() and (uv_K2 < [320, 240]).all()
-    drawn = scene_picture(scene, [(scene.boxes_K7[:1].tolist(), PREDICTED)], width=320)
-    assert (drawn == PREDICTED).all(-1).sum() > 30
+    drawn = scene_picture(scene, [(scene.boxes_K7[:1].tolist(), ANSWERED)], width=320)
+    assert (drawn == ANSWERED).all(-1).sum() > 30
     assert save_picture(drawn, tmp_path / "a" / "b.png").stat().st_size > 1000
 
 
