@@ -290,17 +290,29 @@ def run_view(args: argparse.Namespace) -> int:
         say(f"wrote {write_page(page, '3D-R1 views', str(args.views), sections)}")
         return 0
     if args.html and args.predictions is not None:
+        from .engine.scene_viewer import read_scan
         from .visualization.report import write_report
         from .visualization.table import results_markdown
 
         table = results_markdown(args.predictions)
         if table:
             say(table)
-        out = write_report(args.predictions, args.html, data_root=args.data, limit=args.limit, sections=sections)
+        scene = None
+        if args.scene is not None:
+            scene = read_scan(args.scene, args.data, scan_frame(args))
+            say_assumed(scene)
+        how: dict[str, Any] = {"data_root": args.data, "limit": args.limit, "sections": sections, "scene": scene}
+        out = write_report(args.predictions, args.html, **how)
         say(f"wrote {out}")
     if args.save or args.room or args.top or args.export or not args.html:
         show_scenes(args)
     return 0
+
+
+def say_assumed(scene: "Scene") -> None:
+    """What reading a scan assumed, on standard error."""
+    for note in scene.notes:
+        sys.stderr.write(f"assumed: {note}\n")
 
 
 def check_view(args: argparse.Namespace) -> None:
@@ -346,9 +358,8 @@ def show_scenes(args: argparse.Namespace) -> None:
         limit=args.limit,
         detect=detect if args.scene is not None and args.model is not None else None,
     )
-    if args.scene is not None:
-        for note in scenes[0].scene.notes:
-            sys.stderr.write(f"assumed: {note}\n")
+    if args.scene is not None and not args.html:  # which has said it
+        say_assumed(scenes[0].scene)
     if args.room or args.top or args.export:
         one = the_scene(scenes)
         for path in save_scene(one, room=args.room, top=args.top, export=args.export, frame=args.frame):

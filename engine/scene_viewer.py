@@ -18,6 +18,11 @@ from .scans import find_scene
 _PICTURES = (".png", ".jpg", ".jpeg")
 
 
+def read_scan(scan: str | Path, data_root: str | Path, align: str | AlignOptions) -> Scene:
+    """Anything that `read_scene` reads, or a prepared scene of the data root by its name."""
+    return read_scene(find_scene(scan, data_root), align=align)
+
+
 def scenes_to_show(
     source: str | Path | None,
     scan: str | Path | None,
@@ -46,7 +51,7 @@ def scenes_to_show(
     boxes_alone = source is not None and is_box_file(source)
     if boxes_alone and detect is not None:
         raise ValueError(f"--model detects boxes, and {source} holds some; leave one of them out.")
-    scene = read_scene(find_scene(scan, data_root), align=align) if scan is not None else None
+    scene = read_scan(scan, data_root, align) if scan is not None else None
     if source is not None and boxes_alone:
         if scene is None:
             raise ValueError(f"{source} holds boxes alone; name the scan that they are in with --scene.")

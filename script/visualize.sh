@@ -40,7 +40,13 @@ if [[ "${1:-}" =~ \.(ply|obj|glb|gltf|stl|off)$ ]]; then
         exit 2
     fi
     model="${MODEL-runs/quickstart/grpo}"
-    [[ -z "$model" ]] || "$PY" main.py view --scene "${words[0]}" --model "$model" --export "$boxes"
+    if [[ -n "$model" ]]; then
+        # how the scan is read, and what is to be made of it, hold for the detection, too
+        "$PY" main.py view --scene "${words[0]}" --model "$model" "$@" --export "$boxes"
+        for word in "$@"; do
+            [[ ! "$word" =~ ^--(save|room|top)(=|$) ]] || exit 0 # that is made already
+        done
+    fi
     "$PY" main.py view "$boxes" --scene "${words[0]}" "$@"
     exit 0
 fi

@@ -159,10 +159,18 @@ def test_unknown_arguments_reach_main(script: str, shell: Shell):
 def test_a_scan_is_detected_in_and_shown_as_by_the_official_script(shell: Shell):
     done = shell.run("visualize.sh", "room.PLY", "scene0000_00", "out", "json", "--save", "a.rrd", MODEL="some/model")
     assert done.returncode == 0, done.stderr
-    export, show = shell.commands()
     scan, boxes = ["--scene", "room.PLY"], "out/scene0000_00.json"
-    assert export == ["view", *scan, "--model", "some/model", "--export", boxes]
-    assert show == ["view", boxes, *scan, "--save", "a.rrd"]
+    (command,) = shell.commands()
+    assert command == ["view", *scan, "--model", "some/model", "--save", "a.rrd", "--export", boxes]
+    check_command(command)
+
+
+def test_without_an_output_both_the_detection_and_the_viewer_read_the_scan_alike(shell: Shell):
+    how = ["--up=-y", "--height", "2.6"]
+    assert shell.run("visualize.sh", "room.ply", "b", "c", "npz", *how, MODEL="m").returncode == 0
+    export, show = shell.commands()
+    assert export == ["view", "--scene", "room.ply", "--model", "m", *how, "--export", "c/b.npz"]
+    assert show == ["view", "c/b.npz", "--scene", "room.ply", *how]
     for command in (export, show):
         check_command(command)
 
@@ -178,8 +186,9 @@ def test_a_scan_is_detected_in_and_shown_as_by_the_official_script(shell: Shell)
 def test_what_the_official_script_is_not_told_has_defaults(words: list[str], boxes: str, shell: Shell):
     assert shell.run("visualize.sh", *words).returncode == 0
     export, show = shell.commands()
-    assert export == ["view", "--scene", words[0], "--model", "runs/quickstart/grpo", "--export", boxes]
-    assert show == ["view", boxes, "--scene", words[0], *(["--limit", "3"] if "--limit" in words else [])]
+    more = ["--limit", "3"] if "--limit" in words else []
+    assert export == ["view", "--scene", words[0], "--model", "runs/quickstart/grpo", *more, "--export", boxes]
+    assert show == ["view", boxes, "--scene", words[0], *more]
 
 
 def test_boxes_that_are_there_are_shown_without_a_model(shell: Shell):

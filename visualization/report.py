@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..datasets.scene import load_scene
+from ..datasets.scene import Scene, load_scene
 from ..utils.files import read_log
 from ..utils.predictions import Prediction, read_predictions
 from .completions import completions_section
 from .curves import plot
 from .palette import ANSWERED, ASKED, TRUE
 from .pictures import data_url, scene_picture
+from .shown_scene import check_frame
 
 # Columns in the order of the pipeline; others follow in alphabetical order.
 _COLUMN_ORDER = ("most-frequent", "untrained", "sft", "grpo")
@@ -101,6 +102,7 @@ def write_report(
     data_root: str | Path = "data/rooms",
     limit: int | None = None,
     sections: Sequence[str] = (),
+    scene: Scene | None = None,
 ) -> Path:
     """Write the report of a run folder (with `eval/*`), of a training run, of one evaluation, or of a prediction file.
 
@@ -110,9 +112,10 @@ def write_report(
         data_root: where `prepared/` lies, for the pictures.
         limit: examples of each task; default 2.
         sections: HTML to put at the end, such as contact sheets of views.
+        scene: what the pictures of answers about it show, whether it is prepared or not.
 
     Raises:
-        ValueError: there is nothing to report on.
+        ValueError: there is nothing to report on, or the answers are in another frame of a scene.
     """
     source, out = Path(source), Path(out)
     evaluations = find_evaluations(source) if source.is_dir() else []
@@ -124,12 +127,10 @@ def write_report(
         raise ValueError(
             f"There is nothing to report on under {source}: no results.json, predictions.jsonl or metrics.jsonl."
         )
-    parts = [
-        results_table(evaluations) if evaluations else "",
-        curves,
-        examples_section(read_predictions(file), file.parent, Path(data_root), limit or 2) if file.exists() else "",
-        *sections,
-    ]
+    examples = ""
+    if file.exists():
+        examples = examples_section(read_predictions(file), file.parent, Path(data_root), limit or 2, scene)
+    parts = [results_table(evaluations) if evaluations else "", curves, examples, *sections]
     return write_page(out, "3D-R1 report", str(source), parts)
 
 
@@ -214,24 +215,29 @@ def choose_examples(predictions: Sequence[Prediction], limit: int) -> list[Predi
     return chosen
 
 
-def examples_section(predictions: Sequence[Prediction], folder: Path, data_root: Path, limit: int) -> str:
+def examples_section(
+    predictions: Sequence[Prediction], folder: Path, data_root: Path, limit: int, scene: Scene | None = None
+) -> str:
     """Questions with the scene's picture, the views the model was given, its thought and its answer."""
 
     def color(rgb: tuple[int, int, int]) -> str:
         return f"<span style='background:rgb{rgb}'></span>"
 
     key = f"<p class='key note'>Boxes: {color(ANSWERED)}answered {color(TRUE)}true {color(ASKED)}asked about</p>"
-    shown = "".join(_example(entry, folder, data_root) for entry in choose_examples(predictions, limit))
+    shown = "".join(_example(entry, folder, data_root, scene) for entry in choose_examples(predictions, limit))
     return f"<h2>Examples</h2>{key}{shown}"
 
 
-def _example(prediction: Prediction, folder: Path, data_root: Path) -> str:
+def _example(prediction: Prediction, folder: Path, data_root: Path, scene: Scene | None) -> str:
     path = data_root / "prepared" / f"{prediction.scene_id}.npz"
     asked = [prediction.meta["query_box"]] if prediction.meta.get("query_box") else []
     picture = ""
-    if path.exists():
+    if scene is None or scene.scene_id != prediction.scene_id:
+        scene = load_scene(path) if path.exists() else None
+    if scene is not None:
+        check_frame(scene, [prediction])
         image_HW3 = scene_picture(
-            load_scene(path),
+            scene,
             [(prediction.target_boxes, TRUE), (asked, ASKED), (prediction.boxes, ANSWERED)],
         )
         picture = f"<img class='scene' alt='scene with boxes' src='{data_url(image_HW3)}'>"

@@ -168,7 +168,7 @@ def load_shown(
                 f"There is no prepared scene {paths[0]}; name the data root with --data, or --scene SCAN."
             )
     for one in scenes:
-        _check_frame(one, [entry for entry in predictions if entry.scene_id == one.scene_id])
+        check_frame(one, [entry for entry in predictions if entry.scene_id == one.scene_id])
     return [
         ShownScene(
             one,
@@ -178,7 +178,7 @@ def load_shown(
     ]
 
 
-def _check_frame(scene: Scene, predictions: Sequence[Prediction]) -> None:
+def check_frame(scene: Scene, predictions: Sequence[Prediction]) -> None:
     """ValueError where predictions say that the scan was aligned in another way."""
     from_world_44 = np.linalg.inv(scene.axis_align_44)
     for entry in predictions:

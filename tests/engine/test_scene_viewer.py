@@ -123,10 +123,14 @@ def test_answers_are_shown_in_the_frame_that_infer_read_the_scan_in(run, scan, t
     np.testing.assert_array_equal(np.float32(prediction.meta["axis_align"]), np.float32(scene.axis_align_44))
     words = ["view", str(answers), "--scene", str(scan), "--room", str(room)]
     assert cli.main([*words, *frame]) == 0 and room.exists()
+    report = ["view", str(answers), "--scene", str(scan), "--html", str(room)]
+    room.unlink()
+    assert cli.main([*report, *frame]) == 0 and "scene with boxes" in room.read_text()
     room.unlink()
     capsys.readouterr()
-    for other in ([], ["--align", "none"], ["--from-video", "--height", "2.6"], ["--height", "2.95"]):
-        assert cli.main([*words, *other]) == 1
+    others = ([], ["--align", "none"], ["--from-video", "--height", "2.6"], ["--height", "2.95"])
+    for command, other in [(command, other) for command in (words, report) for other in others]:
+        assert cli.main([*command, *other]) == 1
         said = " ".join(capsys.readouterr().err.split())
         assert "The answers were made in another frame of this scan; give view the --align, --up, --height, " in said
         assert "--from-video that infer had." in said
