@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..datasets.prompts import CAPTION_QUESTION, DEFAULT_MODE, dialogue_question
+from ..datasets.prompts import CAPTION_QUESTION, dialogue_question
 from ..datasets.scene import TASKS, Sample
 from ..models.scene_vlm import SceneVLM
 from ..utils.text_stream import ANSWER, PLAIN, THOUGHT, ResponseParts, TokenText
 from .demo_scenes import Limits, Opened
-from .rollout import write_prompts
+from .rollout import roll_out
 
 _LOOK = 0.2  # seconds between two looks at what was said
 Turns = Sequence[tuple[str, str]]
@@ -159,9 +159,7 @@ def generate(
     """
     start, ids = time.monotonic(), list[int]()
     written, text = TokenText(model.language.decode), ""
-    model.eval()
-    (prompt,) = write_prompts(model, [sample], [opened.observation], [DEFAULT_MODE[sample.task]])
-    inputs = model.embed_rows([prompt.row], [opened.observation], [prompt.views], packed_length=0)
+    prompts = opened.session.as_prompts([sample])
 
     def on_token(_: int, token: int) -> None:
         nonlocal text
@@ -172,14 +170,13 @@ def generate(
             raise _Enough
 
     try:
-        length = len(prompt.row.token_ids)
-        decoded = model.decoder(inputs, [length], max_new_tokens=limits.new_tokens, on_token=on_token)
-        ids, finished = decoded.token_ids[0], decoded.finished[0]
+        (rollout,) = roll_out(model, prompts, max_new_tokens=limits.new_tokens, on_token=on_token)
+        whole, finished = rollout.texts[0], rollout.finished[0]
     except _Enough:
-        finished = False
-    said = model.read_answer(model.language.decode(ids), opened.observation)
+        whole, finished = model.language.decode(ids), False
+    said = model.read_answer(whole, opened.observation)
     seconds = time.monotonic() - start
-    return Told(said.think, said.answer, True, finished, said.boxes, prompt.views, seconds)
+    return Told(said.think, said.answer, True, finished, said.boxes, prompts[0].views, seconds)
 
 
 def answers(model: SceneVLM, lock: threading.Lock, sample: Sample, opened: Opened, limits: Limits) -> Iterator[Told]:

@@ -29,6 +29,7 @@ from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
 from ..utils.labels import DETECTION_CLASSES
 from ..utils.text import format_name
+from .predict import Session
 
 ROOM_POINTS = 200_000
 MAX_ROOM = 10**9  # numbers of generated rooms
@@ -65,10 +66,17 @@ class Opened:
     """A scene that can be asked about, with what the model detected in it (world frame, metres)."""
 
     title: str
-    scene: Scene
-    observation: Observation
+    session: Session
     objects_K7: np.ndarray
     names: list[str]  # of the K objects, "<obj3> chair"
+
+    @property
+    def scene(self) -> Scene:
+        return self.session.scene
+
+    @property
+    def observation(self) -> Observation:
+        return self.session.observation
 
 
 class Shelf:
@@ -241,15 +249,13 @@ class DemoScenes:
 
 def opened_scene(model: SceneVLM, scene: Scene, title: str) -> Opened:
     """A scene with what the model detects in it."""
-    import torch
-
     model.eval()
-    observation = model.observe(scene)
-    with torch.no_grad():
-        (encoded,) = model.encode([observation])
+    session = Session(model, scene)
+    encoded = session.observation.encoded
+    assert encoded is not None
     classes_K = encoded.class_probs_KC[encoded.valid_K].argmax(-1).tolist()
     objects_K7 = scene.to_world(encoded.proposals)
-    return Opened(title, scene, observation, objects_K7, object_names(classes_K))
+    return Opened(title, session, objects_K7, object_names(classes_K))
 
 
 def object_names(classes_K: Sequence[int]) -> list[str]:

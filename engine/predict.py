@@ -25,7 +25,7 @@ from .checkpoint import model_folder
 from .data import ObservationCache
 from .questions import Request, checked_box, samples_of
 from .references import reference_of
-from .rollout import Rollout, roll_out, write_prompts
+from .rollout import Prompt, Rollout, roll_out, write_prompts
 from .runtime import pick_device
 
 _TINY = 1e-30  # a probability whose logarithm is finite
@@ -163,6 +163,11 @@ class Session:
             raise ValueError("Nothing is detected in this scan, so there is nothing to caption; point with --box.")
         return samples_of(request, self.observation, detected)
 
+    def as_prompts(self, samples: Sequence[Sample]) -> list[Prompt]:
+        """Samples as they are put to the model, each in its task's usual mode, their views chosen."""
+        modes = [DEFAULT_MODE[sample.task] for sample in samples]
+        return write_prompts(self.model, samples, [self.observation] * len(samples), modes)
+
     def answers(
         self, samples: Sequence[Sample], on_text: Callable[[str], object] | None = None
     ) -> Iterator[tuple[Prediction, Rollout]]:
@@ -174,9 +179,7 @@ class Session:
         """
         together = _TOGETHER if on_text is None else 1
         for start in range(0, len(samples), together):
-            part = samples[start : start + together]
-            modes = [DEFAULT_MODE[sample.task] for sample in part]
-            prompts = write_prompts(self.model, part, [self.observation] * len(part), modes)
+            prompts = self.as_prompts(samples[start : start + together])
             with self.model.telling(on_text) as on_token:
                 rollouts = roll_out(self.model, prompts, max_new_tokens=self.max_new_tokens, on_token=on_token)
             for rollout in rollouts:

@@ -185,7 +185,7 @@ def test_names_lose_their_folders():
 
 
 def an_opened(name: str) -> Opened:
-    return Opened(name, None, None, np.zeros((0, 7), np.float32), [])  # type: ignore[arg-type]
+    return Opened(name, None, np.zeros((0, 7), np.float32), [])  # type: ignore[arg-type]
 
 
 def test_the_shelf_puts_away_what_was_not_used_for_longest():
@@ -327,7 +327,7 @@ def test_a_fault_reaches_the_caller(scenes, opened, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("shape")
 
-    monkeypatch.setattr("threedr1.engine.demo_answers.write_prompts", fail)
+    monkeypatch.setattr("threedr1.engine.demo_answers.roll_out", fail)
     with pytest.raises(RuntimeError, match="shape"):
         list(answers(scenes.model, scenes.lock, ask(opened, "qa"), opened, scenes.limits))
     assert not scenes.lock.locked()
