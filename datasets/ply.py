@@ -10,11 +10,29 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import orjson
 from plyfile import PlyData, PlyElementParseError, PlyHeaderParseError, PlyParseError
 
 _COLOR_NAMES = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
+_KINDS = {
+    name: np.dtype(kind)
+    for names, kind in (
+        (("char", "int8"), "i1"),
+        (("uchar", "uint8"), "u1"),
+        (("short", "int16"), "i2"),
+        (("ushort", "uint16"), "u2"),
+        (("int", "int32"), "i4"),
+        (("uint", "uint32"), "u4"),
+        (("float", "float32"), "f4"),
+        (("double", "float64"), "f8"),
+    )
+    for name in names
+}
 _FACE_LISTS = ("vertex_indices", "vertex_index")
 _HEADER_BYTES = 65536
+_BLOCK_BYTES = 1 << 23  # of a text that is parsed at once: some 50 MB of Python's numbers
+_LETTERS = b"0123456789+-.eE \n"
+_COMMAS = bytes.maketrans(b" \n", b",,")
 _NOTES = rb"(?:(?:comment|obj_info)[^\n]*\n)*"
 # vertices of single numbers, then perhaps faces that are a list of corners and nothing else
 _PLAIN = re.compile(
@@ -47,7 +65,15 @@ def read_ply(path: str | Path, *, with_faces: bool = True) -> PlyMesh:
         ply = _read(path)
     except FileNotFoundError:
         raise ValueError(f"There is no mesh at {path}; copy the scan's PLY file there.") from None
-    except (PlyHeaderParseError, PlyParseError, UnicodeDecodeError, ValueError, EOFError, MemoryError) as error:
+    except (
+        PlyHeaderParseError,
+        PlyParseError,
+        UnicodeDecodeError,
+        ValueError,
+        EOFError,
+        MemoryError,
+        OverflowError,
+    ) as error:
         raise ValueError(f"{path} is not a whole PLY file ({error}); copy it again from its source.") from None
     if "vertex" not in ply or not {"x", "y", "z"} <= set(ply["vertex"].data.dtype.names or ()):
         raise ValueError(f"{path} has no vertices with x, y and z; it is not a point cloud or a mesh.")
@@ -64,26 +90,26 @@ def read_ply(path: str | Path, *, with_faces: bool = True) -> PlyMesh:
 def read_plain_text(path: Path, *, with_faces: bool = True) -> PlyMesh | None:
     """A text file of nothing but vertices and triangles, several times faster than plyfile reads it.
 
-    None for any other file, broken ones included: plyfile reads it, or says what is wrong with it.
+    None for any other file, most broken ones included: plyfile reads it, or says what is wrong with it.
+
+    Raises:
+        ValueError: a colour that its type does not hold, by its row.
     """
     layout = _plain_layout(path)
     if layout is None:
         return None
-    names, vertices, faces, offset = layout
+    kinds, vertices, faces, offset = layout
+    names = list(kinds)
+    faces = faces if with_faces else 0
     with path.open("rb") as stream:
         stream.seek(offset)
-        values_VP = _numbers(stream, vertices * len(names))
-        if values_VP is None:
-            return None
-        values_VP = values_VP.reshape(vertices, len(names))
-        rows_F4 = np.zeros((0, 4))
-        if faces and with_faces:
-            rows = _numbers(stream, faces * 4)
-            if rows is None or (rows.reshape(-1, 4)[:, 0] != 3).any():
-                return None
-            rows_F4 = rows.reshape(-1, 4)
-        if with_faces and stream.read(64).strip():
-            return None
+        values = _numbers(stream, vertices * len(names) + faces * 4, whole=with_faces)
+    if values is None:
+        return None
+    values_VP = values[: vertices * len(names)].reshape(vertices, len(names))
+    rows_F4 = values[vertices * len(names) :].reshape(faces, 4)
+    if (rows_F4[:, 0] != 3).any():
+        return None
     faces_F3 = rows_F4[:, 1:].astype(np.int32)
     if len(faces_F3) and (faces_F3.min() < 0 or faces_F3.max() >= vertices):
         return None
@@ -91,38 +117,87 @@ def read_plain_text(path: Path, *, with_faces: bool = True) -> PlyMesh | None:
     triple = next((triple for triple in _COLOR_NAMES if set(triple) <= set(names)), None)
     colors_V3 = None
     if triple is not None:
-        colors_V3 = values_VP[:, [names.index(name) for name in triple]].astype(np.uint8)
+        values_V3 = values_VP[:, [names.index(name) for name in triple]]
+        colors_V3 = to_uint8(_as_kind(values_V3, kinds[triple[0]]))
     return PlyMesh(vertices_V3, colors_V3, faces_F3)
 
 
-def _plain_layout(path: Path) -> tuple[list[str], int, int, int] | None:
-    """Properties of a vertex, numbers of vertices and faces, and where a plain text file's numbers begin."""
+def _as_kind(values_V3: np.ndarray, name: str) -> np.ndarray:
+    """Numbers in a PLY type; ValueError names the first row with one that an integer type does not hold."""
+    kind = _KINDS[name]
+    if kind.kind in "iu":
+        limits = np.iinfo(kind)
+        held_V3 = (values_V3 >= limits.min) & (values_V3 <= limits.max) & (values_V3 == np.floor(values_V3))
+        if not held_V3.all():
+            row, column = np.argwhere(~held_V3)[0]
+            raise ValueError(f"element 'vertex': row {row}: {values_V3[row, column]:g} is no {name}")
+    return values_V3.astype(kind)
+
+
+def _plain_layout(path: Path) -> tuple[dict[str, str], int, int, int] | None:
+    """Types of a vertex' properties, numbers of vertices and faces, and where a plain text file's numbers begin."""
     with path.open("rb") as stream:
-        header, end, _ = stream.read(_HEADER_BYTES).partition(b"end_header\n")
-    match = _PLAIN.fullmatch(header)
-    if not end or match is None:
+        header, end, after = stream.read(_HEADER_BYTES).partition(b"end_header")
+    newline = next((mark for mark in (b"\n", b"\r\n") if after.startswith(mark)), None)
+    if not end or newline is None:
+        return None
+    match = _PLAIN.fullmatch(header.replace(newline, b"\n"))
+    if match is None:
         return None
     lines = [line.split() for line in match["properties"].decode("ascii").splitlines()]
     kinds = {name: kind for _, kind, name in lines}
     vertices, faces = int(match["vertices"]), int(match["faces"] or 0)
-    known_colors = all(
-        kinds[name] in ("uchar", "uint8") for triple in _COLOR_NAMES for name in triple if name in kinds
-    )
+    alike = all(len({kinds[name] for name in triple if name in kinds}) < 2 for triple in _COLOR_NAMES)
+    known = len(kinds) == len(lines) and alike and all(kind in _KINDS for kind in kinds.values())
     size = path.stat().st_size
-    if not {"x", "y", "z"} <= set(kinds) or not known_colors or not 0 < 2 * (vertices + faces) <= size:
+    if not {"x", "y", "z"} <= set(kinds) or not known or not 0 < 2 * vertices * len(kinds) + 8 * faces <= size:
         return None
-    return list(kinds), vertices, faces, len(header) + len(end)
+    return kinds, vertices, faces, len(header) + len(end) + len(newline)
 
 
-def _numbers(stream: BinaryIO, count: int) -> np.ndarray | None:
-    """The next `count` numbers of a text, float64; None where something else stands between."""
+def _numbers(stream: BinaryIO, count: int, *, whole: bool) -> np.ndarray | None:
+    """The next `count` numbers of a text, float64, in blocks; None where there are fewer, or something else.
+
+    Args:
+        whole: nothing but white space may follow them.
+    """
+    values, filled, rest = np.empty(count), 0, b""
+    while filled < count or whole:
+        block = stream.read(_BLOCK_BYTES)
+        text, rest = rest + block, b""
+        if block:  # a number may go on in the next block
+            end = max(text.rfind(b"\n"), text.rfind(b" ")) + 1
+            text, rest = text[:end], text[end:]
+        found = _parsed(text)
+        if found is None or (whole and filled + len(found) > count):
+            return None
+        taken = min(len(found), count - filled)
+        values[filled : filled + taken] = found[:taken]
+        filled += taken
+        if not block:
+            break
+    return values if filled == count else None
+
+
+def _parsed(text: bytes) -> list[float] | np.ndarray | None:
+    """Numbers between white space; None where something else stands there."""
+    text = text.replace(b"\r\n", b"\n").replace(b" \n", b"\n").strip()
+    if not text:
+        return []
+    if b"  " in text:
+        text = b" ".join(text.split())
+    if not text.translate(None, _LETTERS):  # nothing but numbers, so that nothing else of JSON is taken for one
+        try:
+            # as JSON: four times faster than NumPy's reading of texts, and the same numbers
+            return orjson.loads(b"[" + text.translate(_COMMAS) + b"]")
+        except orjson.JSONDecodeError:
+            pass  # +1, .5, 007
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)  # how NumPy tells of what is no number
         try:
-            values = np.fromfile(stream, dtype=np.float64, count=count, sep=" ")
+            return np.fromstring(text.decode("ascii", errors="replace"), dtype=np.float64, sep=" ")
         except (DeprecationWarning, ValueError):
             return None
-    return values if len(values) == count else None
 
 
 def _read(path: Path) -> PlyData:

@@ -1,5 +1,7 @@
 """Readers: every format, what they assume, and what broken input is told."""
 
+from pathlib import Path
+
 import numpy as np
 import orjson
 import pytest
@@ -56,19 +58,79 @@ def test_plain_text_plys_are_read_as_plyfile_reads_them(tmp_path, faces, colors,
     assert [array.dtype for array in (fast.vertices_V3, fast.faces_F3)] == [np.float32, np.int32]
 
 
+def plain_ply(path: Path, body: str, vertices: int, *, colors: str = "", newline: str = "\n") -> Path:
+    """A text PLY with this body; `colors` is the type of red, green and blue."""
+    lines = ["ply", "format ascii 1.0", "comment made by hand", f"element vertex {vertices}"]
+    lines += [f"property float {axis}" for axis in "xyz"]
+    lines += [f"property {colors} {name}" for name in ("red", "green", "blue") if colors]
+    path.write_bytes((newline.join([*lines, "end_header", ""]) + body).encode())
+    return path
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
-    [("0 0 0\n1 1\n", "not a whole PLY"), ("0 0 0\n1 x 1\n", "not a whole PLY"), ("0 0 0\n1 nan 1\n", None)],
+    [
+        ("0 0 0\n1 1\n", "not a whole PLY.*row 1"),
+        ("0 0 0\n1 x 1\n", "not a whole PLY.*row 1"),
+        ("0 0 0\n1 true 1\n", "not a whole PLY.*row 1"),
+        ('0 0 0\n1 "1" 1\n', "not a whole PLY.*row 1"),
+        ("0 0 0\n[1 2] 1\n", "not a whole PLY.*row 1"),
+        ("0 0 0\n1,2 1 1\n", "not a whole PLY.*row 1"),
+    ],
 )
 def test_plain_text_plys_that_are_broken(tmp_path, body, words):
-    header = "ply\nformat ascii 1.0\ncomment made by hand\nelement vertex 2\n"
-    header += "".join(f"property float {axis}\n" for axis in "xyz") + "end_header\n"
-    (tmp_path / "a.ply").write_text(header + body)
-    if words is None:
-        assert np.isnan(read_ply(tmp_path / "a.ply").vertices_V3[1, 1])
-    else:
-        with pytest.raises(ValueError, match=words):
-            read_ply(tmp_path / "a.ply")
+    """The row is named, though the fast reader sees blocks of many."""
+    assert read_plain_text(plain_ply(tmp_path / "a.ply", body, 2)) is None
+    with pytest.raises(ValueError, match=words):
+        read_ply(tmp_path / "a.ply")
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", " \n", "\t\n", "\n\n"])
+@pytest.mark.parametrize("between", [" ", "  ", "\t"])
+def test_numbers_of_a_text_ply_may_be_written_in_any_way(tmp_path, between, newline):
+    words = ["1.5", "-2", "+3", ".5", "1e-3", "-1.5E+2", "7.", "007", "nan", "inf", "-0", "0"]
+    rows = [between.join(words[start : start + 3]) for start in range(0, len(words), 3)]
+    path = plain_ply(tmp_path / "a.ply", newline.join([*rows, ""]), 4, newline="\r\n" if newline == "\r\n" else "\n")
+    mesh = read_plain_text(path)
+    assert mesh is not None
+    np.testing.assert_array_equal(mesh.vertices_V3.ravel(), np.array([float(word) for word in words], np.float32))
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+def test_blocks_of_a_text_ply_are_cut_between_numbers(tmp_path, block, monkeypatch):
+    factory.write_ply(tmp_path / "a.ply", room()[:200], faces=9, text=True)
+    whole = read_plain_text(tmp_path / "a.ply")
+    monkeypatch.setattr("threedr1.datasets.ply._BLOCK_BYTES", block)
+    for with_faces in (True, False):
+        parts = read_plain_text(tmp_path / "a.ply", with_faces=with_faces)
+        assert whole is not None and parts is not None
+        np.testing.assert_array_equal(parts.vertices_V3, whole.vertices_V3)
+        np.testing.assert_array_equal(parts.colors_V3, whole.colors_V3)
+        assert len(parts.faces_F3) == (9 if with_faces else 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "written", "color"),
+    [("uchar", "255 0 7", [255, 0, 7]), ("ushort", "65535 0 1799", [255, 0, 7]), ("float", "1 0 0.5", [255, 0, 128])],
+)
+def test_colours_of_a_text_ply_go_by_their_type(tmp_path, kind, written, color):
+    mesh = read_plain_text(plain_ply(tmp_path / "a.ply", f"0 0 0 {written}\n", 1, colors=kind))
+    assert mesh is not None and mesh.colors_V3 is not None and mesh.colors_V3.tolist() == [color]
+
+
+@pytest.mark.parametrize("written", ["256 0 0", "-1 0 0", "0 0.5 0"])
+def test_a_colour_that_its_type_does_not_hold_is_named(tmp_path, written):
+    path = plain_ply(tmp_path / "a.ply", f"0 0 0 1 2 3\n1 1 1 {written}\n", 2, colors="uchar")
+    with pytest.raises(ValueError, match="not a whole PLY.*row 1: .* is no uchar"):
+        read_ply(path)
+
+
+def test_a_colour_out_of_range_among_quads_is_no_traceback(tmp_path):
+    lines = ["ply", "format ascii 1.0", "element vertex 1", *[f"property float {a}" for a in "xyz"]]
+    lines += ["property uchar red", "property uchar green", "property uchar blue", "property list uchar int odd"]
+    (tmp_path / "a.ply").write_text("\n".join([*lines, "end_header", "0 0 0 256 0 0 1 1", ""]))
+    with pytest.raises(ValueError, match="not a whole PLY"):
+        read_ply(tmp_path / "a.ply")
 
 
 @pytest.mark.parametrize("suffix", ["ply", "obj", "glb", "stl", "off"])
