@@ -220,7 +220,7 @@ def test_several_gpus_start_torchrun(shell: Shell):
     check_command(shell.commands()[0])
 
 
-@pytest.mark.parametrize("script", [*ENTRY_POINTS, "quickstart.sh", "test.sh", "typecheck.sh"])
+@pytest.mark.parametrize("script", [*ENTRY_POINTS, "quickstart.sh", "test.sh", "typecheck.sh", "docs.sh"])
 def test_help_prints_the_usage_and_runs_nothing(script: str, shell: Shell):
     done = shell.run(script, "--help", THREEDR1_PYTHON="/nonexistent")
     assert done.returncode == 0 and f"bash script/{script}" in done.stdout
