@@ -5,6 +5,7 @@ Shapes: B boxes, K proposals, T encoder tokens, E encoder width, C classes, N po
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -53,9 +54,9 @@ class EncodedScene:
     valid_n: torch.Tensor  # indices of the valid ones: to select by the mask would wait for the device each time
     are_named: bool = True  # whether the language model is told of the proposals
 
-    @property
+    @cached_property
     def proposals(self) -> np.ndarray:
-        """Boxes of the valid proposals [n, 7], float32, model frame."""
+        """Boxes of the valid proposals [n, 7], float32, model frame; fetched from the device once."""
         return self.boxes_K7[self.valid_K].detach().cpu().numpy()
 
     @property

@@ -78,7 +78,8 @@ class SceneObserver(nn.Module):
     def encode(self, observations: Sequence[Observation]) -> list[EncodedScene]:
         """Encode the scenes that are not encoded yet, a few at a time."""
         todo = list({id(entry): entry for entry in observations if entry.encoded is None}.values())
-        self.scene_encoder.train(self.train_scene_encoder and self.training)
+        if todo:  # walking through its modules takes longer than writing a sample
+            self.scene_encoder.train(self.train_scene_encoder and self.training)
         for start in range(0, len(todo), _ENCODED_TOGETHER):
             part = todo[start : start + _ENCODED_TOGETHER]
             with torch.set_grad_enabled(self.train_scene_encoder and torch.is_grad_enabled()):

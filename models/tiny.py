@@ -67,9 +67,13 @@ class TinySize:
 _VISION = {"vision_width": 1280, "vision_layers": 32, "vision_heads": 16, "vision_mlp_width": 3420}
 _VISION |= {"vision_whole": (7, 15, 23, 31)}
 _PUBLISHED: dict[str, Any] = {"vocab_size": 4000, "theta": 1_000_000.0, **_VISION}
-# The published models' own numbers, from their config.json.
+# Of the published models their own numbers, from their config.json.
 SHAPES = {
     "tiny": TinySize(),
+    # some 15 million weights: what one GPU trains from nothing in minutes (script/proof.sh)
+    "small": TinySize(
+        vocab_size=4000, width=384, layers=8, heads=6, kv_heads=2, mlp_width=1024, vision_width=96, vision_layers=4
+    ),
     "3b": TinySize(embeddings=151_936, width=2048, layers=36, heads=16, kv_heads=2, mlp_width=11_008, **_PUBLISHED),
     "7b": TinySize(
         embeddings=152_064, width=3584, layers=28, heads=28, kv_heads=4, mlp_width=18_944, tied=False, **_PUBLISHED
