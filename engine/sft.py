@@ -23,6 +23,7 @@ from .build import build_model, check_settings, give_multiview, speed_up
 from .checkpoint import model_folder, restore_run
 from .config import SftConfig
 from .data import ObservationCache, fingerprint, load_split
+from .held_out import one_line
 from .mixture import Mixture
 from .optim import Optimizer
 from .run_folder import open_run
@@ -210,6 +211,7 @@ def fine_tune(config: SftConfig, last: Path | None, runtime: Runtime) -> Path:
                 with log_of_run.aside():
                     scores = held_out.evaluate()
                 log_of_run.tracker.log(step, scores)
+                log.info("after %d steps: %s", step + 1, one_line(scores))
                 checkpoints.offer_best(step + 1, scores, model)
             if run.due(step, run.save_every):
                 extra["since_log"] = log_of_run.means.state()
