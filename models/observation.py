@@ -51,6 +51,7 @@ class EncodedScene:
     valid_K: torch.Tensor
     token_xyz_T3: torch.Tensor
     tokens_TE: torch.Tensor
+    colors_K6: torch.Tensor  # of the points in each proposal's box (scene_encoder/object_color.py); zeros without colours
     valid_n: torch.Tensor  # indices of the valid ones: to select by the mask would wait for the device each time
     are_named: bool = True  # whether the language model is told of the proposals
 
@@ -115,6 +116,7 @@ def asked_objects(boxes_B7: Sequence[Sequence[float]], scenes: Sequence[EncodedS
         features_BKE=torch.stack([scene.features_KE for scene in scenes]),
         class_probs_BKC=torch.stack([scene.class_probs_KC for scene in scenes]),
         valid_BK=torch.stack([scene.valid_K for scene in scenes]),
+        colors_BK6=torch.stack([scene.colors_K6 for scene in scenes]),
         token_xyz_BT3=torch.stack([scene.token_xyz_T3 for scene in scenes]),
         tokens_BTE=torch.stack([scene.tokens_TE for scene in scenes]),
         min_iou=NAME_IOU,

@@ -167,6 +167,7 @@ class SceneVLM(SceneObserver):
             torch.stack([scene.features_KE for scene in unique]),
             torch.stack([scene.boxes_K7 for scene in unique]),
             torch.stack([scene.class_probs_KC for scene in unique]),
+            torch.stack([scene.colors_K6 for scene in unique]),
         )
         tokens = {
             id(scene): torch.cat([objects_BKD[row].index_select(0, scene.valid_n), layout_BMD[row]])
@@ -446,6 +447,7 @@ class SceneVLM(SceneObserver):
                 "num_proposals": self.connector.num_proposals,
                 "num_layout_tokens": self.connector.num_layout_tokens,
                 "object_token": self.connector.object_token,
+                "object_color": self.connector.object_color,
             },
             "settings": vars(self.settings),
             "views": self.view_selector.settings() if self.view_selector is not None else None,
@@ -521,8 +523,8 @@ class SceneVLM(SceneObserver):
         views = description["views"]
         view_selector = ViewSelector.from_settings(views) if views else None
         view_features = build_view_features(settings, view_selector)
-        # a description without the key is from before there were object tokens: that model has none
-        parts = {"object_token": False, **description["connector"], **token_sizes(view_features)}
+        # a description without a key is from before there was such a thing: that model has none
+        parts = {"object_token": False, "object_color": False, **description["connector"], **token_sizes(view_features)}
         connector = build_connector(language, scene_encoder, **parts)
         load_connector(connector, folder)
         model = cls(
