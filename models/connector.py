@@ -14,7 +14,8 @@ from .scene_encoder import SceneEncoder
 from .scene_encoder.object_color import NUM_COLOR_CHANNELS
 from .scene_encoder.object_query import QueriedObjects
 
-_PLACE_SCALE = 0.1  # of view tokens' places at the start: below that of what they show
+_PLACE_SCALE = 0.1  # of places at the start: below that of what stands there, or it would take long to be seen
+_COLOR_SCALE, _COLOR_BANDS = 8.0, 4  # colours of 0..1 are half a period of the slowest wave
 
 
 def fourier_features(values: torch.Tensor, num_bands: int) -> torch.Tensor:
@@ -92,12 +93,15 @@ class Connector(nn.Module):
         self.feature_norm = nn.LayerNorm(encoder_width)
         self.object_mlp = nn.Sequential(
             nn.Linear(
-                encoder_width + box_features + num_classes + NUM_COLOR_CHANNELS * object_color, language_width
+                encoder_width + box_features + num_classes + object_color * NUM_COLOR_CHANNELS * 2 * _COLOR_BANDS,
+                language_width,
             ),
             nn.GELU(),
             nn.Linear(language_width, language_width),
         )
         self.place_embedding = nn.Embedding(num_proposals, language_width)
+        with torch.no_grad():
+            self.place_embedding.weight.mul_(_PLACE_SCALE)
         self.layout_norm = nn.LayerNorm(encoder_width)
         self.layout_linear = nn.Linear(encoder_width + 3 + 3 * 2 * self.NUM_BANDS, language_width)
         self.output_norm = nn.LayerNorm(language_width)
@@ -155,7 +159,9 @@ class Connector(nn.Module):
     ) -> torch.Tensor:
         """Objects [..., D] by their feature, box, class probabilities and colours."""
         parts = [self.feature_norm(features), boxes, fourier_features(boxes[..., :6], self.NUM_BANDS), class_probs]
-        return self.object_mlp(torch.cat([*parts, *[colors] * self.object_color], dim=-1))
+        if self.object_color:  # as waves, since six numbers beside hundreds would hardly be heard
+            parts.append(fourier_features(_COLOR_SCALE * colors, _COLOR_BANDS))
+        return self.object_mlp(torch.cat(parts, dim=-1))
 
     def layout(self, token_xyz_BT3: torch.Tensor, tokens_BTE: torch.Tensor) -> torch.Tensor:
         """Layout tokens [B, M, D]."""

@@ -54,3 +54,12 @@ def test_a_proposals_token_tells_its_colours_where_it_is_to(object_color):
     red[0, 0, 0], green[0, 0, 1] = 1, 1
     apart_K = (made.objects(features, boxes, probs, red) - made.objects(features, boxes, probs, green)).abs().amax(-1)[0]
     assert (float(apart_K[0].detach()) > 1e-4) == object_color and float(apart_K[1].detach()) == 0
+
+
+def test_what_a_proposal_is_outweighs_its_place_at_the_start():
+    """Else a model of random weights learns for long that names are names, and not what they stand for."""
+    torch.manual_seed(0)
+    made = Connector(encoder_width=256, language_width=384, num_classes=18, num_proposals=48, num_layout_tokens=0)
+    features, boxes = torch.randn(1, 48, 256), torch.rand(1, 48, 7) * 4 - 2
+    described_KD = made._described(features, boxes, torch.full((1, 48, 18), 1 / 18), torch.rand(1, 48, 6))[0].detach()
+    assert float(described_KD.std(0).mean()) > 1.5 * float(made.place_embedding.weight.detach().std(0).mean())
