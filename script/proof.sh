@@ -1,25 +1,33 @@
 #!/usr/bin/env bash
 # Whether it learns, and what each idea is worth, on generated rooms and one GPU (docs/proof.md): a model of 15 M weights
 # from random ones, trained and tested on held-out rooms. Every stage takes at most nine minutes on an H100, and goes on
-# where it was interrupted; one whose result is complete is skipped.
+# where it was interrupted; one whose result is complete is skipped. Seeds are trained side by side.
 #
 #   bash script/proof.sh data                 rooms, prepared scenes, the untrained model
 #   bash script/proof.sh detect               scene encoder
-#   bash script/proof.sh sft blind            models of SEEDS side by side: of the scene, and without it
-#   bash script/proof.sh eval sft blind       scores of these models
+#   bash script/proof.sh sft blind            models of the scene, and without it
+#   bash script/proof.sh grpo                 reinforcement learning from sft, all three rewards
+#   bash script/proof.sh table7               rewards alone and in pairs
+#   bash script/proof.sh table8               views: selected, uniform, ring, top-down (none: blind)
+#   bash script/proof.sh table10              encoders one by one (text and image: table8's selected views)
+#   bash script/proof.sh eval sft blind       scores of models by name: eval/NAME-SEED below RUN
+#   bash script/proof.sh page                 docs/proof.md from what is evaluated
 #
-#   SEEDS=0,1,2                  seeds, side by side on the GPU
+#   SEEDS=0,1,2                  which seeds
 #   RUN=runs/proof DATA=data/proof
 #   ROOMS=2500 HELD_OUT=200      generated rooms
-#   SET="run.steps=20"           overrides of every training stage
+#   ONLY=ring                    of a table, the rows whose names hold this
+#   SET="run.steps=20"           overrides of every training stage;  EVAL_SET= of every evaluation
+#   RECIPES=script/recipes/proof
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 RUN="${RUN:-runs/proof}"
 DATA="${DATA:-data/proof}"
+recipes="${RECIPES:-script/recipes/proof}"
 IFS=, read -ra seeds <<<"${SEEDS:-0,1,2}"
 read -ra overrides <<<"${SET:-}"
+read -ra eval_overrides <<<"${EVAL_SET:-}"
 stamps="$RUN/stages"
-recipes=script/recipes/proof
 of=""
 
 # after NAME…: what the next stage builds on.
@@ -36,7 +44,7 @@ after() {
 seeded() {
     local seed pids=() pid failed=0
     for seed in "${seeds[@]}"; do
-        ("$1" "$seed" "${@:2}" 2>&1 | sed -u $'s/\r/\\n/g' | grep --line-buffered -v '^ *$' | sed -u "s/^/[$seed] /") &
+        ("$1" "$seed" "${@:2}" 2>&1 | tr '\r' '\n' | sed -u "/^ *$/d; s/^/[$seed] /") &
         pids+=($!)
     done
     for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
@@ -65,25 +73,62 @@ train() {
         "model.encoder.pretrained=$RUN/detect/best" "${@:4}" "${overrides[@]}"
 }
 
-sft() { train "$1" sft sft; }
-blind() { train "$1" blind sft.blind; }
+# reinforce SEED NAME [KEY=VALUE…]
+reinforce() {
+    after "sft-$1"
+    stage "$2-$1" "$RUN/$2-$1" grpo --config "$recipes/grpo.yaml" --resume \
+        --set "run.dir=$RUN/$2-$1" "run.seed=$1" "data.root=$DATA" "init=$RUN/sft-$1" "${@:3}" "${overrides[@]}"
+}
 
 # evaluate SEED NAME
 evaluate() {
     after "$2-$1"
     stage "eval-$2-$1" "$RUN/eval/$2-$1" eval --config "$recipes/eval.yaml" \
-        --set "run.dir=$RUN/eval/$2-$1" "run.seed=$1" "data.root=$DATA" "label=$2-$1" "model=$RUN/$2-$1"
+        --set "run.dir=$RUN/eval/$2-$1" "run.seed=$1" "data.root=$DATA" "label=$2-$1" "model=$RUN/$2-$1" \
+        "${eval_overrides[@]}"
+}
+
+# row NAME FUNCTION ARGUMENTS…: one row of a table, trained and evaluated, if ONLY wants it.
+row() {
+    case "$1" in *"${ONLY:-}"*) ;; *) return ;; esac
+    seeded "$2" "$1" "${@:3}"
+    seeded evaluate "$1"
+}
+
+table7() {
+    local parts
+    for parts in format perception semantic format+perception format+semantic perception+semantic; do
+        case "$parts" in
+        *+*) row "grpo.$parts" reinforce "reward.names=${parts/+/,}" 'reward.weights=[0.5,0.5]' ;;
+        *) row "grpo.$parts" reinforce "reward.names=$parts" 'reward.weights=[1.0]' ;;
+        esac
+    done
+}
+
+table8() { # a pool no larger than what is chosen leaves nothing to choose
+    row views.ours train views
+    row views.uniform train views model.views.num_candidates=4
+    row views.ring train views model.views.num_candidates=4 model.views.source=ring
+    row views.top train views model.views.num_candidates=4 model.views.source=top
+}
+
+table10() {
+    local name
+    for name in depth point full; do row "encoders.$name" train "encoders.$name"; done
 }
 
 stages=("${@:-data}")
-if [[ "${stages[0]}" == eval ]]; then
-    for name in "${stages[@]:1}"; do seeded evaluate "$name"; done
-    exit 0
-fi
 for name in "${stages[@]}"; do
     case "$name" in
-    data | detect) "$name" ;;
-    sft | blind) seeded "$name" ;;
+    eval)
+        for model in "${stages[@]:1}"; do seeded evaluate "$model"; done
+        break
+        ;;
+    data | detect | table7 | table8 | table10) "$name" ;;
+    sft) seeded train sft sft ;;
+    blind) seeded train blind sft.blind ;;
+    grpo) seeded reinforce grpo ;;
+    page) "$PY" main.py bench proof --collect "$RUN" ;;
     *) fail "proof: there is no stage $name; bash script/proof.sh --help lists them." ;;
     esac
 done
