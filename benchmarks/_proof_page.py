@@ -47,14 +47,14 @@ INTRODUCTION = """\
 
 Written by `python main.py bench proof` from `docs/proof/runs`, one file a trained model; do not edit by hand.
 
-Does it learn, and does each idea help? Asked of a model of 15 million weights that start at random, on generated rooms
-(`rooms-v1`) and one GPU, in stages of at most nine minutes. **These numbers are small-scale.** They say what the machinery
-does; they say nothing about ScanNet, and they are not comparable with published results. A claim of the paper that does not
-show here is reported as such.
+Does it learn, and does each idea help? Asked of a model of 15 million weights that start at random, on generated
+rooms (`rooms-v1`) and one GPU, in stages of at most nine minutes. **These numbers are small-scale.** They say what the
+machinery does; they say nothing about ScanNet, and they are not comparable with published results. A claim of the
+paper that does not show here is reported as such.
 
-Intervals (95 %) know both kinds of chance, which questions were asked and which seed was drawn: a crossed bootstrap over runs
-and questions, what comes of the runs widened for their small number (`utils/metrics/seeds.py`). Differences are taken question
-by question between runs of the same seed. Scores are those of `python main.py eval`, in percent.
+Intervals (95 %) know both kinds of chance, which questions were asked and which seed was drawn: a crossed bootstrap
+over runs and questions, what comes of the runs widened for their small number (`utils/metrics/seeds.py`). Differences are
+taken question by question between runs of the same seed. Scores are those of `python main.py eval`, in percent.
 """
 
 
@@ -120,7 +120,7 @@ def demands(runs: Sequence[Run]) -> list[str]:
 
 
 def differences(runs: Sequence[Run], names: Mapping[str, str], base: str, metrics: Sequence[str]) -> list[str]:
-    """A sentence for each model and metric whose difference from a base lies beyond its interval, or that none does."""
+    """A sentence for each model and metric whose difference from a base lies beyond its interval, or none does."""
     found = []
     for name, text in names.items():
         for metric in metrics:
@@ -200,7 +200,13 @@ def render(runs: Sequence[Run], findings: str = "") -> str:
         ("Selection of views (table 8)", VIEWS, "views.ours"),
         ("Encoders one by one (table 10)", ENCODERS, "views.ours"),
     ):
-        lines += ["", f"## {title}", "", *table(runs, names, everything, "model"), *differences(runs, names, base, HEADLINE)]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            *table(runs, names, everything, "model"),
+            *differences(runs, names, base, HEADLINE),
+        ]
     if findings:
         lines += ["", findings.strip()]
     lines += ["", "## How it was measured", "", *provenance(runs)]

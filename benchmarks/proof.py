@@ -45,7 +45,9 @@ def page(docs: Path) -> str:
     from ._proof_runs import read_runs
 
     findings = docs / "proof" / "findings.md"
-    return render(read_runs(docs / "proof" / "runs"), findings.read_text(encoding="utf-8") if findings.exists() else "")
+    return render(
+        read_runs(docs / "proof" / "runs"), findings.read_text(encoding="utf-8") if findings.exists() else ""
+    )
 
 
 def main(argv: Sequence[str] = ()) -> int:

@@ -205,8 +205,11 @@ class LanguageConfig:
     lora_last_blocks: int = 0  # adapt only the last n blocks; 0 adapts all
     num_proposals: int = 64  # 0: no object has a token or a name; views are chosen by the detections all the same
     num_layout_tokens: int = 32
+    name_pool: int = 0  # sft draws the names of a sample's proposals out of so many; 0: they are called in order
     object_token: bool = True  # an object that a caption is asked for has a token of its own, beside its name or box
-    object_color: bool = True  # an object's token tells the colours of its points, which the encoder's feature need not
+    object_color: bool = (
+        True  # an object's token tells the colours of its points, which the encoder's feature need not
+    )
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
@@ -215,6 +218,10 @@ class LanguageConfig:
         if self.sharding == "full" and self.train != "full":
             raise ValueError("sharding is 'full', but train is not; adapters are small: leave sharding at auto.")
         _at_least(self, lora_rank=1, lora_alpha=1, lora_last_blocks=0, num_proposals=0, num_layout_tokens=0)
+        if self.name_pool and not 0 < self.num_proposals <= self.name_pool:
+            raise ValueError(
+                f"name_pool is {self.name_pool}; it must be 0, or num_proposals ({self.num_proposals}) or more."
+            )
 
 
 @dataclass(frozen=True)

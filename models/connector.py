@@ -44,16 +44,17 @@ def pool_layout(
 class Connector(nn.Module):
     """Projects proposals and layout to the width of the language model (paper 1.1: a linear projection, concatenated).
 
-    A proposal's token is made of its feature, its box, its class probabilities and its colours, and carries an embedding of its
-    place in the fixed order, which ties it to the name beside it. The token of the object that the user points at is
+    A proposal's token is made of its feature, its box, its class probabilities and its colours, and carries an
+    embedding of its name, which ties it to the words beside it. The token of the object that the user points at is
     made of the proposal that covers it, where one does, of the asked box and of the encoder tokens inside; it carries
-    a mark instead of a place.
+    a mark instead of a name.
 
     Args:
         encoder_width: E.
         language_width: D.
         num_classes: detection classes.
-        num_proposals: K, the number of places.
+        num_proposals: K.
+        name_pool: how many names there are; 0: as many as proposals.
         num_layout_tokens: M; 0 for none.
         object_token: whether an object that is pointed at has a token of its own.
         object_color: whether the colours of an object are part of its token.
@@ -66,7 +67,7 @@ class Connector(nn.Module):
 
     NUM_BANDS = 8
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a token is made of is one thing each
         self,
         *,
         encoder_width: int,
@@ -74,6 +75,7 @@ class Connector(nn.Module):
         num_classes: int,
         num_proposals: int,
         num_layout_tokens: int,
+        name_pool: int = 0,
         object_token: bool = True,
         object_color: bool = True,
         num_view_image_tokens: int = 0,
@@ -86,6 +88,7 @@ class Connector(nn.Module):
         self.object_token = object_token
         self.object_color = object_color
         self.num_proposals = num_proposals
+        self.name_pool = name_pool
         self.num_layout_tokens = num_layout_tokens
         self.num_view_image_tokens = num_view_image_tokens
         self.num_view_depth_tokens = num_view_depth_tokens
@@ -99,7 +102,7 @@ class Connector(nn.Module):
             nn.GELU(),
             nn.Linear(language_width, language_width),
         )
-        self.place_embedding = nn.Embedding(num_proposals, language_width)
+        self.place_embedding = nn.Embedding(name_pool or num_proposals, language_width)
         with torch.no_grad():
             self.place_embedding.weight.mul_(_PLACE_SCALE)
         self.layout_norm = nn.LayerNorm(encoder_width)
@@ -131,17 +134,19 @@ class Connector(nn.Module):
         class_probs_BKC: torch.Tensor,
         colors_BK6: torch.Tensor,
     ) -> torch.Tensor:
-        """Proposal tokens [B, K, D]; boxes in metres, model frame; colours as `colors_in_boxes` gives them."""
-        places = self.place_embedding.weight[: features_BKE.shape[1]]
-        return self.output_norm(self._described(features_BKE, boxes_BK7, class_probs_BKC, colors_BK6) + places)
+        """Proposals [B, K, D] without their names; boxes in metres, model frame; colours as `colors_in_boxes` gives
+        them."""
+        return self._described(features_BKE, boxes_BK7, class_probs_BKC, colors_BK6)
+
+    def named(self, objects_ND: torch.Tensor, names_N: torch.Tensor) -> torch.Tensor:
+        """Proposal tokens [N, D] of proposals out of `objects`, with the numbers that they are called by, int64."""
+        return self.output_norm(objects_ND + self.place_embedding(names_N))
 
     def asked(self, queried: QueriedObjects) -> torch.Tensor:
         """Tokens [B, D] of the objects that are pointed at; ValueError where this connector has no such token."""
         if not self.object_token:
             raise ValueError("This model was made without object tokens; train one with model.language.object_token.")
-        covering_BD = self._described(
-            queried.features_BE, queried.boxes_B7, queried.class_probs_BC, queried.colors_B6
-        )
+        covering_BD = self._described(queried.features_BE, queried.boxes_B7, queried.class_probs_BC, queried.colors_B6)
         inside_BD = self.pooled_linear(self.pooled_norm(queried.pooled_BE))
         return self.output_norm(covering_BD + inside_BD + self.asked_mark.weight)
 
@@ -180,6 +185,7 @@ def build_connector(
     *,
     num_proposals: int,
     num_layout_tokens: int,
+    name_pool: int,
     object_token: bool,
     object_color: bool,
     **view_tokens: int,
@@ -192,6 +198,7 @@ def build_connector(
         num_classes=scene_encoder.num_classes,
         num_proposals=num_proposals,
         num_layout_tokens=num_layout_tokens,
+        name_pool=name_pool,
         object_token=object_token,
         object_color=object_color,
         **view_tokens,

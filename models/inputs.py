@@ -41,6 +41,7 @@ class Row:
     kinds: list[int]
     labels: list[int]
     grids: list[tuple[int, int, int]]  # (1, h, w) patches of each image, before merging
+    names: tuple[int, ...] | None = None  # that its proposals are called by; None: 0, 1, 2 …
     asked_box_7: tuple[float, ...] | None = None  # model frame; set where the row has a token for the object asked for
 
     @property
@@ -119,6 +120,7 @@ class RowWriter:
         num_view_image_tokens: int = 0,
         num_view_depth_tokens: int = 0,
         target: str | None = None,
+        names: Sequence[int] | None = None,
         asked_box_7: Sequence[float] | None = None,
         after_object: str = "",
     ) -> Row:
@@ -128,6 +130,7 @@ class RowWriter:
 
         Args:
             num_view_image_tokens, num_view_depth_tokens: behind the image of each view, in this order.
+            names: numbers that the proposals are called by; None: 0, 1, 2 …
             asked_box_7: box of the object asked for, model frame. Its token stands behind `question`, whose rest is
                 `after_object`. None without such a token.
         """
@@ -151,8 +154,8 @@ class RowWriter:
             put(self._fixed("\n"))
         if num_proposals:
             put(self._fixed("Objects: "))
-            for index in range(num_proposals):
-                put(self._fixed(format_name(index)))
+            for name in range(num_proposals) if names is None else names:
+                put(self._fixed(format_name(name)))
                 put([self.scene_pad], SCENE)
             put(self._fixed("\n"))
         if num_layout_tokens:
@@ -170,7 +173,14 @@ class RowWriter:
             answer = [*self._text(target), self.im_end]
             put(answer)
             labels += answer
-        return Row(ids, kinds, labels, list(grids), None if asked_box_7 is None else tuple(map(float, asked_box_7)))
+        return Row(
+            ids,
+            kinds,
+            labels,
+            list(grids),
+            names=None if names is None else tuple(names),
+            asked_box_7=None if asked_box_7 is None else tuple(map(float, asked_box_7)),
+        )
 
 
 def mrope_positions(kinds: Sequence[int], grids: Sequence[tuple[int, int, int]], merge_size: int = 2) -> Tensor:

@@ -51,7 +51,9 @@ class EncodedScene:
     valid_K: torch.Tensor
     token_xyz_T3: torch.Tensor
     tokens_TE: torch.Tensor
-    colors_K6: torch.Tensor  # of the points in each proposal's box (scene_encoder/object_color.py); zeros without colours
+    colors_K6: (
+        torch.Tensor
+    )  # of the points in each proposal's box (scene_encoder/object_color.py); zeros without colours
     valid_n: torch.Tensor  # indices of the valid ones: to select by the mask would wait for the device each time
     are_named: bool = True  # whether the language model is told of the proposals
 
@@ -102,10 +104,16 @@ def best_proposal(box_7: np.ndarray, proposals_K7: np.ndarray) -> int | None:
     return index if float(overlaps[index]) >= NAME_IOU else None
 
 
-def point_at(box_7: Sequence[float] | np.ndarray, proposals_K7: np.ndarray) -> str:
-    """The pointer to a box (model frame): the name of the proposal that covers it, else its numbers."""
+def point_at(box_7: Sequence[float] | np.ndarray, proposals_K7: np.ndarray, names: Sequence[int] | None = None) -> str:
+    """The pointer to a box (model frame): the name of the proposal that covers it, else its numbers.
+
+    Args:
+        names: numbers that the proposals are called by; None: 0, 1, 2 …
+    """
     index = best_proposal(np.asarray(box_7, dtype=np.float32), proposals_K7)
-    return format_box([float(value) for value in box_7]) if index is None else format_name(index)
+    if index is None:
+        return format_box([float(value) for value in box_7])
+    return format_name(index if names is None else names[index])
 
 
 def asked_objects(boxes_B7: Sequence[Sequence[float]], scenes: Sequence[EncodedScene]) -> QueriedObjects:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from threedr1.engine.config import load_config
 
 from .test_scripts import Shell, check_command, names, shell  # noqa: F401 - fixture

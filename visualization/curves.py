@@ -24,7 +24,9 @@ def draw_panels(panels: Sequence[Panel], path: str | Path) -> Path:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 2.8), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 2.8), layout="constrained", squeeze=False
+    )
     for axis, panel in zip(axes[0], panels, strict=True):
         for number, (label, runs) in enumerate(panel.curves.items()):
             for run, (steps, values) in enumerate(runs):

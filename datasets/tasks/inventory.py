@@ -40,7 +40,7 @@ def _samples(info: SceneInfo, dataset: str, orders: int) -> list[Sample]:
     rng = np.random.default_rng(zlib.crc32(info.scene_id.encode()))
     pointers = [format_box(box.tolist()) for box in info.to_model(info.boxes_K7)]
     samples = []
-    for number in range(orders):
+    for _ in range(orders):
         chosen = rng.permutation(len(pointers))[:MOST].tolist()
         kinds: dict[str, list[str]] = {}
         for row in chosen:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import threedr1
 from threedr1.benchmarks import _proof_page as proof_page
 from threedr1.benchmarks import _proof_runs as proof_runs
@@ -20,7 +21,9 @@ def run(name: str, seed: int, rate: float, **scores) -> Run:
     right = [1.0] * round(100 * rate) + [0.0] * (100 - round(100 * rate))
     kinds = dict.fromkeys(proof_page.HEADLINE, right) | scores
     curves = {"loss": ([0.0, 9.0], [2.0, 1.0])}
-    return Run(name, seed, f"SEEDS={seed} bash script/proof.sh {name}", "abc", "a GPU", {"torch": "2.11"}, kinds, curves)
+    return Run(
+        name, seed, f"SEEDS={seed} bash script/proof.sh {name}", "abc", "a GPU", {"torch": "2.11"}, kinds, curves
+    )
 
 
 @pytest.fixture
@@ -106,7 +109,9 @@ def test_runs_are_collected_from_predictions_and_metrics(tmp_path, monkeypatch):
     (folder / "results.json").write_text("{}")
     rows = answers(folder, "scanrefer", "grounding", boxes=[box, far], target_boxes=[box, box])
     rows += answers(folder, "scanqa", "qa", answer=["red", "blue"], references=[["red"], ["red"]])
-    rows += answers(folder, "planning", "planning", answer=["open the window", "no"], references=[["open the window"]] * 2)
+    rows += answers(
+        folder, "planning", "planning", answer=["open the window", "no"], references=[["open the window"]] * 2
+    )
     write_predictions(folder / "predictions.jsonl", rows)
     trained = tmp_path / "sft-1"
     trained.mkdir()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from threedr1.datasets.scene_store import SceneInfo
 from threedr1.datasets.tasks import inventory, load_samples
 from threedr1.utils.text import format_box

@@ -386,7 +386,10 @@ def test_a_model_from_before_object_colours_loads_and_goes_without(folder, rooms
     old = shutil.copytree(folder, tmp_path / "old")
     rewrite(old / "scene_vlm.json", lambda connector: connector.pop("object_color"))
     save_file(
-        {name: value[:, :-48].contiguous() if name == "object_mlp.0.weight" else value for name, value in sources.items()},
+        {
+            name: value[:, :-48].contiguous() if name == "object_mlp.0.weight" else value
+            for name, value in sources.items()
+        },
         old / "connector.safetensors",
     )
     loaded, whole = SceneVLM.from_pretrained(old), SceneVLM.from_pretrained(folder)

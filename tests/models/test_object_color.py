@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from threedr1.models.connector import Connector
 from threedr1.models.scene_encoder.object_color import colors_in_boxes
 from threedr1.utils.boxes import points_in_boxes
@@ -52,7 +53,9 @@ def test_a_proposals_token_tells_its_colours_where_it_is_to(object_color):
     features, boxes, probs = torch.randn(1, 2, 2), torch.rand(1, 2, 7), torch.rand(1, 2, 3)
     red, green = torch.zeros(1, 2, 6), torch.zeros(1, 2, 6)
     red[0, 0, 0], green[0, 0, 1] = 1, 1
-    apart_K = (made.objects(features, boxes, probs, red) - made.objects(features, boxes, probs, green)).abs().amax(-1)[0]
+    apart_K = (
+        (made.objects(features, boxes, probs, red) - made.objects(features, boxes, probs, green)).abs().amax(-1)[0]
+    )
     assert (float(apart_K[0].detach()) > 1e-4) == object_color and float(apart_K[1].detach()) == 0
 
 

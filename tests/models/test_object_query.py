@@ -221,7 +221,8 @@ def test_the_connectors_token_differs_from_the_proposals_and_takes_gradients():
     queried = query(tokens, features, [CUP])
     token_D = made.asked(queried)[0]
     with torch.no_grad():
-        proposals_KD = made.objects(features, PROPOSALS[None], torch.eye(3)[None], COLORS[None])[0]
+        objects_KD = made.objects(features, PROPOSALS[None], torch.eye(3)[None], COLORS[None])[0]
+        proposals_KD = made.named(objects_KD, torch.arange(3))
         apart_K = (proposals_KD - token_D).abs().amax(-1)
     assert token_D.shape == (8,) and bool((apart_K > 1e-3).all())
     assert not torch.allclose(made.asked(query(tokens + torch.tensor([0.0, 9.0]), features, [CUP]))[0], token_D)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from threedr1.utils.metrics.result import bootstrap_interval
 from threedr1.utils.metrics.seeds import Estimate, difference_over_seeds, over_seeds
 

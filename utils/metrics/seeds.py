@@ -2,8 +2,8 @@
 which questions were asked, and which seed was drawn.
 
 The bootstrap is crossed: all runs answer the same questions, so a resample draws runs and questions, and takes the
-mean over all pairs. Means of S runs drawn out of S vary by (S - 1) / S of what means of S new runs would, so what comes
-of the runs is widened by the root of S / (S - 1). One run has an interval of its questions alone.
+mean over all pairs. The variance of means of S runs drawn out of S is (S - 1) / S of that of means of S new runs, so
+what comes of the runs is widened by the root of S / (S - 1). One run has an interval of its questions alone.
 
 Shapes: S runs, Q questions, R resamples.
 """
@@ -70,7 +70,9 @@ def difference_over_seeds(
     """
     shapes = [(len(rows), sorted({len(row) for row in rows})) for rows in (ours_SQ, others_SQ)]
     if shapes[0] != shapes[1]:
-        raise ValueError("The two sides have other numbers of runs or questions; compare the same seeds and questions.")
+        raise ValueError(
+            "The two sides have other numbers of runs or questions; compare the same seeds and questions."
+        )
     return over_seeds(
         [
             [ours - other for ours, other in zip(first, second, strict=True)]
