@@ -53,8 +53,8 @@ machinery does; they say nothing about ScanNet, and they are not comparable with
 paper that does not show here is reported as such.
 
 Intervals (95 %) know both kinds of chance, which questions were asked and which seed was drawn: a crossed bootstrap
-over runs and questions, what comes of the runs widened for their small number (`utils/metrics/seeds.py`). Differences are
-taken question by question between runs of the same seed. Scores are those of `python main.py eval`, in percent.
+over runs and questions, what comes of the runs widened for their small number (`utils/metrics/seeds.py`). Differences
+are taken question by question between runs of the same seed. Scores are those of `python main.py eval`, in percent.
 """
 
 

@@ -17,6 +17,7 @@ advance all three axes by one, as text does: they are few, and their place in th
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ class RowWriter:
     def _text(self, text: str) -> list[int]:
         # Pasted text must not smuggle in control tokens, hence encode_special_tokens: they are read as plain text. The
         # tokenizer's own call would say the same, and take three times as long for its checks.
-        backend = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        backend: Any = self.tokenizer.backend_tokenizer
         backend.encode_special_tokens = True
         return backend.encode(text, add_special_tokens=False).ids
 

@@ -29,7 +29,7 @@ from ..datasets.prompts import (
 )
 from ..datasets.readers import read_scene
 from ..datasets.scene import Sample, Scene
-from ..utils.text import parse_response, replace_boxes, resolve_boxes
+from ..utils.text import find_pointers, parse_response, replace_boxes, resolve_boxes
 from ..utils.text_stream import TokenText
 from .attention import PACKED
 from .connector import Connector, build_connector
@@ -53,7 +53,7 @@ from .model_files import (
     save_connector,
     save_vision_tower,
 )
-from .observation import Answer, EncodedScene, Observation, SceneSettings, asked_objects, point_at
+from .observation import Answer, EncodedScene, Observation, SceneSettings, asked_objects, pointer_to
 from .relaxed_top_k import gated_rows
 from .scene_encoder import SceneEncoder
 from .scene_observer import SceneObserver
@@ -273,7 +273,7 @@ class SceneVLM(SceneObserver):
         target: str | None,
         names: Sequence[int] | None = None,
     ) -> tuple[Row, list[int]]:
-        """Tokens of one sample and the views that go with it. `names` are as in `point_at`.
+        """Tokens of one sample and the views that go with it. `names` are as in `pointer_to`.
 
         OBJECT_PLACEHOLDER in a question about a box becomes the box's name or numbers, then its object token.
         """
@@ -283,7 +283,7 @@ class SceneVLM(SceneObserver):
         question, after_object, asked_7 = build_question(sample, mode), "", None
         if sample.query_box_7 is not None:
             box_7 = observation.scene.to_model(sample.query_box_7)
-            pointer = point_at(box_7, proposals_K7, names)
+            pointer = pointer_to(box_7, encoded.covering([box_7])[0], names)
             if self.connector.object_token and OBJECT_PLACEHOLDER in question:
                 before, _, after_object = question.partition(OBJECT_PLACEHOLDER)
                 question, asked_7 = before + pointer, box_7.tolist()
@@ -306,10 +306,11 @@ class SceneVLM(SceneObserver):
     def with_names(self, text: str, observation: Observation, names: Sequence[int] | None = None) -> str:
         """Replace each `<box>` (model frame) by the name of the proposal that covers it, where one does.
 
-        `names` are as in `point_at`.
+        `names` are as in `pointer_to`.
         """
         (encoded,) = self.encode([observation])
-        return replace_boxes(text, lambda box: point_at(box, encoded.named, names))
+        found = iter(encoded.covering([box for box in find_pointers(text) if not isinstance(box, int)]))
+        return replace_boxes(text, lambda box: pointer_to(box, next(found), names))
 
     def embed_rows(
         self,

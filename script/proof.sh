@@ -18,7 +18,7 @@
 #   ROOMS=2500 HELD_OUT=200      generated rooms
 #   ONLY=ring                    of a table, the rows whose names hold this
 #   SET="run.steps=20"           overrides of every training stage;  EVAL_SET= of every evaluation
-#   RECIPES=script/recipes/proof
+#   SHAPE=tiny                   size of the model (main.py tiny --shape);  RECIPES=script/recipes/proof
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 RUN="${RUN:-runs/proof}"
@@ -56,7 +56,7 @@ data() {
     stage rooms "$DATA/rooms.json" rooms --out "$DATA" --train "${ROOMS:-2500}" --val "${HELD_OUT:-200}" \
         --seed 0 --points-only
     stage prepare "$DATA/prepared" prepare --root "$DATA"
-    stage model "$RUN/model" tiny --out "$RUN/model" --corpus "$DATA" --shape small
+    stage model "$RUN/model" tiny --out "$RUN/model" --corpus "$DATA" --shape "${SHAPE:-small}"
 }
 
 detect() {

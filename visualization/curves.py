@@ -5,6 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _STYLES = ("-", "--", ":")  # for more curves than there are colours
 
@@ -42,13 +43,13 @@ def draw_panels(panels: Sequence[Panel], path: str | Path) -> Path:
     return Path(path)
 
 
-def read_curve(rows: Sequence[dict], name: str) -> tuple[list[float], list[float]]:
+def read_curve(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
     """Steps and values of one metric; rows without it are left out."""
     found = [(float(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
 
-def matching(rows: Sequence[Mapping], pattern: str) -> list[str]:
+def matching(rows: Sequence[Mapping[str, Any]], pattern: str) -> list[str]:
     """Metrics of some rows that a pattern (`loss/*`) names, in alphabetical order."""
     return fnmatch.filter(sorted({name for row in rows for name in row}), pattern)
 
