@@ -19,11 +19,22 @@ from .results import commit, machine_name, rounded
 KEPT = {
     "scanrefer": ("scanrefer", ("Acc@0.25", "Acc@0.5")),
     "nr3d": ("scanrefer", ("Acc@0.25", "Acc@0.5")),
+    "scanrefer_targets": ("scanrefer", ("Acc@0.25", "Acc@0.5")),
+    "nr3d_targets": ("scanrefer", ("Acc@0.25", "Acc@0.5")),
     "scanqa": ("exact", ("EM",)),
     "sqa3d": ("sqa3d", ("EM",)),
     "planning": ("ll3da", ("CIDEr", "ROUGE-L")),
 }
-CURVES = ("loss", "eval/loss", "eval/scanrefer/Acc@0.25", "eval/scanqa/EM", "map25", "map50", "rewards/*/mean")
+CURVES = (
+    "loss",
+    "eval/loss",
+    "eval/scanrefer/Acc@0.25",
+    "eval/scanqa/EM",
+    "eval/scanrefer_targets/Acc@0.25",
+    "map25",
+    "map50",
+    "rewards/*/mean",
+)
 _MOST_POINTS = 60
 
 Curve = tuple[list[float], list[float]]  # steps, values

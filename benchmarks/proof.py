@@ -12,7 +12,11 @@ from pathlib import Path
 from ._arguments import benchmark_parser
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-STAGES = {"views": "table8", "encoders": "table10"}  # which stage of script/proof.sh makes runs of what name
+STAGES = {
+    "views": "table8",
+    "encoders": "table10",
+    "real": "real",
+}  # which stage of script/proof.sh makes runs of what name
 
 
 def command_of(label: str) -> str:
@@ -27,9 +31,10 @@ def collect_all(run: Path, folder: Path) -> list[Path]:
     from ._proof_runs import collect, write_run
 
     written = []
-    if (run / "detect" / "metrics.jsonl").exists():
-        encoder = collect("detect-0", run / "eval" / "detect-0", run / "detect", "bash script/proof.sh detect")
-        written.append(write_run(encoder, folder))
+    for part, stage in (("detect", "detect"), ("real-detect", "real")):
+        if (run / part / "metrics.jsonl").exists():
+            encoder = collect(f"{part}-0", run / "eval" / f"{part}-0", run / part, f"bash script/proof.sh {stage}")
+            written.append(write_run(encoder, folder))
     for evaluated in sorted((run / "eval").glob("*")):
         if (evaluated / "results.json").exists():
             made = collect(evaluated.name, evaluated, run / evaluated.name, command_of(evaluated.name))

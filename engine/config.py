@@ -342,6 +342,7 @@ class SftConfig:
     eval_samples: int = 256  # of data.eval_split at most, every data set alike, where run.eval_every is above 0
     eval_answers: int = 0  # of them at most are answered as well, and scored as `eval` does; 0: none
     eval_new_tokens: int = 256  # of such an answer at most
+    eval_modes: dict[str, str] = field(default_factory=dict)  # task: think or direct; one left out takes its default
 
     def __post_init__(self):
         _one_of(self, pointers=("name", "box"), blocks=("auto", "plain", "compiled", "fused"))

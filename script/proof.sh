@@ -10,11 +10,13 @@
 #   bash script/proof.sh table7               rewards alone and in pairs
 #   bash script/proof.sh table8               views: selected, uniform, ring, top-down (none: blind)
 #   bash script/proof.sh table10              encoders one by one (text and image: table8's selected views)
+#   bash script/proof.sh real                 the same question of real scans: data, encoder, models (REAL=)
 #   bash script/proof.sh eval sft blind       scores of models by name: eval/NAME-SEED below RUN
 #   bash script/proof.sh page                 docs/proof.md from what is evaluated
 #
 #   SEEDS=0,1,2                  which seeds
-#   RUN=runs/proof DATA=data/proof
+#   RUN=runs/proof DATA=data/proof REAL_DATA=data/proof-real
+#   REAL=folder                  scannet_instances/, scannet/ and annotations/ of real scans (benchmarks/real_split.py)
 #   ROOMS=2500 HELD_OUT=200      generated rooms
 #   ONLY=ring                    of a table, the rows whose names hold this
 #   SET="run.steps=20"           overrides of every training stage;  EVAL_SET= of every evaluation
@@ -23,6 +25,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 RUN="${RUN:-runs/proof}"
 DATA="${DATA:-data/proof}"
+REAL_DATA="${REAL_DATA:-data/proof-real}"
 recipes="${RECIPES:-script/recipes/proof}"
 IFS=, read -ra seeds <<<"${SEEDS:-0,1,2}"
 read -ra overrides <<<"${SET:-}"
@@ -65,12 +68,20 @@ detect() {
         --set "run.dir=$RUN/detect" "data.root=$DATA" "${overrides[@]}"
 }
 
+# place NAME: where the data and the parts of a model lie, and what their stages are called.
+place() {
+    root="$DATA" part="" scored=eval
+    case "$1" in real*) root="$REAL_DATA" part=real- scored=real.eval ;; esac
+}
+
 # train SEED NAME RECIPE [KEY=VALUE…]
 train() {
-    after model detect
+    local root part scored
+    place "$2"
+    after "${part}model" "${part}detect"
     stage "$2-$1" "$RUN/$2-$1" sft --config "$recipes/$3.yaml" --resume \
-        --set "run.dir=$RUN/$2-$1" "run.seed=$1" "data.root=$DATA" "model.language.model=$RUN/model" \
-        "model.encoder.pretrained=$RUN/detect/best" "${@:4}" "${overrides[@]}"
+        --set "run.dir=$RUN/$2-$1" "run.seed=$1" "data.root=$root" "model.language.model=$RUN/${part}model" \
+        "model.encoder.pretrained=$RUN/${part}detect/best" "${@:4}" "${overrides[@]}"
 }
 
 # reinforce SEED NAME [KEY=VALUE…]
@@ -82,9 +93,11 @@ reinforce() {
 
 # evaluate SEED NAME
 evaluate() {
+    local root part scored
+    place "$2"
     after "$2-$1"
-    stage "eval-$2-$1" "$RUN/eval/$2-$1" eval --config "$recipes/eval.yaml" \
-        --set "run.dir=$RUN/eval/$2-$1" "run.seed=$1" "data.root=$DATA" "label=$2-$1" "model=$RUN/$2-$1" \
+    stage "eval-$2-$1" "$RUN/eval/$2-$1" eval --config "$recipes/$scored.yaml" \
+        --set "run.dir=$RUN/eval/$2-$1" "run.seed=$1" "data.root=$root" "label=$2-$1" "model=$RUN/$2-$1" \
         "${eval_overrides[@]}"
 }
 
@@ -93,6 +106,20 @@ row() {
     case "$1" in *"${ONLY:-}"*) ;; *) return ;; esac
     seeded "$2" "$1" "${@:3}"
     seeded evaluate "$1"
+}
+
+real() {
+    [[ -n "${REAL:-}" ]] || fail "proof: set REAL to the folder of scannet_instances/, scannet/ and annotations/."
+    previous=""
+    stage real-data "$REAL_DATA/scannetv2_val.txt" bench real_split --instances "$REAL/scannet_instances" \
+        --lists "$REAL/scannet" --annotations "$REAL/annotations" --out "$REAL_DATA"
+    stage real-prepare "$REAL_DATA/prepared" prepare --root "$REAL_DATA"
+    stage real-model "$RUN/real-model" tiny --out "$RUN/real-model" --corpus "$REAL_DATA" --shape "${SHAPE:-small}"
+    after real-prepare
+    stage real-detect "$RUN/real-detect" detect --config "$recipes/real.detect.yaml" --resume \
+        --set "run.dir=$RUN/real-detect" "data.root=$REAL_DATA" "${overrides[@]}"
+    row real train real.sft
+    row real.blind train real.blind
 }
 
 table7() {
@@ -124,7 +151,7 @@ for name in "${stages[@]}"; do
         for model in "${stages[@]:1}"; do seeded evaluate "$model"; done
         break
         ;;
-    data | detect | table7 | table8 | table10) "$name" ;;
+    data | detect | real | table7 | table8 | table10) "$name" ;;
     sft) seeded train sft sft ;;
     blind) seeded train blind sft.blind ;;
     grpo) seeded reinforce grpo ;;
