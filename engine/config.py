@@ -206,6 +206,7 @@ class LanguageConfig:
     num_proposals: int = 64  # 0: no object has a token or a name; views are chosen by the detections all the same
     num_layout_tokens: int = 32
     name_pool: int = 0  # sft draws the names of a sample's proposals out of so many; 0: they are called in order
+    name_in_token: bool = False  # the language model's own embedding of its name is part of a proposal's token
     object_token: bool = True  # an object that a caption is asked for has a token of its own, beside its name or box
     object_color: bool = (
         True  # an object's token tells the colours of its points, which the encoder's feature need not

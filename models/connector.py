@@ -15,6 +15,7 @@ from .scene_encoder.object_color import NUM_COLOR_CHANNELS
 from .scene_encoder.object_query import QueriedObjects
 
 _PLACE_SCALE = 0.1  # of places at the start: below that of what stands there, or it would take long to be seen
+_NAME_SCALE = 0.2  # of the names' own words in the tokens: about that of what stands there
 _COLOR_SCALE, _COLOR_BANDS = 8.0, 4  # colours of 0..1 are half a period of the slowest wave
 
 
@@ -55,6 +56,7 @@ class Connector(nn.Module):
         num_classes: detection classes.
         num_proposals: K.
         name_pool: how many names there are; 0: as many as proposals.
+        name_in_token: whether the language model's own embedding of its name is part of a proposal's token.
         num_layout_tokens: M; 0 for none.
         object_token: whether an object that is pointed at has a token of its own.
         object_color: whether the colours of an object are part of its token.
@@ -76,6 +78,7 @@ class Connector(nn.Module):
         num_proposals: int,
         num_layout_tokens: int,
         name_pool: int = 0,
+        name_in_token: bool = False,
         object_token: bool = True,
         object_color: bool = True,
         num_view_image_tokens: int = 0,
@@ -89,6 +92,7 @@ class Connector(nn.Module):
         self.object_color = object_color
         self.num_proposals = num_proposals
         self.name_pool = name_pool
+        self.name_in_token = name_in_token
         self.num_layout_tokens = num_layout_tokens
         self.num_view_image_tokens = num_view_image_tokens
         self.num_view_depth_tokens = num_view_depth_tokens
@@ -138,9 +142,21 @@ class Connector(nn.Module):
         them."""
         return self._described(features_BKE, boxes_BK7, class_probs_BKC, colors_BK6)
 
-    def named(self, objects_ND: torch.Tensor, names_N: torch.Tensor) -> torch.Tensor:
-        """Proposal tokens [N, D] of proposals out of `objects`, with the numbers that they are called by, int64."""
-        return self.output_norm(objects_ND + self.place_embedding(names_N))
+    def named(
+        self, objects_ND: torch.Tensor, names_N: torch.Tensor, words_PD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Proposal tokens [N, D] of proposals out of `objects`, with the numbers that they are called by, int64.
+
+        Args:
+            words_PD: the language model's own embedding of each name, where it is part of the token.
+        """
+        called_ND = self.place_embedding(names_N)
+        if words_PD is not None:
+            words_PD = words_PD.to(called_ND.dtype)
+            called_ND = called_ND + _NAME_SCALE * nn.functional.embedding(
+                names_N, words_PD / words_PD.std().clamp(min=1e-6)
+            )
+        return self.output_norm(objects_ND + called_ND)
 
     def asked(self, queried: QueriedObjects) -> torch.Tensor:
         """Tokens [B, D] of the objects that are pointed at; ValueError where this connector has no such token."""
@@ -186,6 +202,7 @@ def build_connector(
     num_proposals: int,
     num_layout_tokens: int,
     name_pool: int,
+    name_in_token: bool,
     object_token: bool,
     object_color: bool,
     **view_tokens: int,
@@ -199,6 +216,7 @@ def build_connector(
         num_proposals=num_proposals,
         num_layout_tokens=num_layout_tokens,
         name_pool=name_pool,
+        name_in_token=name_in_token,
         object_token=object_token,
         object_color=object_color,
         **view_tokens,

@@ -110,6 +110,17 @@ class RowWriter:
             self._kept[text] = self._text(text)
         return self._kept[text]
 
+    def embed_names(self, embed_tokens: torch.nn.Module, count: int) -> Tensor:
+        """The mean embedding [count, D] of the tokens of each of the first names."""
+        ids = [self._fixed(format_name(name)) for name in range(count)]
+        flat = torch.tensor([token for its in ids for token in its])
+        of = torch.arange(count).repeat_interleave(torch.tensor([len(its) for its in ids]))
+        device = next(embed_tokens.parameters()).device
+        embedded_TD = embed_tokens(to_device(flat, device))
+        share_PT = torch.nn.functional.one_hot(of, count).T.float()
+        share_PT = to_device(share_PT / share_PT.sum(1, keepdim=True), device)
+        return share_PT.to(embedded_TD.dtype) @ embedded_TD
+
     def write(
         self,
         *,

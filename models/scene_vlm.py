@@ -184,7 +184,11 @@ class SceneVLM(SceneObserver):
         index_N = torch.cat([scene.valid_n for scene in encoded])
         index_N = index_N + to_device(starts.repeat_interleave(torch.tensor(counts)), self.device)
         taken_ND = nn.functional.embedding(index_N, objects_BKD.flatten(0, 1))
-        objects = self.connector.named(taken_ND, to_device(torch.tensor(called, dtype=torch.int64), self.device))
+        words_PD = None
+        if self.connector.name_in_token:
+            words_PD = self.writer.embed_names(self.language.embedding, self.connector.place_embedding.num_embeddings)
+        names_N = to_device(torch.tensor(called, dtype=torch.int64), self.device)
+        objects = self.connector.named(taken_ND, names_N, words_PD)
         return [torch.cat(pair) for pair in zip(objects.split(counts), layouts, strict=True)]
 
     def draw_names(self, observation: Observation, rng: np.random.Generator) -> list[int] | None:
@@ -283,7 +287,7 @@ class SceneVLM(SceneObserver):
         question, after_object, asked_7 = build_question(sample, mode), "", None
         if sample.query_box_7 is not None:
             box_7 = observation.scene.to_model(sample.query_box_7)
-            pointer = pointer_to(box_7, encoded.covering([box_7])[0], names)
+            pointer = pointer_to(box_7, encoded.covering(box_7[None])[0], names)
             if self.connector.object_token and OBJECT_PLACEHOLDER in question:
                 before, _, after_object = question.partition(OBJECT_PLACEHOLDER)
                 question, asked_7 = before + pointer, box_7.tolist()
@@ -480,6 +484,7 @@ class SceneVLM(SceneObserver):
                 "num_proposals": self.connector.num_proposals,
                 "num_layout_tokens": self.connector.num_layout_tokens,
                 "name_pool": self.connector.name_pool,
+                "name_in_token": self.connector.name_in_token,
                 "object_token": self.connector.object_token,
                 "object_color": self.connector.object_color,
             },
@@ -560,6 +565,7 @@ class SceneVLM(SceneObserver):
         # a description without a key is from before there was such a thing: that model has none
         parts = {
             "name_pool": 0,
+            "name_in_token": False,
             "object_token": False,
             "object_color": False,
             **description["connector"],

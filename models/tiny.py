@@ -22,6 +22,7 @@ from transformers import (
 
 from ..datasets.prompts import MODE_INSTRUCTIONS, SYSTEM_PROMPT, TASK_TEMPLATES
 from ..utils.files import readable_as_its_folder
+from ..utils.text import format_name
 
 # Qwen2.5's special tokens, in its order.
 SPECIAL_TOKENS = (
@@ -49,6 +50,7 @@ class TinySize:
     """Widths and depths of a Qwen2.5-VL."""
 
     vocab_size: int = 2000  # of the tokenizer, at most
+    names: int = 0  # that are one token each, <obj0>, <obj1>, …, with the blank before them; 0: none is
     embeddings: int = 0  # rows of the embedding; 0: as many as the tokenizer has tokens
     width: int = 128
     layers: int = 4
@@ -72,9 +74,11 @@ _PUBLISHED: dict[str, Any] = {"vocab_size": 4000, "theta": 1_000_000.0, **_VISIO
 SHAPES = {
     "tiny": TinySize(),
     # some 15 million weights: what one GPU trains from nothing in minutes (script/proof.sh). Their spread is the root
-    # of 1 / width: with the published models' 0.02 so narrow a model is slow to find what refers to what
+    # of 1 / width: with the published models' 0.02 so narrow a model is slow to find what refers to what. A name is
+    # one token right behind the word it goes with: to look up in two steps (door, <obj, 12) is a long plateau
     "small": TinySize(
         vocab_size=4000,
+        names=100,
         width=384,
         layers=8,
         heads=6,
@@ -131,14 +135,14 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(entry)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
-    """Train a tokenizer of Qwen2.5's kind, with its special tokens."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int, names: int = 0) -> Qwen2Tokenizer:
+    """Train a tokenizer of Qwen2.5's kind, with its special tokens; and so many names of proposals, a token each."""
     pattern = Qwen2Tokenizer()  # its normaliser and pre-tokenizer are the ones that the trained one will use
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pattern.backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        vocab_size=vocab_size - len(SPECIAL_TOKENS) - names,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -148,6 +152,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     tokenizer.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS], special_tokens=True
     )
+    tokenizer.add_tokens([AddedToken(format_name(name), normalized=False, lstrip=True) for name in range(names)])
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     return tokenizer
 
@@ -170,7 +175,7 @@ def build_tiny(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder to write the model to.")
-    tokenizer = train_tokenizer(texts, size.vocab_size)
+    tokenizer = train_tokenizer(texts, size.vocab_size, size.names)
 
     def token_id(name: str) -> int:
         return int(tokenizer.convert_tokens_to_ids(name))  # type: ignore[arg-type]

@@ -110,3 +110,34 @@ def test_a_trained_models_pool_is_kept_and_asked_for(rooms_root, tmp_path):
     with pytest.raises(ValueError, match="made with name_pool 30, but the configuration says 0"):
         sft.train(settings(rooms_root, f"init={checkpoint / 'model'}", run_dir=tmp_path / "other"))
     assert build_model(config.model, config.data).connector.name_pool == 30
+
+
+@torch.no_grad()
+def test_a_tokens_name_may_be_the_language_models_own_words(rooms_root, observation):
+    """Of two proposals that swap their names, what is added is exactly the difference of the names' embeddings."""
+    made = build(rooms_root, "model.language.name_pool=30", "model.language.name_in_token=true")
+    words_PD = made.writer.embed_names(made.language.embedding, 30)
+    ids = made.writer._text("<obj17>")
+    torch.testing.assert_close(words_PD[17], made.language.embedding.weight[torch.tensor(ids)].mean(0))
+    assert words_PD.shape == (30, made.language.width)
+    objects_ND, names_N = torch.randn(2, made.language.width), torch.tensor([17, 4])
+    with_words, without = (made.connector.named(objects_ND, names_N, words) for words in (words_PD, None))
+    expected = objects_ND + made.connector.place_embedding.weight[names_N] + 0.2 * words_PD[names_N] / words_PD.std()
+    torch.testing.assert_close(with_words, made.connector.output_norm(expected))
+    assert not torch.allclose(with_words, without)
+    (encoded,) = made.encode([made.observe(observation.scene)])
+    count = len(encoded.named)
+    described = made.connector.objects(
+        encoded.features_KE[None], encoded.boxes_K7[None], encoded.class_probs_KC[None], encoded.colors_K6[None]
+    )[0, encoded.valid_n]
+    expected = made.connector.named(described, torch.arange(count), words_PD)
+    torch.testing.assert_close(made.scene_tokens([encoded])[0][:count], expected)
+
+
+def test_words_in_tokens_are_kept_and_get_gradients(rooms_root, tmp_path):
+    config = settings(rooms_root, "model.language.name_in_token=true", "run.steps=1", run_dir=tmp_path / "run")
+    loaded = SceneVLM.from_pretrained(sft.train(config) / "model")
+    assert loaded.connector.name_in_token and loaded.connector.name_pool == 0
+    words_PD = loaded.writer.embed_names(loaded.language.embedding, 8)
+    loaded.connector.named(torch.zeros(8, loaded.language.width), torch.arange(8), words_PD)[:, 0].sum().backward()
+    assert float(loaded.language.embedding.weight.grad.abs().sum()) > 0
