@@ -5,7 +5,7 @@
 #
 #   bash script/proof.sh data                 rooms, prepared scenes, the untrained model
 #   bash script/proof.sh detect               scene encoder
-#   bash script/proof.sh sft blind            models of the scene, and without it
+#   bash script/proof.sh align sft blind      what names stand for; then models of the scene, and without it
 #   bash script/proof.sh grpo                 reinforcement learning from sft, all three rewards
 #   bash script/proof.sh table7               rewards alone and in pairs
 #   bash script/proof.sh table8               views: selected, uniform, ring, top-down (none: blind)
@@ -72,6 +72,14 @@ detect() {
 place() {
     root="$DATA" part="" scored=eval
     case "$1" in real*) root="$REAL_DATA" part=real- scored=real.eval ;; esac
+}
+
+# tune SEED: sft, from what align left.
+tune() {
+    after model detect "align-$1"
+    stage "sft-$1" "$RUN/sft-$1" sft --config "$recipes/sft.yaml" --resume \
+        --set "run.dir=$RUN/sft-$1" "run.seed=$1" "data.root=$DATA" "model.language.model=$RUN/model" \
+        "model.encoder.pretrained=$RUN/detect/best" "init=$RUN/align-$1" "${overrides[@]}"
 }
 
 # train SEED NAME RECIPE [KEY=VALUE…]
@@ -152,7 +160,8 @@ for name in "${stages[@]}"; do
         break
         ;;
     data | detect | real | table7 | table8 | table10) "$name" ;;
-    sft) seeded train sft sft ;;
+    align) seeded train align align ;;
+    sft) seeded tune ;;
     blind) seeded train blind sft.blind ;;
     grpo) seeded reinforce grpo ;;
     page) "$PY" main.py bench proof --collect "$RUN" ;;

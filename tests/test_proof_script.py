@@ -28,13 +28,16 @@ def proof(shell: Shell, *stages: str, **variables: str) -> list[list[str]]:  # n
 def test_every_stage_parses_and_is_done_once(shell: Shell):  # noqa: F811
     assert names(proof(shell, "data", "detect")) == ["rooms", "prepare", "tiny", "detect"]
     assert proof(shell, "data", "detect") == []
+    aligned = proof(shell, "align")
+    assert [command[0] for command in aligned] == ["sft"] * 3
     trained = proof(shell, "sft", "blind", "grpo")
     assert sorted(settings(command)["run.dir"] for command in trained) == sorted(
         f"{RUN}/{name}-{seed}" for name in ("sft", "blind", "grpo") for seed in range(3)
     )
     assert {command[0] for command in trained[:6]} == {"sft"} and {command[0] for command in trained[6:]} == {"grpo"}
-    for command in trained[6:]:
-        assert settings(command)["init"] == f"{RUN}/sft-{settings(command)['run.seed']}"
+    for command in trained:
+        before = {f"{RUN}/sft": f"{RUN}/align", f"{RUN}/grpo": f"{RUN}/sft"}.get(settings(command)["run.dir"][:-2])
+        assert settings(command).get("init") == (before and f"{before}-{settings(command)['run.seed']}")
     assert proof(shell, "sft", "blind", "grpo") == []
     evaluated = proof(shell, "eval", "sft", "grpo")
     assert [command[0] for command in evaluated] == ["eval"] * 6
@@ -44,7 +47,7 @@ def test_every_stage_parses_and_is_done_once(shell: Shell):  # noqa: F811
 
 
 def test_tables_train_and_evaluate_their_rows(shell: Shell):  # noqa: F811
-    proof(shell, "data", "detect", "sft", SEEDS="1")
+    proof(shell, "data", "detect", "align", "sft", SEEDS="1")
     rewards = [settings(command) for command in proof(shell, "table7", SEEDS="1") if command[0] == "grpo"]
     assert [entry["reward.names"] for entry in rewards] == [
         *("format", "perception", "semantic"),
@@ -72,7 +75,7 @@ def test_one_row_of_a_table_can_be_asked_for(shell: Shell):  # noqa: F811
 
 
 def test_a_stage_goes_on_after_a_failure_and_is_done_again_after_a_change(shell: Shell):  # noqa: F811
-    proof(shell, "data", "detect")
+    proof(shell, "data", "detect", "align", SEEDS="0")
     done = shell.run("proof.sh", "sft", SEEDS="0", FAIL_AT="sft")
     assert done.returncode == 1 and "stage sft-0 failed" in done.stdout
     kept = shell.root / RUN / "sft-0" / "checkpoint"
@@ -82,12 +85,12 @@ def test_a_stage_goes_on_after_a_failure_and_is_done_again_after_a_change(shell:
     recipe = shell.root / "script" / "recipes" / "proof" / "detect.yaml"  # what sft builds on
     recipe.write_text(recipe.read_text() + "\n# changed\n")
     assert names(proof(shell, "detect")) == ["detect"]
-    assert names(proof(shell, "sft", SEEDS="0")) == ["sft"]
+    assert names(proof(shell, "align", "sft", SEEDS="0")) == ["sft", "sft"]
     assert not kept.exists()
 
 
 def test_a_change_of_a_recipes_base_counts_and_of_another_recipe_does_not(shell: Shell):  # noqa: F811
-    proof(shell, "data", "detect", "sft", "blind", SEEDS="0")
+    proof(shell, "data", "detect", "align", "sft", "blind", SEEDS="0")
     folder: Path = shell.root / "script" / "recipes" / "proof"
     for name in ("eval.yaml", "grpo.yaml"):
         (folder / name).write_text((folder / name).read_text() + "\n# changed\n")

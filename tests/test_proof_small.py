@@ -72,7 +72,7 @@ def run(checkout: Path, *stages: str, **variables: str) -> subprocess.CompletedP
 
 
 def test_the_whole_proof_in_small(checkout):
-    run(checkout, "data", "detect", "sft", "blind", "grpo")
+    run(checkout, "data", "detect", "align", "sft", "blind", "grpo")
     run(checkout, "eval", "sft", "blind", "grpo")
     run(checkout, "table8", ONLY="ring")
     printed = run(checkout, "page").stdout
@@ -88,5 +88,5 @@ def test_the_whole_proof_in_small(checkout):
 
 
 def test_a_second_start_does_nothing(checkout):
-    again = run(checkout, "data", "detect", "sft", "blind", "grpo")
-    assert again.stdout.count("complete:") == 7
+    again = run(checkout, "data", "detect", "align", "sft", "blind", "grpo")
+    assert again.stdout.count("complete:") == 8
