@@ -471,15 +471,15 @@ def run_tiny(args: argparse.Namespace) -> int:
 
     from .models.tiny import SHAPES, build_tiny, corpus_texts
 
-    size = SHAPES[args.shape]
+    size, published = SHAPES[args.shape], args.shape in ("3b", "7b")
     size = dataclasses.replace(size, layers=args.layers or size.layers)
     build_tiny(
         args.out,
         corpus_texts(args.corpus),
         size=size,
         seed=args.seed,
-        dtype=torch.float32 if args.shape == "tiny" else torch.bfloat16,
-        device="cuda" if args.shape != "tiny" and torch.cuda.is_available() else "cpu",
+        dtype=torch.bfloat16 if published else torch.float32,
+        device="cuda" if published and torch.cuda.is_available() else "cpu",
     )
     return 0
 

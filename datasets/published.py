@@ -100,6 +100,7 @@ ORIGINS = {
     "scene_description": _LLM3D,
     "scene30k": _SCENE30K,
     "scene30k_captions": _SCENE30K,
+    "inventory": Origin("the prepared scenes' own labels", "that of the scans"),
     "cap3d": Origin("https://huggingface.co/datasets/tiange/Cap3D (csv of 131 MB)", "ODC-By"),
     "scanrefer_targets": _REPACKAGED,
     "nr3d_targets": _REPACKAGED,

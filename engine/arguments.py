@@ -336,9 +336,10 @@ def _add_loop_commands(add: AddCommand) -> None:
     )
     tiny.add_argument(
         "--shape",
-        choices=("tiny", "3b", "7b"),
+        choices=("tiny", "small", "3b", "7b"),
         default="tiny",
-        help="3b and 7b: that of the published Qwen2.5-VL, in bfloat16, to measure with (default: %(default)s)",
+        help="small: 15 M weights, for a GPU and minutes; 3b and 7b: that of the published Qwen2.5-VL, in bfloat16, "
+        "to measure with (default: %(default)s)",
     )
     tiny.add_argument("--layers", type=at_least(1), metavar="N", help="blocks of the decoder, if not the shape's own")
     tiny.add_argument("--seed", type=at_least(0), default=0, help="of the random weights (default: %(default)s)")

@@ -50,7 +50,10 @@ def build_model(config: ModelConfig, data: DataConfig) -> SceneVLM:
         scene_encoder,
         num_proposals=language_config.num_proposals,
         num_layout_tokens=language_config.num_layout_tokens,
+        name_pool=language_config.name_pool,
+        name_in_token=language_config.name_in_token,
         object_token=language_config.object_token,
+        object_color=language_config.object_color,
         **token_sizes(view_features),
     )
     if language_config.train == "lora":
@@ -100,7 +103,8 @@ def check_settings(model: SceneVLM, config: ModelConfig, data: DataConfig) -> No
         name: (value, getattr(model.settings, name)) for name, value in vars(scene_settings(config, data)).items()
     }
     pairs["num_layout_tokens"] = (config.language.num_layout_tokens, model.connector.num_layout_tokens)
-    pairs["object_token"] = (config.language.object_token, model.connector.object_token)
+    for name in ("name_pool", "name_in_token", "object_token", "object_color"):
+        pairs[name] = (getattr(config.language, name), getattr(model.connector, name))
     if model.view_selector is not None:
         pairs["num_views"] = (config.views.num_views, model.view_selector.num_views)
         for name in ("num_references", "redundancy", "standardize"):

@@ -205,7 +205,12 @@ class LanguageConfig:
     lora_last_blocks: int = 0  # adapt only the last n blocks; 0 adapts all
     num_proposals: int = 64  # 0: no object has a token or a name; views are chosen by the detections all the same
     num_layout_tokens: int = 32
+    name_pool: int = 0  # sft draws the names of a sample's proposals out of so many; 0: they are called in order
+    name_in_token: bool = False  # the language model's own embedding of its name is part of a proposal's token
     object_token: bool = True  # an object that a caption is asked for has a token of its own, beside its name or box
+    object_color: bool = (
+        True  # an object's token tells the colours of its points, which the encoder's feature need not
+    )
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
@@ -214,6 +219,10 @@ class LanguageConfig:
         if self.sharding == "full" and self.train != "full":
             raise ValueError("sharding is 'full', but train is not; adapters are small: leave sharding at auto.")
         _at_least(self, lora_rank=1, lora_alpha=1, lora_last_blocks=0, num_proposals=0, num_layout_tokens=0)
+        if self.name_pool and not 0 < self.num_proposals <= self.name_pool:
+            raise ValueError(
+                f"name_pool is {self.name_pool}; it must be 0, or num_proposals ({self.num_proposals}) or more."
+            )
 
 
 @dataclass(frozen=True)
@@ -334,6 +343,7 @@ class SftConfig:
     eval_samples: int = 256  # of data.eval_split at most, every data set alike, where run.eval_every is above 0
     eval_answers: int = 0  # of them at most are answered as well, and scored as `eval` does; 0: none
     eval_new_tokens: int = 256  # of such an answer at most
+    eval_modes: dict[str, str] = field(default_factory=dict)  # task: think or direct; one left out takes its default
 
     def __post_init__(self):
         _one_of(self, pointers=("name", "box"), blocks=("auto", "plain", "compiled", "fused"))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..datasets.prompts import MODES, THINK, prompt_fingerprint
+from ..datasets.prompts import THINK, prompt_fingerprint
 from ..datasets.scene import TASKS, Sample
 from ..datasets.scene_store import SceneStore
 from ..datasets.tasks import LOADERS
@@ -30,7 +30,7 @@ from .build import give_multiview, prepare_to_answer
 from .checkpoint import model_folder
 from .config import DataConfig, EvalConfig, save_config, to_dict
 from .data import Loaded, ObservationCache, load_evaluated, load_split, open_store
-from .predict import answer, detected_objects, world_boxes
+from .predict import answer, check_modes, detected_objects, world_boxes
 from .references import GIVEN_OBJECTS, object_rows, reference_of
 from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything
 
@@ -145,9 +145,7 @@ def _check(config: EvalConfig) -> None:
     for key, names in config.scorers.items():
         for name in names if key in SCORERS or key not in LOADERS else ():
             scorer_name(key, name)
-    for task, mode in config.modes.items():
-        if task not in TASKS or mode not in MODES:
-            raise ValueError(f"modes has {task}: {mode}; tasks are {', '.join(TASKS)}, modes are {', '.join(MODES)}.")
+    check_modes(config.modes, "modes")
 
 
 def score_all(scorers: Sequence[str], task: str, predictions: Sequence[Prediction], meteor: MeteorChoice) -> dict:

@@ -1,6 +1,6 @@
 """Held-out samples that a model in training is measured on, and the scores of answers to them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -60,6 +60,11 @@ class HeldOut:
         finally:
             self.model.train(was_training)
             set_rng_state(before)
+
+
+def one_line(scores: Mapping[str, float]) -> str:
+    """Scores as a line of a log: `loss 1.52, scanrefer/Acc@0.25 31.5`."""
+    return ", ".join(f"{name.removeprefix('eval/')} {value:.3g}" for name, value in scores.items())
 
 
 def score_answers(predictions: Sequence[Prediction]) -> dict[str, float]:

@@ -12,9 +12,9 @@ from PIL import Image
 
 from ..datasets.alignment import AlignOptions
 from ..datasets.multiview import open_multiview
-from ..datasets.prompts import DEFAULT_MODE, dialogue_question
+from ..datasets.prompts import DEFAULT_MODE, MODES, dialogue_question
 from ..datasets.readers import check_there, read_scene
-from ..datasets.scene import Sample, Scene
+from ..datasets.scene import TASKS, Sample, Scene
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
 from ..utils.metrics.dense_caption import filter_proposals
@@ -31,6 +31,13 @@ from .runtime import pick_device
 _TINY = 1e-30  # a probability whose logarithm is finite
 _MOST_OBJECTS = 256  # captioned of one scan
 _TOGETHER = 16  # captions decoded at a time
+
+
+def check_modes(modes: Mapping[str, str], key: str) -> None:
+    """ValueError where response modes by task name no task or no mode; `key` is what the configuration calls them."""
+    for task, mode in modes.items():
+        if task not in TASKS or mode not in MODES:
+            raise ValueError(f"{key} has {task}: {mode}; tasks are {', '.join(TASKS)}, modes are {', '.join(MODES)}.")
 
 
 def to_prediction(model: SceneVLM, rollout: Rollout, label: str) -> Prediction:

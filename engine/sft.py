@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..datasets.scene import Sample
@@ -19,10 +20,12 @@ from ..models.inputs import filled_length, plan_packs
 from ..models.model_files import part_of
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
+from ..utils.streams import stream
 from .build import build_model, check_settings, give_multiview, speed_up
 from .checkpoint import model_folder, restore_run
 from .config import SftConfig
 from .data import ObservationCache, fingerprint, load_split
+from .held_out import one_line
 from .mixture import Mixture
 from .optim import Optimizer
 from .run_folder import open_run
@@ -33,6 +36,8 @@ from .sft_eval import METRIC, SftHeldOut
 from .sft_log import SftLog, TaskSums
 from .sft_loss import sft_loss
 from .sharding import low_precision_names, shard_model, shards
+
+_NAME_STREAM = 14  # name of a random stream
 
 
 def load_model(config: SftConfig, checkpoint: Path | None, runtime: Runtime) -> SceneVLM:
@@ -180,7 +185,10 @@ def fine_tune(config: SftConfig, last: Path | None, runtime: Runtime) -> Path:
     def choose(step: int) -> list[Sample]:
         return [samples[row] for row in mixture.rows(step, run.batch_size, runtime)]
 
-    batches = Batches(model, choose, observations, pointers=config.pointers, num_steps=run.steps)
+    def naming(step: int) -> np.random.Generator:
+        return stream(run.seed, _NAME_STREAM, step, runtime.rank)
+
+    batches = Batches(model, choose, observations, pointers=config.pointers, num_steps=run.steps, naming=naming)
     checkpoints = Checkpoints(
         runtime,
         config,
@@ -210,6 +218,7 @@ def fine_tune(config: SftConfig, last: Path | None, runtime: Runtime) -> Path:
                 with log_of_run.aside():
                     scores = held_out.evaluate()
                 log_of_run.tracker.log(step, scores)
+                log.info("after %d steps: %s", step + 1, one_line(scores))
                 checkpoints.offer_best(step + 1, scores, model)
             if run.due(step, run.save_every):
                 extra["since_log"] = log_of_run.means.state()

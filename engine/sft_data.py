@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from ..datasets.prompts import build_target, training_mode
 from ..datasets.scene import Sample
 from ..models.inputs import Row
@@ -27,22 +29,29 @@ def num_tokens(taught: Sequence[Taught]) -> int:
 
 
 def write_targets(
-    model: SceneVLM, samples: Sequence[Sample], observations: Sequence[Observation], *, pointers: str
+    model: SceneVLM,
+    samples: Sequence[Sample],
+    observations: Sequence[Observation],
+    *,
+    pointers: str,
+    naming: np.random.Generator | None = None,
 ) -> list[Taught]:
     """Rows with the targets that the samples teach.
 
     Args:
         observations: the samples' scenes, encoded.
         pointers: "name" teaches `<obj12>` for a box that a proposal covers; "box" always teaches numbers.
+        naming: draws the names of each sample's proposals, where the model has a pool of them; None: 0, 1, 2 …
     """
     model.expect(samples)
     rows = []
     for sample, observation in zip(samples, observations, strict=True):
         mode = training_mode(sample)
         target = build_target(sample, mode)
+        names = None if naming is None else model.draw_names(observation, naming)
         if pointers == "name":
-            target = model.with_names(target, observation)
-        rows.append(Taught(sample, observation, *model.write_row(sample, observation, mode, target)))
+            target = model.with_names(target, observation, names)
+        rows.append(Taught(sample, observation, *model.write_row(sample, observation, mode, target, names)))
     return rows
 
 
@@ -54,6 +63,7 @@ class Batches(Ahead[list[Taught]]):
     Args:
         choose: the samples of a step.
         num_steps: of the run.
+        naming: the generator of names (`write_targets`) of a step; None: proposals are called in order.
         ahead: whether the thread is used; None decides.
     """
 
@@ -65,12 +75,14 @@ class Batches(Ahead[list[Taught]]):
         *,
         pointers: str,
         num_steps: int,
+        naming: Callable[[int], np.random.Generator] | None = None,
         ahead: bool | None = None,
     ):
         self.model = model
         self.choose = choose
         self.observations = observations
         self.pointers = pointers
+        self.naming = naming
         selector = model.view_selector
         moved = model.train_scene_encoder or (selector is not None and selector.learns)
         if ahead is None:
@@ -84,4 +96,5 @@ class Batches(Ahead[list[Taught]]):
             seen = self.observations.resampled(samples, seed=step)
         else:
             seen = self.observations.of(samples)
-        return write_targets(model, samples, seen, pointers=self.pointers)
+        naming = None if self.naming is None else self.naming(step)
+        return write_targets(model, samples, seen, pointers=self.pointers, naming=naming)

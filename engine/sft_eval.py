@@ -6,7 +6,7 @@ from ..models.inputs import filled_length, plan_packs
 from ..models.scene_vlm import SceneVLM
 from .config import SftConfig
 from .held_out import HeldOut, score_answers
-from .predict import answer
+from .predict import answer, check_modes
 from .runtime import Runtime
 from .sft_data import num_tokens, write_targets
 from .sft_log import TaskSums
@@ -20,6 +20,7 @@ class SftHeldOut(HeldOut):
     """Held-out samples of a supervised run."""
 
     def __init__(self, config: SftConfig, model: SceneVLM, runtime: Runtime):
+        check_modes(config.eval_modes, "eval_modes")
         super().__init__(config, model, runtime)
         self.config = config
         if config.eval_answers and model.language.sharded_from is not None:
@@ -67,6 +68,7 @@ class SftHeldOut(HeldOut):
             self.model,
             self.share(self.asked),
             self.observations,
+            modes=self.config.eval_modes,
             max_new_tokens=self.config.eval_new_tokens,
         )
         self.model.decoder.release()  # its memory is for training again

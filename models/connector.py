@@ -11,9 +11,12 @@ from torch import nn
 from ..third_party.pointnet2 import furthest_point_sample
 from .language_model import LanguageModel
 from .scene_encoder import SceneEncoder
+from .scene_encoder.object_color import NUM_COLOR_CHANNELS
 from .scene_encoder.object_query import QueriedObjects
 
-_PLACE_SCALE = 0.1  # of view tokens' places at the start: below that of what they show
+_PLACE_SCALE = 0.1  # of places at the start: below that of what stands there, or it would take long to be seen
+_NAME_SCALE = 0.2  # of the names' own words in the tokens: about that of what stands there
+_COLOR_SCALE, _COLOR_BANDS = 8.0, 4  # colours of 0..1 are half a period of the slowest wave
 
 
 def fourier_features(values: torch.Tensor, num_bands: int) -> torch.Tensor:
@@ -42,18 +45,21 @@ def pool_layout(
 class Connector(nn.Module):
     """Projects proposals and layout to the width of the language model (paper 1.1: a linear projection, concatenated).
 
-    A proposal's token is made of its feature, its box and its class probabilities, and carries an embedding of its
-    place in the fixed order, which ties it to the name beside it. The token of the object that the user points at is
+    A proposal's token is made of its feature, its box, its class probabilities and its colours, and carries an
+    embedding of its name, which ties it to the words beside it. The token of the object that the user points at is
     made of the proposal that covers it, where one does, of the asked box and of the encoder tokens inside; it carries
-    a mark instead of a place.
+    a mark instead of a name.
 
     Args:
         encoder_width: E.
         language_width: D.
         num_classes: detection classes.
-        num_proposals: K, the number of places.
+        num_proposals: K.
+        name_pool: how many names there are; 0: as many as proposals.
+        name_in_token: whether the language model's own embedding of its name is part of a proposal's token.
         num_layout_tokens: M; 0 for none.
         object_token: whether an object that is pointed at has a token of its own.
+        object_color: whether the colours of an object are part of its token.
         num_view_image_tokens: n, of each view from an image encoder; 0 for none.
         view_image_width: width of that encoder's features.
         num_view_depth_tokens: n, of each view from its depth; 0 for none.
@@ -63,7 +69,7 @@ class Connector(nn.Module):
 
     NUM_BANDS = 8
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a token is made of is one thing each
         self,
         *,
         encoder_width: int,
@@ -71,7 +77,10 @@ class Connector(nn.Module):
         num_classes: int,
         num_proposals: int,
         num_layout_tokens: int,
+        name_pool: int = 0,
+        name_in_token: bool = False,
         object_token: bool = True,
+        object_color: bool = True,
         num_view_image_tokens: int = 0,
         view_image_width: int = 0,
         num_view_depth_tokens: int = 0,
@@ -80,18 +89,26 @@ class Connector(nn.Module):
     ):
         super().__init__()
         self.object_token = object_token
+        self.object_color = object_color
         self.num_proposals = num_proposals
+        self.name_pool = name_pool
+        self.name_in_token = name_in_token
         self.num_layout_tokens = num_layout_tokens
         self.num_view_image_tokens = num_view_image_tokens
         self.num_view_depth_tokens = num_view_depth_tokens
         box_features = 7 + 6 * 2 * self.NUM_BANDS
         self.feature_norm = nn.LayerNorm(encoder_width)
         self.object_mlp = nn.Sequential(
-            nn.Linear(encoder_width + box_features + num_classes, language_width),
+            nn.Linear(
+                encoder_width + box_features + num_classes + object_color * NUM_COLOR_CHANNELS * 2 * _COLOR_BANDS,
+                language_width,
+            ),
             nn.GELU(),
             nn.Linear(language_width, language_width),
         )
-        self.place_embedding = nn.Embedding(num_proposals, language_width)
+        self.place_embedding = nn.Embedding(name_pool or num_proposals, language_width)
+        with torch.no_grad():
+            self.place_embedding.weight.mul_(_PLACE_SCALE)
         self.layout_norm = nn.LayerNorm(encoder_width)
         self.layout_linear = nn.Linear(encoder_width + 3 + 3 * 2 * self.NUM_BANDS, language_width)
         self.output_norm = nn.LayerNorm(language_width)
@@ -115,17 +132,37 @@ class Connector(nn.Module):
             nn.init.normal_(self.view_depth_place.weight, std=_PLACE_SCALE)
 
     def objects(
-        self, features_BKE: torch.Tensor, boxes_BK7: torch.Tensor, class_probs_BKC: torch.Tensor
+        self,
+        features_BKE: torch.Tensor,
+        boxes_BK7: torch.Tensor,
+        class_probs_BKC: torch.Tensor,
+        colors_BK6: torch.Tensor,
     ) -> torch.Tensor:
-        """Proposal tokens [B, K, D]; boxes in metres, model frame."""
-        places = self.place_embedding.weight[: features_BKE.shape[1]]
-        return self.output_norm(self._described(features_BKE, boxes_BK7, class_probs_BKC) + places)
+        """Proposals [B, K, D] without their names; boxes in metres, model frame; colours as `colors_in_boxes` gives
+        them."""
+        return self._described(features_BKE, boxes_BK7, class_probs_BKC, colors_BK6)
+
+    def named(
+        self, objects_ND: torch.Tensor, names_N: torch.Tensor, words_PD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Proposal tokens [N, D] of proposals out of `objects`, with the numbers that they are called by, int64.
+
+        Args:
+            words_PD: the language model's own embedding of each name, where it is part of the token.
+        """
+        called_ND = self.place_embedding(names_N)
+        if words_PD is not None:
+            words_PD = words_PD.to(called_ND.dtype)
+            called_ND = called_ND + _NAME_SCALE * nn.functional.embedding(
+                names_N, words_PD / words_PD.std().clamp(min=1e-6)
+            )
+        return self.output_norm(objects_ND + called_ND)
 
     def asked(self, queried: QueriedObjects) -> torch.Tensor:
         """Tokens [B, D] of the objects that are pointed at; ValueError where this connector has no such token."""
         if not self.object_token:
             raise ValueError("This model was made without object tokens; train one with model.language.object_token.")
-        covering_BD = self._described(queried.features_BE, queried.boxes_B7, queried.class_probs_BC)
+        covering_BD = self._described(queried.features_BE, queried.boxes_B7, queried.class_probs_BC, queried.colors_B6)
         inside_BD = self.pooled_linear(self.pooled_norm(queried.pooled_BE))
         return self.output_norm(covering_BD + inside_BD + self.asked_mark.weight)
 
@@ -138,10 +175,14 @@ class Connector(nn.Module):
         """Tokens [V, n, D] of views from cells of their depth maps."""
         return self.output_norm(self.view_depth_mlp(cells_VnP) + self.view_depth_place.weight)
 
-    def _described(self, features: torch.Tensor, boxes: torch.Tensor, class_probs: torch.Tensor) -> torch.Tensor:
-        """Objects [..., D] by their feature, box and class probabilities."""
-        box_features = [boxes, fourier_features(boxes[..., :6], self.NUM_BANDS)]
-        return self.object_mlp(torch.cat([self.feature_norm(features), *box_features, class_probs], dim=-1))
+    def _described(
+        self, features: torch.Tensor, boxes: torch.Tensor, class_probs: torch.Tensor, colors: torch.Tensor
+    ) -> torch.Tensor:
+        """Objects [..., D] by their feature, box, class probabilities and colours."""
+        parts = [self.feature_norm(features), boxes, fourier_features(boxes[..., :6], self.NUM_BANDS), class_probs]
+        if self.object_color:  # as waves, since six numbers beside hundreds would hardly be heard
+            parts.append(fourier_features(_COLOR_SCALE * colors, _COLOR_BANDS))
+        return self.object_mlp(torch.cat(parts, dim=-1))
 
     def layout(self, token_xyz_BT3: torch.Tensor, tokens_BTE: torch.Tensor) -> torch.Tensor:
         """Layout tokens [B, M, D]."""
@@ -160,7 +201,10 @@ def build_connector(
     *,
     num_proposals: int,
     num_layout_tokens: int,
+    name_pool: int,
+    name_in_token: bool,
     object_token: bool,
+    object_color: bool,
     **view_tokens: int,
 ) -> Connector:
     """A connector between two given parts, its tokens as large as the language model's own embeddings."""
@@ -171,7 +215,10 @@ def build_connector(
         num_classes=scene_encoder.num_classes,
         num_proposals=num_proposals,
         num_layout_tokens=num_layout_tokens,
+        name_pool=name_pool,
+        name_in_token=name_in_token,
         object_token=object_token,
+        object_color=object_color,
         **view_tokens,
         output_scale=float(embeddings[: min(len(embeddings), 4096)].detach().float().std()),
     )

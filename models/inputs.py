@@ -17,6 +17,7 @@ advance all three axes by one, as text does: they are few, and their place in th
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class Row:
     kinds: list[int]
     labels: list[int]
     grids: list[tuple[int, int, int]]  # (1, h, w) patches of each image, before merging
+    names: tuple[int, ...] | None = None  # that its proposals are called by; None: 0, 1, 2 …
     asked_box_7: tuple[float, ...] | None = None  # model frame; set where the row has a token for the object asked for
 
     @property
@@ -96,14 +98,28 @@ class RowWriter:
         return index
 
     def _text(self, text: str) -> list[int]:
-        # Pasted text must not smuggle in control tokens, hence split_special_tokens.
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        # Pasted text must not smuggle in control tokens, hence encode_special_tokens: they are read as plain text. The
+        # tokenizer's own call would say the same, and take three times as long for its checks.
+        backend: Any = self.tokenizer.backend_tokenizer
+        backend.encode_special_tokens = True
+        return backend.encode(text, add_special_tokens=False).ids
 
     def _fixed(self, text: str) -> list[int]:
         """Tokens of text that stands in every row."""
         if text not in self._kept:
             self._kept[text] = self._text(text)
         return self._kept[text]
+
+    def embed_names(self, embed_tokens: torch.nn.Module, count: int) -> Tensor:
+        """The mean embedding [count, D] of the tokens of each of the first names."""
+        ids = [self._fixed(format_name(name)) for name in range(count)]
+        flat = torch.tensor([token for its in ids for token in its])
+        of = torch.arange(count).repeat_interleave(torch.tensor([len(its) for its in ids]))
+        device = next(embed_tokens.parameters()).device
+        embedded_TD = embed_tokens(to_device(flat, device))
+        share_PT = torch.nn.functional.one_hot(of, count).T.float()
+        share_PT = to_device(share_PT / share_PT.sum(1, keepdim=True), device)
+        return share_PT.to(embedded_TD.dtype) @ embedded_TD
 
     def write(
         self,
@@ -116,6 +132,7 @@ class RowWriter:
         num_view_image_tokens: int = 0,
         num_view_depth_tokens: int = 0,
         target: str | None = None,
+        names: Sequence[int] | None = None,
         asked_box_7: Sequence[float] | None = None,
         after_object: str = "",
     ) -> Row:
@@ -125,6 +142,7 @@ class RowWriter:
 
         Args:
             num_view_image_tokens, num_view_depth_tokens: behind the image of each view, in this order.
+            names: numbers that the proposals are called by; None: 0, 1, 2 …
             asked_box_7: box of the object asked for, model frame. Its token stands behind `question`, whose rest is
                 `after_object`. None without such a token.
         """
@@ -148,8 +166,8 @@ class RowWriter:
             put(self._fixed("\n"))
         if num_proposals:
             put(self._fixed("Objects: "))
-            for index in range(num_proposals):
-                put(self._fixed(format_name(index)))
+            for name in range(num_proposals) if names is None else names:
+                put(self._fixed(format_name(name)))
                 put([self.scene_pad], SCENE)
             put(self._fixed("\n"))
         if num_layout_tokens:
@@ -167,7 +185,14 @@ class RowWriter:
             answer = [*self._text(target), self.im_end]
             put(answer)
             labels += answer
-        return Row(ids, kinds, labels, list(grids), None if asked_box_7 is None else tuple(map(float, asked_box_7)))
+        return Row(
+            ids,
+            kinds,
+            labels,
+            list(grids),
+            names=None if names is None else tuple(names),
+            asked_box_7=None if asked_box_7 is None else tuple(map(float, asked_box_7)),
+        )
 
 
 def mrope_positions(kinds: Sequence[int], grids: Sequence[tuple[int, int, int]], merge_size: int = 2) -> Tensor:

@@ -100,7 +100,14 @@ def read_description(folder: Path) -> dict[str, Any]:
     unknown = set(description.get("settings", {})) - {entry.name for entry in fields(SceneSettings)}
     connector = set(description.get("connector", {}))
     missing |= {f"connector.{name}" for name in {"num_proposals", "num_layout_tokens"} - connector}
-    unknown |= connector - {"num_proposals", "num_layout_tokens", "object_token"}
+    unknown |= connector - {
+        "num_proposals",
+        "num_layout_tokens",
+        "name_pool",
+        "name_in_token",
+        "object_token",
+        "object_color",
+    }
     if missing or unknown:
         wrong = f"lacks {min(missing)!r}" if missing else f"has the unknown setting {min(unknown)!r}"
         raise ValueError(f"{path} {wrong}; copy the model again from its source.")

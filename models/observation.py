@@ -5,6 +5,7 @@ Shapes: B boxes, K proposals, T encoder tokens, E encoder width, C classes, N po
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -50,18 +51,34 @@ class EncodedScene:
     valid_K: torch.Tensor
     token_xyz_T3: torch.Tensor
     tokens_TE: torch.Tensor
+    colors_K6: (
+        torch.Tensor
+    )  # of the points in each proposal's box (scene_encoder/object_color.py); zeros without colours
     valid_n: torch.Tensor  # indices of the valid ones: to select by the mask would wait for the device each time
     are_named: bool = True  # whether the language model is told of the proposals
+    covered: dict[bytes, int | None] = field(default_factory=dict)  # what `covering` has found
 
-    @property
+    @cached_property
     def proposals(self) -> np.ndarray:
-        """Boxes of the valid proposals [n, 7], float32, model frame."""
+        """Boxes of the valid proposals [n, 7], float32, model frame; fetched from the device once."""
         return self.boxes_K7[self.valid_K].detach().cpu().numpy()
 
     @property
     def named(self) -> np.ndarray:
         """Boxes [n, 7] of the proposals that the language model knows by name; none where it has no tokens of any."""
         return self.proposals if self.are_named else np.zeros((0, 7), dtype=np.float32)
+
+    def covering(self, boxes: Sequence[Sequence[float]] | np.ndarray) -> list[int | None]:
+        """For each box (model frame) the named proposal that covers it best, where one does; worked out once a box.
+
+        Training asks for the same boxes of a scene again and again.
+        """
+        boxes_M7 = np.asarray(boxes, dtype=np.float32).reshape(-1, 7)
+        keys = [box_7.tobytes() for box_7 in boxes_M7]
+        new = [row for row, key in enumerate(keys) if key not in self.covered]
+        for row, index in zip(new, best_proposals(boxes_M7[new], self.named), strict=True):
+            self.covered[keys[row]] = index
+        return [self.covered[key] for key in keys]
 
 
 @dataclass
@@ -91,19 +108,31 @@ class Answer:
     boxes: list[list[float]]
 
 
+def best_proposals(boxes_M7: np.ndarray, proposals_K7: np.ndarray) -> list[int | None]:
+    """For each box the index of the proposal that covers it best, where any covers it enough to be its name."""
+    if len(proposals_K7) == 0 or len(boxes_M7) == 0:
+        return [None] * len(boxes_M7)
+    overlaps_MK = box3d_iou(torch.as_tensor(boxes_M7, dtype=torch.float32), torch.as_tensor(proposals_K7))
+    best_M, index_M = overlaps_MK.max(1)
+    found = zip(best_M.tolist(), index_M.tolist(), strict=True)
+    return [index if best >= NAME_IOU else None for best, index in found]
+
+
 def best_proposal(box_7: np.ndarray, proposals_K7: np.ndarray) -> int | None:
     """Index of the proposal that covers a box best, where any covers it enough to be its name."""
-    if len(proposals_K7) == 0:
-        return None
-    overlaps = box3d_iou(torch.as_tensor(box_7, dtype=torch.float32)[None], torch.as_tensor(proposals_K7))[0]
-    index = int(overlaps.argmax())
-    return index if float(overlaps[index]) >= NAME_IOU else None
+    return best_proposals(np.asarray(box_7, dtype=np.float32)[None], proposals_K7)[0]
 
 
-def point_at(box_7: Sequence[float] | np.ndarray, proposals_K7: np.ndarray) -> str:
-    """The pointer to a box (model frame): the name of the proposal that covers it, else its numbers."""
-    index = best_proposal(np.asarray(box_7, dtype=np.float32), proposals_K7)
-    return format_box([float(value) for value in box_7]) if index is None else format_name(index)
+def pointer_to(box_7: Sequence[float] | np.ndarray, index: int | None, names: Sequence[int] | None = None) -> str:
+    """The pointer to a box (model frame): the name of the proposal that covers it, else its numbers.
+
+    Args:
+        index: of that proposal; None where there is none.
+        names: numbers that the proposals are called by; None: 0, 1, 2 …
+    """
+    if index is None:
+        return format_box([float(value) for value in box_7])
+    return format_name(index if names is None else names[index])
 
 
 def asked_objects(boxes_B7: Sequence[Sequence[float]], scenes: Sequence[EncodedScene]) -> QueriedObjects:
@@ -114,6 +143,7 @@ def asked_objects(boxes_B7: Sequence[Sequence[float]], scenes: Sequence[EncodedS
         features_BKE=torch.stack([scene.features_KE for scene in scenes]),
         class_probs_BKC=torch.stack([scene.class_probs_KC for scene in scenes]),
         valid_BK=torch.stack([scene.valid_K for scene in scenes]),
+        colors_BK6=torch.stack([scene.colors_K6 for scene in scenes]),
         token_xyz_BT3=torch.stack([scene.token_xyz_T3 for scene in scenes]),
         tokens_BTE=torch.stack([scene.tokens_TE for scene in scenes]),
         min_iou=NAME_IOU,

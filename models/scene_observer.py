@@ -18,6 +18,7 @@ from ..datasets.scene import Sample, Scene
 from .observation import EncodedScene, Observation, SceneSettings
 from .scene_encoder import SceneEncoder, select_proposals
 from .scene_encoder.inputs import point_features
+from .scene_encoder.object_color import NUM_COLOR_CHANNELS, colors_in_boxes
 from .view_cache import ViewCache
 from .view_pool import ViewPool, build_view_pool
 from .view_selector import Selection, ViewSelector
@@ -78,7 +79,8 @@ class SceneObserver(nn.Module):
     def encode(self, observations: Sequence[Observation]) -> list[EncodedScene]:
         """Encode the scenes that are not encoded yet, a few at a time."""
         todo = list({id(entry): entry for entry in observations if entry.encoded is None}.values())
-        self.scene_encoder.train(self.train_scene_encoder and self.training)
+        if todo:  # walking through its modules takes longer than writing a sample
+            self.scene_encoder.train(self.train_scene_encoder and self.training)
         for start in range(0, len(todo), _ENCODED_TOGETHER):
             part = todo[start : start + _ENCODED_TOGETHER]
             with torch.set_grad_enabled(self.train_scene_encoder and torch.is_grad_enabled()):
@@ -87,19 +89,27 @@ class SceneObserver(nn.Module):
                 encoding = self.scene_encoder(points_BN3, features_BNF)
                 chosen = select_proposals(encoding, self.settings.num_proposals or _UNNAMED)
                 for row, observation in enumerate(part):
+                    boxes_K7 = chosen.boxes_BK7[row].clone()
                     # clones, since a view of one row would keep the whole batch in memory
                     observation.encoded = EncodedScene(
                         features_KE=chosen.features_BKD[row].clone(),
-                        boxes_K7=chosen.boxes_BK7[row].clone(),
+                        boxes_K7=boxes_K7,
                         class_probs_KC=chosen.class_probs_BKC[row].clone(),
                         objectness_K=chosen.objectness_BK[row].clone(),
                         valid_K=chosen.valid_BK[row].clone(),
                         token_xyz_T3=encoding.token_xyz_BM3[row].clone(),
                         tokens_TE=encoding.tokens_BMD[row].clone(),
+                        colors_K6=self._colors(boxes_K7, points_BN3[row], features_BNF[row]),
                         valid_n=torch.nonzero(chosen.valid_BK[row])[:, 0],
                         are_named=self.settings.num_proposals > 0,
                     )
         return [observation.encoded for observation in observations if observation.encoded is not None]
+
+    def _colors(self, boxes_K7: torch.Tensor, points_N3: torch.Tensor, features_NF: torch.Tensor) -> torch.Tensor:
+        """Colours [K, 6] in boxes; zeros where the model is not given any."""
+        if not self.settings.use_color:
+            return boxes_K7.new_zeros(len(boxes_K7), NUM_COLOR_CHANNELS)
+        return colors_in_boxes(boxes_K7, points_N3, features_NF[:, :3])
 
     # -- views -----------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from ..datasets.prompts import (
 )
 from ..datasets.readers import read_scene
 from ..datasets.scene import Sample, Scene
-from ..utils.text import parse_response, replace_boxes, resolve_boxes
+from ..utils.text import find_pointers, parse_response, replace_boxes, resolve_boxes
 from ..utils.text_stream import TokenText
 from .attention import PACKED
 from .connector import Connector, build_connector
@@ -53,11 +53,11 @@ from .model_files import (
     save_connector,
     save_vision_tower,
 )
-from .observation import Answer, EncodedScene, Observation, SceneSettings, asked_objects, point_at
+from .observation import Answer, EncodedScene, Observation, SceneSettings, asked_objects, pointer_to
 from .relaxed_top_k import gated_rows
 from .scene_encoder import SceneEncoder
 from .scene_observer import SceneObserver
-from .view_pixels import Grid, PatchSettings, patchify, stack_images
+from .view_pixels import Grid, PatchSettings, patchify, stack_images, to_device
 from .view_selector import ViewSelector
 from .view_tokens import ViewFeatures, build_view_features, token_sizes
 
@@ -154,25 +154,53 @@ class SceneVLM(SceneObserver):
         """Parameters that learn, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def scene_tokens(self, encoded: Sequence[EncodedScene]) -> list[torch.Tensor]:
-        """Language-model tokens of each scene [n + M, D]: its n valid proposals where it names any, then layout."""
+    def scene_tokens(
+        self, encoded: Sequence[EncodedScene], names: Sequence[Sequence[int] | None] | None = None
+    ) -> list[torch.Tensor]:
+        """Language-model tokens of each scene [n + M, D]: its n valid proposals where it names any, then layout.
+
+        Args:
+            names: of each scene the numbers that its proposals are called by; None: 0, 1, 2 …
+        """
         unique = list({id(scene): scene for scene in encoded}.values())
         layout_BMD = self.connector.layout(
             torch.stack([scene.token_xyz_T3 for scene in unique]), torch.stack([scene.tokens_TE for scene in unique])
         )
+        row_of = {id(scene): row for row, scene in enumerate(unique)}
+        layouts = [layout_BMD[row_of[id(scene)]] for scene in encoded]
         if self.connector.num_proposals == 0:
-            layouts = {id(scene): layout_MD for scene, layout_MD in zip(unique, layout_BMD, strict=True)}
-            return [layouts[id(scene)] for scene in encoded]
+            return layouts
         objects_BKD = self.connector.objects(
             torch.stack([scene.features_KE for scene in unique]),
             torch.stack([scene.boxes_K7 for scene in unique]),
             torch.stack([scene.class_probs_KC for scene in unique]),
+            torch.stack([scene.colors_K6 for scene in unique]),
         )
-        tokens = {
-            id(scene): torch.cat([objects_BKD[row].index_select(0, scene.valid_n), layout_BMD[row]])
-            for row, scene in enumerate(unique)
-        }
-        return [tokens[id(scene)] for scene in encoded]
+        counts = [len(scene.valid_n) for scene in encoded]
+        called = [
+            number for row, its in enumerate(names or [None] * len(counts)) for number in its or range(counts[row])
+        ]
+        starts = torch.tensor([row_of[id(scene)] * objects_BKD.shape[1] for scene in encoded])
+        index_N = torch.cat([scene.valid_n for scene in encoded])
+        index_N = index_N + to_device(starts.repeat_interleave(torch.tensor(counts)), self.device)
+        taken_ND = nn.functional.embedding(index_N, objects_BKD.flatten(0, 1))
+        words_PD = None
+        if self.connector.name_in_token:
+            words_PD = self.writer.embed_names(self.language.embedding, self.connector.place_embedding.num_embeddings)
+        names_N = to_device(torch.tensor(called, dtype=torch.int64), self.device)
+        objects = self.connector.named(taken_ND, names_N, words_PD)
+        return [torch.cat(pair) for pair in zip(objects.split(counts), layouts, strict=True)]
+
+    def draw_names(self, observation: Observation, rng: np.random.Generator) -> list[int] | None:
+        """Numbers to call a scene's proposals by in one training sample; None where they are always called in order.
+
+        In order every scene has the same names, and there is nothing to be gained from telling them apart until they
+        are told apart: a model of random weights then never learns to go from a thing to its name.
+        """
+        if not self.connector.name_pool:
+            return None
+        (encoded,) = self.encode([observation])
+        return rng.permutation(self.connector.name_pool)[: len(encoded.named)].tolist()
 
     # -- views -----------------------------------------------------------------------------------------------------
 
@@ -242,9 +270,14 @@ class SceneVLM(SceneObserver):
     # -- inputs ----------------------------------------------------------------------------------------------------
 
     def write_row(
-        self, sample: Sample, observation: Observation, mode: str, target: str | None
+        self,
+        sample: Sample,
+        observation: Observation,
+        mode: str,
+        target: str | None,
+        names: Sequence[int] | None = None,
     ) -> tuple[Row, list[int]]:
-        """Tokens of one sample and the views that go with it.
+        """Tokens of one sample and the views that go with it. `names` are as in `pointer_to`.
 
         OBJECT_PLACEHOLDER in a question about a box becomes the box's name or numbers, then its object token.
         """
@@ -254,7 +287,7 @@ class SceneVLM(SceneObserver):
         question, after_object, asked_7 = build_question(sample, mode), "", None
         if sample.query_box_7 is not None:
             box_7 = observation.scene.to_model(sample.query_box_7)
-            pointer = point_at(box_7, proposals_K7)
+            pointer = pointer_to(box_7, encoded.covering(box_7[None])[0], names)
             if self.connector.object_token and OBJECT_PLACEHOLDER in question:
                 before, _, after_object = question.partition(OBJECT_PLACEHOLDER)
                 question, asked_7 = before + pointer, box_7.tolist()
@@ -268,15 +301,20 @@ class SceneVLM(SceneObserver):
             num_view_image_tokens=self.connector.num_view_image_tokens,
             num_view_depth_tokens=self.connector.num_view_depth_tokens,
             target=target,
+            names=names,
             asked_box_7=asked_7,
             after_object=after_object,
         )
         return row, views
 
-    def with_names(self, text: str, observation: Observation) -> str:
-        """Replace each `<box>` (model frame) by the name of the proposal that covers it, where one does."""
+    def with_names(self, text: str, observation: Observation, names: Sequence[int] | None = None) -> str:
+        """Replace each `<box>` (model frame) by the name of the proposal that covers it, where one does.
+
+        `names` are as in `pointer_to`.
+        """
         (encoded,) = self.encode([observation])
-        return replace_boxes(text, lambda box: point_at(box, encoded.named))
+        found = iter(encoded.covering([box for box in find_pointers(text) if not isinstance(box, int)]))
+        return replace_boxes(text, lambda box: pointer_to(box, next(found), names))
 
     def embed_rows(
         self,
@@ -293,7 +331,7 @@ class SceneVLM(SceneObserver):
         `packed_length` and `completions` are as in inputs.assemble.
         """
         encoded = self.encode(observations)
-        scene_tokens = self.scene_tokens(encoded)
+        scene_tokens = self.scene_tokens(encoded, [row.names for row in rows])
         asked = {place: row.asked_box_7 for place, row in enumerate(rows) if row.asked_box_7 is not None}
         if asked:
             queried = asked_objects(list(asked.values()), [encoded[place] for place in asked])
@@ -445,7 +483,10 @@ class SceneVLM(SceneObserver):
             "connector": {
                 "num_proposals": self.connector.num_proposals,
                 "num_layout_tokens": self.connector.num_layout_tokens,
+                "name_pool": self.connector.name_pool,
+                "name_in_token": self.connector.name_in_token,
                 "object_token": self.connector.object_token,
+                "object_color": self.connector.object_color,
             },
             "settings": vars(self.settings),
             "views": self.view_selector.settings() if self.view_selector is not None else None,
@@ -521,8 +562,15 @@ class SceneVLM(SceneObserver):
         views = description["views"]
         view_selector = ViewSelector.from_settings(views) if views else None
         view_features = build_view_features(settings, view_selector)
-        # a description without the key is from before there were object tokens: that model has none
-        parts = {"object_token": False, **description["connector"], **token_sizes(view_features)}
+        # a description without a key is from before there was such a thing: that model has none
+        parts = {
+            "name_pool": 0,
+            "name_in_token": False,
+            "object_token": False,
+            "object_color": False,
+            **description["connector"],
+            **token_sizes(view_features),
+        }
         connector = build_connector(language, scene_encoder, **parts)
         load_connector(connector, folder)
         model = cls(

@@ -22,6 +22,7 @@ from transformers import (
 
 from ..datasets.prompts import MODE_INSTRUCTIONS, SYSTEM_PROMPT, TASK_TEMPLATES
 from ..utils.files import readable_as_its_folder
+from ..utils.text import format_name
 
 # Qwen2.5's special tokens, in its order.
 SPECIAL_TOKENS = (
@@ -49,6 +50,7 @@ class TinySize:
     """Widths and depths of a Qwen2.5-VL."""
 
     vocab_size: int = 2000  # of the tokenizer, at most
+    names: int = 0  # that are one token each, <obj0>, <obj1>, …, with the blank before them; 0: none is
     embeddings: int = 0  # rows of the embedding; 0: as many as the tokenizer has tokens
     width: int = 128
     layers: int = 4
@@ -62,14 +64,30 @@ class TinySize:
     vision_whole: tuple[int, ...] = ()  # blocks that see the whole image, not windows; (): the last
     tied: bool = True  # whether the LM head is the embedding
     theta: float = 10_000.0  # of the rotary embedding
+    spread: float = 0.02  # standard deviation of the decoder's random weights
 
 
 _VISION = {"vision_width": 1280, "vision_layers": 32, "vision_heads": 16, "vision_mlp_width": 3420}
 _VISION |= {"vision_whole": (7, 15, 23, 31)}
 _PUBLISHED: dict[str, Any] = {"vocab_size": 4000, "theta": 1_000_000.0, **_VISION}
-# The published models' own numbers, from their config.json.
+# Of the published models their own numbers, from their config.json.
 SHAPES = {
     "tiny": TinySize(),
+    # some 15 million weights: what one GPU trains from nothing in minutes (script/proof.sh). Their spread is the root
+    # of 1 / width: with the published models' 0.02 so narrow a model is slow to find what refers to what. A name is
+    # one token right behind the word it goes with: to look up in two steps (door, <obj, 12) is a long plateau
+    "small": TinySize(
+        vocab_size=4000,
+        names=100,
+        width=384,
+        layers=8,
+        heads=6,
+        kv_heads=2,
+        mlp_width=1024,
+        vision_width=96,
+        vision_layers=4,
+        spread=0.05,
+    ),
     "3b": TinySize(embeddings=151_936, width=2048, layers=36, heads=16, kv_heads=2, mlp_width=11_008, **_PUBLISHED),
     "7b": TinySize(
         embeddings=152_064, width=3584, layers=28, heads=28, kv_heads=4, mlp_width=18_944, tied=False, **_PUBLISHED
@@ -117,14 +135,14 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(entry)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
-    """Train a tokenizer of Qwen2.5's kind, with its special tokens."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int, names: int = 0) -> Qwen2Tokenizer:
+    """Train a tokenizer of Qwen2.5's kind, with its special tokens; and so many names of proposals, a token each."""
     pattern = Qwen2Tokenizer()  # its normaliser and pre-tokenizer are the ones that the trained one will use
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pattern.backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        vocab_size=vocab_size - len(SPECIAL_TOKENS) - names,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -134,6 +152,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     tokenizer.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS], special_tokens=True
     )
+    tokenizer.add_tokens([AddedToken(format_name(name), normalized=False, lstrip=True) for name in range(names)])
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     return tokenizer
 
@@ -156,7 +175,7 @@ def build_tiny(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder to write the model to.")
-    tokenizer = train_tokenizer(texts, size.vocab_size)
+    tokenizer = train_tokenizer(texts, size.vocab_size, size.names)
 
     def token_id(name: str) -> int:
         return int(tokenizer.convert_tokens_to_ids(name))  # type: ignore[arg-type]
@@ -173,6 +192,7 @@ def build_tiny(
             "num_attention_heads": size.heads,
             "num_key_value_heads": size.kv_heads,
             "max_position_embeddings": 8192,
+            "initializer_range": size.spread,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": size.theta,

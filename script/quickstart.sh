@@ -21,65 +21,40 @@ if ((${HELD_OUT:-10} < 3)); then
     exit 1
 fi
 stamps="$RUN/stages"
-mkdir -p "$stamps"
 number=0
 total=12
 previous="" # stamp of the stage before
 
-elapsed() { printf '%d min %02d s' $((SECONDS / 60)) $((SECONDS % 60)); }
-
-# stage NAME RESULT COMMAND…: run `main.py COMMAND…` unless RESULT is there and this very command made it.
-# A stamp is "key time": the key covers the command, the recipes and the stamp before, hence every earlier stage.
-stage() {
-    local name="$1" result="$2" key
-    shift 2
+# numbered NAME RESULT COMMAND…: the next of all stages; each builds on all before it.
+numbered() {
     number=$((number + 1))
-    key="$({ printf '%s\n' "$previous" "$@" && cat script/recipes/tiny.*.yaml; } | cksum)"
-    printf '\n== %d/%d %s (after %s)\n' "$number" "$total" "$name" "$(elapsed)"
-    if [[ -e "$result" && -f "$stamps/$name.done" && "$(cat "$stamps/$name.done")" == "$key "* ]]; then
-        echo "complete: $result"
-    else
-        rm -f "$stamps/$name.done"
-        if [[ ! -f "$stamps/$name.begun" || "$(cat "$stamps/$name.begun")" != "$key" ]]; then
-            # What another command left must not be resumed. Rooms and scenes check that for themselves.
-            case "$result" in "$RUN"/*) rm -rf "$result" ;; esac
-            echo "$key" >"$stamps/$name.begun"
-        fi
-        "$PY" main.py "$@" || {
-            echo "quickstart: stage $name failed; run the same command again to go on from here." >&2
-            exit 1
-        }
-        echo "$key $(date +%s)" >"$stamps/$name.partial"
-        mv "$stamps/$name.partial" "$stamps/$name.done"
-        rm -f "$stamps/$name.begun"
-    fi
-    previous="$(cat "$stamps/$name.done")"
+    of="$number/$total" stage "$@"
 }
 
 # evaluate LABEL MODEL [KEY=VALUE…]
 evaluate() {
-    stage "eval-$1" "$RUN/eval/$1" eval --config script/recipes/tiny.eval.yaml \
+    numbered "eval-$1" "$RUN/eval/$1" eval --config script/recipes/tiny.eval.yaml \
         --set "run.dir=$RUN/eval/$1" "data.root=$DATA" "label=$1" "model=$2" "${@:3}"
 }
 
-stage rooms "$DATA/rooms.json" \
+numbered rooms "$DATA/rooms.json" \
     rooms --out "$DATA" --train "${ROOMS:-40}" --val "${HELD_OUT:-10}" --seed "${SEED:-0}" --frames 6
-stage prepare "$DATA/prepared" prepare --root "$DATA"
-stage tiny "$RUN/tiny" tiny --out "$RUN/tiny" --corpus "$DATA"
-stage detect "$RUN/detect" detect --config script/recipes/tiny.detect.yaml --resume \
+numbered prepare "$DATA/prepared" prepare --root "$DATA"
+numbered tiny "$RUN/tiny" tiny --out "$RUN/tiny" --corpus "$DATA"
+numbered detect "$RUN/detect" detect --config script/recipes/tiny.detect.yaml --resume \
     --set "run.dir=$RUN/detect" "data.root=$DATA"
-stage untrained "$RUN/untrained" sft --config script/recipes/tiny.sft.yaml --resume \
+numbered untrained "$RUN/untrained" sft --config script/recipes/tiny.sft.yaml --resume \
     --set "run.dir=$RUN/untrained" "data.root=$DATA" "model.language.model=$RUN/tiny" \
     "model.encoder.pretrained=$RUN/detect" run.steps=0
-stage sft "$RUN/sft" sft --config script/recipes/tiny.sft.yaml --resume \
+numbered sft "$RUN/sft" sft --config script/recipes/tiny.sft.yaml --resume \
     --set "run.dir=$RUN/sft" "data.root=$DATA" "model.language.model=$RUN/tiny" \
     "model.encoder.pretrained=$RUN/detect"
-stage grpo "$RUN/grpo" grpo --config script/recipes/tiny.grpo.yaml --resume \
+numbered grpo "$RUN/grpo" grpo --config script/recipes/tiny.grpo.yaml --resume \
     --set "run.dir=$RUN/grpo" "data.root=$DATA" "init=$RUN/sft"
 evaluate most-frequent "$RUN/sft" answers=most-frequent
 evaluate untrained "$RUN/untrained"
 evaluate sft "$RUN/sft"
 evaluate grpo "$RUN/grpo"
-stage report "$RUN/report.html" view "$RUN" --data "$DATA" --html "$RUN/report.html"
+numbered report "$RUN/report.html" view "$RUN" --data "$DATA" --html "$RUN/report.html"
 
 printf '\n== quickstart took %s; open %s\n' "$(elapsed)" "$RUN/report.html"

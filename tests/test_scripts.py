@@ -16,7 +16,8 @@ from threedr1.engine.config import CONFIGS, load_config
 
 ROOT = Path(threedr1.__file__).resolve().parent
 SCRIPTS = sorted((ROOT / "script").glob("*.sh"))
-RECIPES = sorted((ROOT / "script" / "recipes").glob("*.yaml"))
+RECIPES_DIR = ROOT / "script" / "recipes"
+RECIPES = sorted(RECIPES_DIR.rglob("*.yaml"))
 ENTRY_POINTS = (
     "pretrain.detector.sh",
     "train.generalist.sh",
@@ -117,7 +118,7 @@ def test_recipes_exist_for_every_loop():
     assert {f"{size}{kind}.yaml" for size in ("", "tiny.") for kind in CONFIGS} <= names
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(RECIPES_DIR)))
 def test_recipe_loads(recipe: Path):
     # A name without a command, as model.7b.yaml, is a part that SFT recipes build on.
     kinds = [part for part in recipe.name.split(".") if part in CONFIGS] or ["sft"]

@@ -1,16 +1,57 @@
-"""Training curves as SVG, from metrics.jsonl."""
+"""Training curves, from metrics.jsonl: as SVG, or several runs in one picture."""
 
 import fnmatch
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 _STYLES = ("-", "--", ":")  # for more curves than there are colours
 
 
-def read_curve(rows: Sequence[dict], name: str) -> tuple[list[float], list[float]]:
+@dataclass(frozen=True)
+class Panel:
+    """Axes of a picture: by label the curves of one kind, (steps, values) of each run, which share a colour."""
+
+    title: str
+    curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]
+
+
+def draw_panels(panels: Sequence[Panel], path: str | Path) -> Path:
+    """Panels side by side as a PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 2.8), layout="constrained", squeeze=False
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for number, (label, runs) in enumerate(panel.curves.items()):
+            for run, (steps, values) in enumerate(runs):
+                axis.plot(steps, values, color=f"C{number % 10}", linewidth=1.2, label=label if run == 0 else None)
+        axis.set_title(panel.title, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+        if len(panel.curves) > 1:
+            axis.legend(fontsize=7)
+    figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return Path(path)
+
+
+def read_curve(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
     """Steps and values of one metric; rows without it are left out."""
     found = [(float(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
     return [step for step, _ in found], [value for _, value in found]
+
+
+def matching(rows: Sequence[Mapping[str, Any]], pattern: str) -> list[str]:
+    """Metrics of some rows that a pattern (`loss/*`) names, in alphabetical order."""
+    return fnmatch.filter(sorted({name for row in rows for name in row}), pattern)
 
 
 def plot(rows: Sequence[dict], patterns: Sequence[str], title: str) -> str:
@@ -23,8 +64,7 @@ def plot(rows: Sequence[dict], patterns: Sequence[str], title: str) -> str:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    known = sorted({name for row in rows for name in row})
-    names = {name: _label(name, pattern) for pattern in patterns for name in fnmatch.filter(known, pattern)}
+    names = {name: _label(name, pattern) for pattern in patterns for name in matching(rows, pattern)}
     curves = [(label, *read_curve(rows, name)) for name, label in names.items()]
     curves = [curve for curve in curves if curve[1]]
     if not curves:

@@ -27,6 +27,7 @@ class QueriedObjects:
     proposal_B: Tensor  # int64, the proposal that covers the box; NOTHING where none does
     features_BE: Tensor  # of that proposal, zeros without one
     class_probs_BC: Tensor  # of that proposal, zeros without one
+    colors_B6: Tensor  # of that proposal, zeros without one
     pooled_BE: Tensor  # encoder tokens inside the box, averaged
 
 
@@ -136,6 +137,7 @@ def query_boxes(
     features_BKE: Tensor,
     class_probs_BKC: Tensor,
     valid_BK: Tensor,
+    colors_BK6: Tensor,
     token_xyz_BT3: Tensor,
     tokens_BTE: Tensor,
     token_valid_BT: Tensor | None = None,
@@ -145,6 +147,7 @@ def query_boxes(
 
     Args:
         proposals_BK7, features_BKE, class_probs_BKC, valid_BK: as `select_proposals` gives them.
+        colors_BK6: of the proposals, as `colors_in_boxes` gives them.
         token_xyz_BT3, tokens_BTE: as a SceneEncoding holds them.
         token_valid_BT: False where a token is padding; None where none is.
         min_iou: overlap from which on a proposal counts as the object.
@@ -158,6 +161,7 @@ def query_boxes(
         proposal_B=proposal_B,
         features_BE=_pick(features_BKE, proposal_B),
         class_probs_BC=_pick(class_probs_BKC, proposal_B),
+        colors_B6=_pick(colors_BK6, proposal_B),
         pooled_BE=pool_in_boxes(boxes_B7, token_xyz_BT3, tokens_BTE, token_valid_BT),
     )
 

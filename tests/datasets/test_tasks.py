@@ -198,6 +198,7 @@ ANNOTATION_FILES = {
     "nr3d_targets": "nr3d_train_targets.json",
     "nr3d_captions": "nr3d_captions_by_scene.json",
     "cap3d": "Cap3D_automated_Objaverse_full.csv",
+    "inventory": "../scannetv2_train.txt",
 }
 
 
@@ -236,7 +237,7 @@ def test_missing_and_broken_files_are_clear(root, store, dataset):
     with pytest.raises(ValueError, match=path.name.replace(".", r"\.")):
         load_samples(root, "train", [dataset], scenes=store)
     path.unlink()
-    with pytest.raises(ValueError, match="no annotation file"):
+    with pytest.raises(ValueError, match="no (annotation|split) file"):
         load_samples(root, "train", [dataset], scenes=store)
 
 

@@ -170,7 +170,7 @@ def test_gradient_is_that_of_the_language_models_loss_under_relaxed_inclusion(as
                 losses.append(loss([1 + now - then for now, then in zip(inclusion(*moved), start, strict=True)]))
         difference = float(losses[0] - losses[1]) / 2e-5
         assert abs(difference) > 1e-6
-        assert float(weight.grad) == pytest.approx(difference, rel=1e-3)
+        assert float(weight.grad) == pytest.approx(difference, rel=3e-3)
 
 
 def test_a_text_only_encoder_learns_w_text_alone(rooms_root, tmp_path):

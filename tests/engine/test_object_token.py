@@ -379,3 +379,24 @@ def test_sft_learns_the_tokens_parameters(rooms_root, tmp_path):
     learned = load_file(latest_checkpoint(run_dir) / "model" / "connector.safetensors")
     assert learned.keys() == fresh.keys()
     assert float((learned["pooled_norm.weight"] - 1).abs().max()) > 0
+
+
+def test_a_model_from_before_object_colours_loads_and_goes_without(folder, rooms_root, scene, tmp_path):
+    sources = load_file(folder / "connector.safetensors")
+    old = shutil.copytree(folder, tmp_path / "old")
+    rewrite(old / "scene_vlm.json", lambda connector: connector.pop("object_color"))
+    save_file(
+        {
+            name: value[:, :-48].contiguous() if name == "object_mlp.0.weight" else value
+            for name, value in sources.items()
+        },
+        old / "connector.safetensors",
+    )
+    loaded, whole = SceneVLM.from_pretrained(old), SceneVLM.from_pretrained(folder)
+    assert (loaded.connector.object_color, whole.connector.object_color) == (False, True)
+    assert whole.connector.object_mlp[0].in_features == loaded.connector.object_mlp[0].in_features + 48
+    (encoded,) = loaded.encode([loaded.observe(scene)])
+    assert float(encoded.colors_K6[encoded.valid_K, :3].max()) > 0.05  # the scene has colours, which it does not use
+    assert loaded.scene_tokens([encoded])[0].shape == whole.scene_tokens([encoded])[0].shape
+    with pytest.raises(ValueError, match="made with object_color False, but the configuration says True"):
+        sft.train(settings(rooms_root, f"init={old}", run_dir=tmp_path / "run"))

@@ -103,6 +103,18 @@ def test_answers_are_scored_by_data_set(evaluated_run):
     assert all(value is None or math.isfinite(value) for value in row.values())
 
 
+def test_answers_are_asked_for_in_the_configured_modes(evaluated_run, rooms_root, tmp_path, monkeypatch):
+    model = SceneVLM.from_pretrained(latest_checkpoint(evaluated_run) / "model")
+    asked = []
+    monkeypatch.setattr("threedr1.engine.sft_eval.answer", lambda *_, modes, **__: asked.append(modes) or [])
+    more = (*EVALUATED, "eval_answers=4", "eval_modes.grounding=direct")
+    SftHeldOut(sft_config(rooms_root, tmp_path, *more), model, init_runtime("cpu")).evaluate()
+    assert asked == [{"grounding": "direct"}]
+    for wrong in ("eval_modes.grounding=loud", "eval_modes.cooking=think"):
+        with pytest.raises(ValueError, match="eval_modes has .*; tasks are .*, modes are think, direct"):
+            SftHeldOut(sft_config(rooms_root, tmp_path, *more, wrong), model, init_runtime("cpu"))
+
+
 def test_the_model_of_the_lowest_loss_is_the_best(evaluated_run, rooms_root, tmp_path):
     rows = evaluations(evaluated_run)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from threedr1.datasets.scene import Scene
 from threedr1.models.connector import Connector
-from threedr1.models.observation import NAME_IOU, EncodedScene, asked_objects, clicked_box, point_at
+from threedr1.models.observation import NAME_IOU, EncodedScene, asked_objects, clicked_box, pointer_to
 from threedr1.models.scene_encoder import SceneEncoder, select_proposals
 from threedr1.models.scene_encoder.object_query import (
     CLICK_REACH,
@@ -31,6 +31,7 @@ SHELF = [4.0, 0.0, 1.0, 2.0, 0.4, 2.0, math.pi / 2]
 PROPOSALS = torch.tensor([TABLE, CUP, SHELF])
 VALID = torch.ones(1, 3, dtype=torch.bool)
 XYZ = torch.tensor([[0.5, 0.0, 0.9], [-0.9, 0.0, 0.5], [4.0, 0.9, 1.0], [4.9, 0.0, 1.0], [1.0, 0.5, 1.0]])
+COLORS = torch.arange(18.0).view(3, 6) / 18  # of each proposal
 TOKENS = torch.tensor([[1.0, 0.0], [3.0, 2.0], [10.0, 0.0], [20.0, 0.0], [5.0, 7.0]])
 
 
@@ -176,6 +177,7 @@ def query(tokens_BTE, features_BKE, asked):
         features_BKE=features_BKE,
         class_probs_BKC=torch.eye(3).expand(len(asked), -1, -1),
         valid_BK=VALID.expand(len(asked), -1),
+        colors_BK6=COLORS.expand(len(asked), -1, -1),
         token_xyz_BT3=XYZ.expand(len(asked), -1, -1),
         tokens_BTE=tokens_BTE,
         min_iou=0.25,
@@ -189,6 +191,7 @@ def test_a_query_selects_and_pools_and_is_differentiable_in_what_it_takes():
     assert queried.proposal_B.tolist() == [1, NOTHING]
     assert queried.features_BE.tolist() == [[2.0, 3.0], [0.0, 0.0]]
     assert queried.class_probs_BC.tolist() == [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    assert queried.colors_B6.tolist() == [COLORS[1].tolist(), [0.0] * 6]
     assert queried.pooled_BE.tolist() == [[1.0, 0.0], [3.0, 2.0]]
     (queried.features_BE.sum() + queried.pooled_BE.sum()).backward()
     assert tokens.grad[:, :, 0].tolist() == [[1.0, 0, 0, 0, 0], [0, 1.0, 0, 0, 0]]
@@ -218,7 +221,8 @@ def test_the_connectors_token_differs_from_the_proposals_and_takes_gradients():
     queried = query(tokens, features, [CUP])
     token_D = made.asked(queried)[0]
     with torch.no_grad():
-        proposals_KD = made.objects(features, PROPOSALS[None], torch.eye(3)[None])[0]
+        objects_KD = made.objects(features, PROPOSALS[None], torch.eye(3)[None], COLORS[None])[0]
+        proposals_KD = made.named(objects_KD, torch.arange(3))
         apart_K = (proposals_KD - token_D).abs().amax(-1)
     assert token_D.shape == (8,) and bool((apart_K > 1e-3).all())
     assert not torch.allclose(made.asked(query(tokens + torch.tensor([0.0, 9.0]), features, [CUP]))[0], token_D)
@@ -259,6 +263,7 @@ def test_a_real_encoders_output_is_queried_and_its_tokens_get_gradients():
         features_BKE=proposals.features_BKD,
         class_probs_BKC=proposals.class_probs_BKC,
         valid_BK=proposals.valid_BK,
+        colors_BK6=torch.zeros(2, 4, 6),
         token_xyz_BT3=encoding.token_xyz_BM3,
         tokens_BTE=encoding.tokens_BMD,
     )
@@ -278,6 +283,7 @@ def encoded_scene(proposals_K7=PROPOSALS):
         valid_K=torch.ones(num_proposals, dtype=torch.bool),
         token_xyz_T3=XYZ,
         tokens_TE=TOKENS,
+        colors_K6=COLORS[:num_proposals],
         valid_n=torch.arange(num_proposals),
     )
 
@@ -288,7 +294,9 @@ def test_a_proposal_counts_as_the_object_exactly_where_it_lends_its_name():
     asked = [[shift, *TABLE[1:]] for shift in (1.19, 1.21)]
     queried = asked_objects(asked, [encoded, encoded])
     assert queried.proposal_B.tolist() == [0, NOTHING] and NAME_IOU == 0.25
-    names = [point_at(box, encoded.proposals).partition(">")[0] for box in asked]
+    found = encoded.covering(asked)
+    names = [pointer_to(box, index).partition(">")[0] for box, index in zip(asked, found, strict=True)]
+    assert found == encoded.covering(asked) == [0, None] and len(encoded.covered) == 2
     assert names == ["<obj0", "<box"]
 
 

@@ -1,0 +1,247 @@
+"""The proof's page: tables with intervals over runs and questions, what must hold and whether it does, pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..utils.metrics.seeds import Estimate, difference_over_seeds, over_seeds
+from ..visualization.curves import Panel, draw_panels
+from ._proof_runs import Curve, Run
+
+HEADLINE = ("scanrefer/Acc@0.25", "nr3d/Acc@0.25", "scanqa/EM", "sqa3d/EM")
+TASKS = {
+    "scanrefer/Acc@0.25": "grounding, ScanRefer's form, Acc@0.25",
+    "scanrefer/Acc@0.5": "grounding, ScanRefer's form, Acc@0.5",
+    "nr3d/Acc@0.25": "grounding, Nr3D's form, Acc@0.25",
+    "nr3d/Acc@0.5": "grounding, Nr3D's form, Acc@0.5",
+    "scanqa/EM": "questions, ScanQA's form, EM",
+    "sqa3d/EM": "situated questions, SQA3D's form, EM",
+    "planning/CIDEr": "planning, CIDEr",
+    "planning/ROUGE-L": "planning, ROUGE-L",
+}
+REAL_TASKS = {
+    "scanrefer_targets/Acc@0.25": "ScanRefer, Acc@0.25",
+    "scanrefer_targets/Acc@0.5": "ScanRefer, Acc@0.5",
+    "nr3d_targets/Acc@0.25": "Nr3D, Acc@0.25",
+    "nr3d_targets/Acc@0.5": "Nr3D, Acc@0.5",
+}
+REAL = {"real.blind": "blind", "real": "SFT"}
+MAIN = {"blind": "blind", "sft": "SFT", "grpo": "SFT + GRPO"}
+REWARDS = {
+    "sft": "none (SFT)",
+    "grpo.format": "format",
+    "grpo.perception": "perception",
+    "grpo.semantic": "semantic",
+    "grpo.format+perception": "format, perception",
+    "grpo.format+semantic": "format, semantic",
+    "grpo.perception+semantic": "perception, semantic",
+    "grpo": "all three",
+}
+VIEWS = {
+    "blind": "none",
+    "views.uniform": "uniform",
+    "views.ring": "ring",
+    "views.top": "top-down",
+    "views.ours": "selected",
+}
+ENCODERS = {
+    "views.ours": "text, image",
+    "encoders.depth": "text, image, depth",
+    "encoders.point": "text, image, point cloud",
+    "encoders.full": "text, image, depth, point cloud",
+}
+INTRODUCTION = """\
+# The proof
+
+Written by `python main.py bench proof` from `docs/proof/runs`, one file a trained model; do not edit by hand.
+
+Does it learn, and does each idea help? Asked of a model of 15 million weights that start at random, on generated
+rooms (`rooms-v1`) and one GPU, in stages of at most nine minutes. **These numbers are small-scale.** They say what the
+machinery does; they say nothing about ScanNet, and they are not comparable with published results. A claim of the
+paper that does not show here is reported as such.
+
+Intervals (95 %) know both kinds of chance, which questions were asked and which seed was drawn: a crossed bootstrap
+over runs and questions, what comes of the runs widened for their small number (`utils/metrics/seeds.py`). Differences
+are taken question by question between runs of the same seed. Scores are those of `python main.py eval`, in percent.
+"""
+REAL_INTRODUCTION = """\
+Sentences of ScanRefer and Nr3D about the 24 validation scans whose labelled instances are at hand (no walls, no
+colours): 16 scans are trained on, with the labels of all 222 training scans; 8, drawn by a seed, are tested on, with a
+scene encoder that is trained on the same scans. Few sentences and fewer scans: the intervals know of the sentences and
+the seeds of training, not of the choice of scans.
+"""
+
+
+def scores_by_seed(runs: Sequence[Run], name: str, metric: str) -> dict[int, list[float]]:
+    """Values of questions by seed, of the runs of one name that have them."""
+    return {run.seed: run.scores[metric] for run in runs if run.name == name and run.scores.get(metric)}
+
+
+def estimate(runs: Sequence[Run], name: str, metric: str) -> Estimate | None:
+    """What the runs of one name score, in percent; None where none was made."""
+    values = scores_by_seed(runs, name, metric)
+    return over_seeds(list(values.values())).scaled(100) if values else None
+
+
+def gain(runs: Sequence[Run], ours: str, other: str, metric: str) -> Estimate | None:
+    """Ours minus the other's, in percent, over the seeds that both have; None without one."""
+    first, second = scores_by_seed(runs, ours, metric), scores_by_seed(runs, other, metric)
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return None
+    return difference_over_seeds([first[seed] for seed in seeds], [second[seed] for seed in seeds]).scaled(100)
+
+
+def shown(value: Estimate | None, *, signed: bool = False) -> str:
+    """`41.3 (38.0 to 44.1)`, or a dash."""
+    if value is None:
+        return "-"
+    form = "+.1f" if signed else ".1f"
+    return f"{value.mean:{form}} ({value.low:{form}} to {value.high:{form}})"
+
+
+def table(runs: Sequence[Run], names: Mapping[str, str], metrics: Sequence[str], head: str) -> list[str]:
+    """A table of Markdown: models as rows, metrics as columns; rows that nobody measured are left out."""
+    known = [metric for metric in metrics if any(scores_by_seed(runs, name, metric) for name in names)]
+    rows = [name for name in names if any(scores_by_seed(runs, name, metric) for metric in known)]
+    if not rows:
+        return ["Not measured yet."]
+    lines = [f"| {head} | runs | " + " | ".join(_called(metric) for metric in known) + " |"]
+    lines.append("|---|---|" + "---|" * len(known))
+    for name in rows:
+        count = max(len(scores_by_seed(runs, name, metric)) for metric in known)
+        cells = [shown(estimate(runs, name, metric)) for metric in known]
+        lines.append(f"| {names[name]} | {count} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _called(metric: str) -> str:
+    return (TASKS | REAL_TASKS)[metric]
+
+
+def demands(runs: Sequence[Run]) -> list[str]:
+    """What must hold, each with the difference that was measured and whether it does."""
+    checks = [
+        ("SFT is at least 20 points ahead of blind in grounding", "sft", "blind", "scanrefer/Acc@0.25", 20.0),
+        ("SFT is at least 20 points ahead of blind in questions", "sft", "blind", "scanqa/EM", 20.0),
+        ("GRPO is ahead of SFT in grounding, beyond the interval", "grpo", "sft", "scanrefer/Acc@0.25", 0.0),
+    ]
+    lines = ["| what must hold | difference, points | holds |", "|---|---|---|"]
+    for sentence, ours, other, metric, bound in checks:
+        found = gain(runs, ours, other, metric)
+        holds = "-" if found is None else "yes" if (found.mean >= bound if bound else found.low > 0) else "**no**"
+        lines.append(f"| {sentence} | {shown(found, signed=True)} | {holds} |")
+    kept = gain(runs, "grpo", "sft", "scanqa/EM")
+    holds = "-" if kept is None else "yes" if kept.high >= 0 else "**no**"
+    lines.append(f"| GRPO does not lose questions | {shown(kept, signed=True)} | {holds} |")
+    return lines
+
+
+def differences(runs: Sequence[Run], names: Mapping[str, str], base: str, metrics: Sequence[str]) -> list[str]:
+    """A sentence for each model and metric whose difference from a base lies beyond its interval, or none does."""
+    found = []
+    for name, text in names.items():
+        for metric in metrics:
+            value = gain(runs, name, base, metric) if name != base else None
+            if value is not None and value.certain:
+                found.append(f"- {text}: {_called(metric)} {shown(value, signed=True)} points.")
+    measured = any(gain(runs, name, base, metric) for name in names if name != base for metric in metrics)
+    if not measured:
+        return []
+    said = [f"Against *{names[base]}*, differences beyond their intervals:" if found else ""]
+    return ["", *said, *found] if found else ["", f"No difference from *{names[base]}* lies beyond its interval."]
+
+
+def curves_of(runs: Sequence[Run], names: Mapping[str, str], metric: str) -> dict[str, list[Curve]]:
+    """By label the curves of one metric, a curve a seed."""
+    found = {text: [run.curves[metric] for run in runs if run.name == name and metric in run.curves]
+             for name, text in names.items()}  # fmt: skip
+    return {text: curves for text, curves in found.items() if curves}
+
+
+def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
+    """The pictures by file name; those without any curve are left out."""
+    detect, trained = {"detect": "scene encoder"}, {"blind": "blind", "sft": "SFT"}
+    rewards = {f"rewards/{name}/mean": name for name in ("format", "perception", "semantic", "combined")}
+    parts = {text: curves_of(runs, {"grpo": text}, metric).get(text, []) for metric, text in rewards.items()}
+    found = {
+        "detect.png": [
+            Panel("loss of the scene encoder", curves_of(runs, detect, "loss")),
+            Panel(
+                "mAP on held-out rooms",
+                {name: curves_of(runs, detect, name).get("scene encoder", []) for name in ("map25", "map50")},
+            ),
+        ],
+        "sft.png": [
+            Panel("loss, training", curves_of(runs, trained, "loss")),
+            Panel("grounding Acc@0.25, held-out", curves_of(runs, trained, "eval/scanrefer/Acc@0.25")),
+            Panel("questions EM, held-out", curves_of(runs, trained, "eval/scanqa/EM")),
+        ],
+        "grpo.png": [
+            Panel("rewards of GRPO", {text: curves for text, curves in parts.items() if curves}),
+            Panel("grounding Acc@0.25, held-out", curves_of(runs, {"grpo": "GRPO"}, "eval/scanrefer/Acc@0.25")),
+        ],
+    }
+    kept = {name: [panel for panel in row if any(panel.curves.values())] for name, row in found.items()}
+    return {name: row for name, row in kept.items() if row}
+
+
+def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Write the pictures of `panels` as PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [draw_panels(row, folder / name) for name, row in panels(runs).items()]
+
+
+def headline(runs: Sequence[Run]) -> str:
+    """The table for a first screen: what blind, SFT and GRPO score."""
+    return "\n".join(table(runs, MAIN, HEADLINE, "model"))
+
+
+def render(runs: Sequence[Run], findings: str = "") -> str:
+    """The page.
+
+    Args:
+        findings: a section in Markdown that people wrote, docs/proof/findings.md.
+    """
+    everything = tuple(TASKS)
+    pictures = panels(runs)
+
+    def picture(name: str, text: str) -> list[str]:
+        return ["", f"![{text}](proof/{name})"] if name in pictures else []
+
+    lines = [INTRODUCTION, "## Blind, SFT, GRPO", "", *table(runs, MAIN, everything, "model"), "", *demands(runs)]
+    lines += picture("sft.png", "Loss and held-out scores while training: of the scene, and blind")
+    lines += picture("grpo.png", "Rewards by component, and held-out grounding, while GRPO trains")
+    lines += picture("detect.png", "Loss and mAP of the scene encoder while it is pre-trained")
+    for title, names, base in (
+        ("Rewards alone and in pairs (the paper's table 7)", REWARDS, "sft"),
+        ("Selection of views (table 8)", VIEWS, "views.ours"),
+        ("Encoders one by one (table 10)", ENCODERS, "views.ours"),
+    ):
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            *table(runs, names, everything, "model"),
+            *differences(runs, names, base, HEADLINE),
+        ]
+    lines += ["", "## Real scans", "", REAL_INTRODUCTION, *table(runs, REAL, tuple(REAL_TASKS), "model")]
+    lines += differences(runs, REAL, "real.blind", tuple(REAL_TASKS))
+    if findings:
+        lines += ["", findings.strip()]
+    lines += ["", "## How it was measured", "", *provenance(runs)]
+    return "\n".join(lines) + "\n"
+
+
+def provenance(runs: Sequence[Run]) -> list[str]:
+    """Machine, commit, versions and command of every run."""
+    if not runs:
+        return ["Nothing has been measured yet."]
+    lines = ["| run | seeds | command | commit | machine |", "|---|---|---|---|---|"]
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+        groups.setdefault((run.name, run.command, run.commit, f"{run.machine}, {versions}"), []).append(run)
+    for (name, command, commit, machine), its in groups.items():
+        seeds = ", ".join(str(run.seed) for run in its)
+        lines.append(f"| {name} | {seeds} | `{command}` | {commit} | {machine} |")
+    return lines

@@ -1,0 +1,156 @@
+"""What the proof keeps of a run: scores question by question, and curves; one small JSON a run under docs/proof/runs.
+
+A run is called `<name>-<seed>`, as script/proof.sh calls its folders. Values of questions that are all 0 or 1 are kept
+as a string of these digits, others as numbers of three decimals.
+"""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..utils.metrics.score import score_predictions
+from ..utils.predictions import read_predictions
+from .results import commit, machine_name, rounded
+
+# What is kept of each data set: its task's scorer, and metrics that are means over questions.
+KEPT = {
+    "scanrefer": ("scanrefer", ("Acc@0.25", "Acc@0.5")),
+    "nr3d": ("scanrefer", ("Acc@0.25", "Acc@0.5")),
+    "scanrefer_targets": ("scanrefer", ("Acc@0.25", "Acc@0.5")),
+    "nr3d_targets": ("scanrefer", ("Acc@0.25", "Acc@0.5")),
+    "scanqa": ("exact", ("EM",)),
+    "sqa3d": ("sqa3d", ("EM",)),
+    "planning": ("ll3da", ("CIDEr", "ROUGE-L")),
+}
+CURVES = (
+    "loss",
+    "eval/loss",
+    "eval/scanrefer/Acc@0.25",
+    "eval/scanqa/EM",
+    "eval/scanrefer_targets/Acc@0.25",
+    "map25",
+    "map50",
+    "rewards/*/mean",
+)
+_MOST_POINTS = 60
+
+Curve = tuple[list[float], list[float]]  # steps, values
+
+
+@dataclass
+class Run:
+    """One trained model, as it is kept. `scores` holds values of questions by `dataset/metric`, as fractions."""
+
+    name: str
+    seed: int
+    command: str
+    commit: str
+    machine: str
+    versions: dict[str, str]
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    well_formed: dict[str, float] = field(default_factory=dict)  # share of thoughts in form, by data set
+
+    @property
+    def label(self) -> str:
+        """Name and seed, as files are called."""
+        return f"{self.name}-{self.seed}"
+
+
+def thinned(curve: Curve, most: int = _MOST_POINTS) -> Curve:
+    """A curve of at most so many points: means of equally many neighbours, each at its last step."""
+    steps, values = curve
+    size = -(-len(steps) // most) if steps else 1
+    groups = range(0, len(steps), size)
+    means = [sum(values[start : start + size]) / len(values[start : start + size]) for start in groups]
+    return [steps[min(start + size, len(steps)) - 1] for start in groups], [rounded(value) or 0.0 for value in means]
+
+
+def curves_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+    """The kept curves out of rows of a metrics.jsonl."""
+    from ..visualization.curves import matching, read_curve
+
+    names = [name for pattern in CURVES for name in matching(rows, pattern)]
+    return {name: thinned(read_curve(rows, name)) for name in names}
+
+
+def scores_of(path: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Values of questions and shares of well-formed thoughts out of a file of predictions."""
+    by_dataset: dict[str, list[Any]] = {}
+    for entry in read_predictions(path):
+        by_dataset.setdefault(entry.meta["dataset"], []).append(entry)
+    scores: dict[str, list[float]] = {}
+    shares: dict[str, float] = {}
+    for name, entries in by_dataset.items():
+        if name not in KEPT:
+            continue
+        entries.sort(key=lambda entry: entry.sample_id)  # the same order in every run, to compare by questions
+        scorer, metrics = KEPT[name]
+        result = score_predictions(entries[0].task, entries, scorer, meteor=False, per_item=True)
+        scores |= {f"{name}/{metric}": result["per_item"][metric] for metric in metrics}
+        thoughts = [entry for entry in entries if entry.meta.get("mode") == "think"]
+        if thoughts:
+            shares[name] = rounded(sum(entry.well_formed for entry in thoughts) / len(thoughts)) or 0.0
+    return scores, shares
+
+
+def collect(label: str, folder: Path, trained: Path | None, command: str) -> Run:
+    """One run out of its folder of `eval`, and of the folder where it was trained (its metrics.jsonl).
+
+    Args:
+        label: `<name>-<seed>`.
+        folder: holds predictions.jsonl; without it the run is kept with its curves alone.
+    """
+    from ..utils.files import read_log
+
+    name, _, seed = label.rpartition("-")
+    if not name or not seed.isdigit():
+        raise ValueError(f"{folder} is not named NAME-SEED, such as sft-0; name the runs as script/proof.sh does.")
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    run = Run(name, int(seed), command, commit(), machine_name(device), versions)
+    if (folder / "predictions.jsonl").exists():
+        run.scores, run.well_formed = scores_of(folder / "predictions.jsonl")
+    if trained is not None and (trained / "metrics.jsonl").exists():
+        run.curves = curves_of(read_log(trained / "metrics.jsonl"))
+    return run
+
+
+def write_run(run: Run, folder: Path) -> Path:
+    """Write a run as `<folder>/<name>-<seed>.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = asdict(run) | {"scores": {name: _packed(values) for name, values in run.scores.items()}}
+    path = folder / f"{run.label}.json"
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """All kept runs, by name and seed; ValueError names a file that is not one."""
+    runs = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content["scores"] = {name: _unpacked(values) for name, values in content["scores"].items()}
+            content["curves"] = {name: (curve[0], curve[1]) for name, curve in content["curves"].items()}
+            runs.append(Run(**content))
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path} is not a run of the proof ({error}); restore it from git.") from None
+    return sorted(runs, key=lambda run: (run.name, run.seed))
+
+
+def _packed(values: Sequence[float]) -> str | list[float]:
+    if all(value in (0.0, 1.0) for value in values):
+        return "".join(str(int(value)) for value in values)
+    return [round(value, 3) for value in values]
+
+
+def _unpacked(values: str | list[float]) -> list[float]:
+    return [float(value) for value in values]

@@ -1,0 +1,146 @@
+"""The proof's page: what is kept of a run, what the tables say of known numbers, and that the page is the files'."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import threedr1
+from threedr1.benchmarks import _proof_page as proof_page
+from threedr1.benchmarks import _proof_runs as proof_runs
+from threedr1.benchmarks import proof
+from threedr1.benchmarks._proof_runs import Run, collect, read_runs, thinned, write_run
+from threedr1.utils.predictions import Prediction, write_predictions
+
+ROOT = Path(threedr1.__file__).resolve().parent
+
+
+def run(name: str, seed: int, rate: float, **scores) -> Run:
+    """A run that answers the same share of 100 questions of each kind."""
+    right = [1.0] * round(100 * rate) + [0.0] * (100 - round(100 * rate))
+    kinds = dict.fromkeys(proof_page.HEADLINE, right) | scores
+    curves = {"loss": ([0.0, 9.0], [2.0, 1.0])}
+    return Run(
+        name, seed, f"SEEDS={seed} bash script/proof.sh {name}", "abc", "a GPU", {"torch": "2.11"}, kinds, curves
+    )
+
+
+@pytest.fixture
+def runs() -> list[Run]:
+    return [run(name, seed, rate) for name, rate in (("blind", 0.1), ("sft", 0.5), ("grpo", 0.6)) for seed in range(3)]
+
+
+def test_a_run_is_read_back_as_it_was_written(tmp_path):
+    made = run("grpo.format+semantic", 2, 0.25, **{"planning/CIDEr": [0.1, 2.5, 0.0]})
+    path = write_run(made, tmp_path)
+    assert path.name == "grpo.format+semantic-2.json"
+    assert json.loads(path.read_text())["scores"]["sqa3d/EM"] == "1" * 25 + "0" * 75
+    assert read_runs(tmp_path) == [made]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "sft"}', '{"scores": {}, "curves": {}, "more": 1}'])
+def test_a_file_that_is_no_run_is_named(tmp_path, content):
+    (tmp_path / "sft-0.json").write_text(content)
+    with pytest.raises(ValueError, match=r"sft-0.json is not a run of the proof"):
+        read_runs(tmp_path)
+
+
+def test_curves_are_thinned_to_means_at_their_last_steps():
+    steps = [float(step) for step in range(10)]
+    assert thinned((steps, [2 * step for step in steps]), most=4) == ([2.0, 5.0, 8.0, 9.0], [2.0, 8.0, 14.0, 18.0])
+    assert thinned((steps, steps), most=10) == (steps, steps) and thinned(([], [])) == ([], [])
+
+
+def test_tables_hold_means_and_differences_of_known_numbers(runs):
+    page = proof_page.render(runs)
+    grounding = proof_page.estimate(runs, "sft", "scanrefer/Acc@0.25")
+    assert grounding.mean == pytest.approx(50) and 38 < grounding.low < 42 and 58 < grounding.high < 62
+    gained = proof_page.gain(runs, "sft", "blind", "scanrefer/Acc@0.25")
+    assert gained.mean == pytest.approx(40) and 29 < gained.low < gained.mean < gained.high < 51
+    assert page.count("| yes |") == 4 and "**no**" not in page
+    assert "| blind | 3 | 10.0 (" in page and "| SFT + GRPO | 3 | 60.0 (" in page
+    assert "| all three | 3 |" in page and "- all three: grounding, ScanRefer's form, Acc@0.25 +10.0 (" in page
+
+
+def test_what_does_not_hold_is_said():
+    same = [run(name, 0, 0.3) for name in ("blind", "sft", "grpo")]
+    page = proof_page.render(same)
+    assert page.count("| **no** |") == 3 and "+0.0 (+0.0 to +0.0)" in page  # questions are not lost
+    assert "No difference from *none (SFT)* lies beyond its interval." in page
+    worse = [run("sft", 0, 0.9), run("grpo", 0, 0.1)]
+    assert "GRPO does not lose questions | -80.0" in proof_page.render(worse)
+
+
+def test_differences_take_only_seeds_that_both_have(runs):
+    some = [entry for entry in runs if not (entry.name == "grpo" and entry.seed == 0)]
+    assert proof_page.gain(some, "grpo", "sft", "sqa3d/EM").runs == 2
+    assert proof_page.gain(runs, "grpo", "views.ours", "sqa3d/EM") is None
+
+
+def test_a_page_of_nothing_says_so():
+    page = proof_page.render([])
+    assert page.count("Not measured yet.") == 5 and "Nothing has been measured yet." in page
+
+
+def answers(folder: Path, dataset: str, task: str, **fields) -> list[Prediction]:
+    made = []
+    for number in (1, 0):  # out of order
+        given = {name: values[number] for name, values in fields.items()}
+        made.append(
+            Prediction(
+                sample_id=f"{dataset}-{number}",
+                scene_id="scene0000_00",
+                task=task,
+                question="?",
+                text="",
+                well_formed=number == 0,
+                meta={"dataset": dataset, "mode": "think"},
+                **given,
+            )
+        )
+    return made
+
+
+def test_runs_are_collected_from_predictions_and_metrics(tmp_path, monkeypatch):
+    box, far = [[0.0, 0, 0, 1, 1, 1, 0]], [[9.0, 0, 0, 1, 1, 1, 0]]
+    folder = tmp_path / "eval" / "sft-1"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text("{}")
+    rows = answers(folder, "scanrefer", "grounding", boxes=[box, far], target_boxes=[box, box])
+    rows += answers(folder, "scanqa", "qa", answer=["red", "blue"], references=[["red"], ["red"]])
+    rows += answers(
+        folder, "planning", "planning", answer=["open the window", "no"], references=[["open the window"]] * 2
+    )
+    write_predictions(folder / "predictions.jsonl", rows)
+    trained = tmp_path / "sft-1"
+    trained.mkdir()
+    metrics = [{"step": 0, "loss": 2.0, "lr": 1.0}, {"step": 9, "loss": 1.0, "eval/scanqa/EM": 50.0}]
+    (trained / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    monkeypatch.setattr(proof_runs, "commit", lambda: "abc")
+    made = collect("sft-1", folder, trained, proof.command_of("sft-1"))
+    assert made.scores["scanrefer/Acc@0.25"] == [1.0, 0.0] and made.scores["scanqa/EM"] == [1.0, 0.0]
+    assert np.argmax(made.scores["planning/ROUGE-L"]) == 0 and set(made.well_formed.values()) == {0.5}
+    assert made.curves == {"loss": ([0.0, 9.0], [2.0, 1.0]), "eval/scanqa/EM": ([9.0], [50.0])}
+    assert (made.name, made.seed, made.commit, made.command) == ("sft", 1, "abc", "SEEDS=1 bash script/proof.sh sft")
+    docs = tmp_path / "docs"
+    assert proof.main(["--collect", str(tmp_path), "--docs", str(docs)]) == 0
+    assert (docs / "proof" / "runs" / "sft-1.json").exists() and (docs / "proof" / "sft.png").stat().st_size > 5000
+    assert (docs / "proof.md").read_text() == proof.page(docs)
+    (docs / "proof" / "findings.md").write_text("## Findings\n\nWhat was found.\n")
+    assert "\n## Findings\n\nWhat was found.\n\n## How it was measured" in proof.page(docs)
+
+
+@pytest.mark.parametrize(
+    ("label", "stage"),
+    [("sft-0", "sft"), ("grpo-2", "grpo"), ("grpo.format+semantic-1", "table7"), ("views.ring-0", "table8"),
+     ("encoders.full-1", "table10")],
+)  # fmt: skip
+def test_every_run_names_the_stage_that_makes_it(label, stage):
+    assert proof.command_of(label) == f"SEEDS={label[-1]} bash script/proof.sh {stage}"
+
+
+def test_the_page_is_what_the_files_say():
+    assert (ROOT / "docs" / "proof.md").read_text(encoding="utf-8") == proof.page(ROOT / "docs")
+    pictures = set(proof_page.panels(read_runs(ROOT / "docs" / "proof" / "runs")))
+    assert {path.name for path in (ROOT / "docs" / "proof").glob("*.png")} == pictures

@@ -1,0 +1,72 @@
+"""Inventories: every object once in each direction, at its own box, in orders that a scene alone decides."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from threedr1.datasets.scene_store import SceneInfo
+from threedr1.datasets.tasks import inventory, load_samples
+from threedr1.utils.text import format_box
+
+LABELS = ["chair", "table", "chair"]
+
+
+def info(scene_id: str, labels=LABELS) -> SceneInfo:
+    boxes = np.array([[k, 2.0, 0.5, 0.4, 0.4, 1.0, 0.0] for k in range(len(labels))], np.float32).reshape(-1, 7)
+    return SceneInfo(
+        scene_id=scene_id,
+        object_ids_K=np.arange(10, 10 + len(labels), dtype=np.int32),
+        object_labels=list(labels),
+        class_ids_K=np.zeros(len(labels), np.int32),
+        boxes_K7=boxes,
+        structure_ids=frozenset(),
+        axis_align_44=np.eye(4),
+        origin_3=np.array([0.0, 2.0, 0.0], np.float32),
+        raw_middle_3=np.zeros(3),
+    )
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "scannetv2_train.txt").write_text("scene0000_00\nscene0001_00\n")
+    (tmp_path / "scannetv2_val.txt").write_text("scene0002_00\n")
+    return tmp_path
+
+
+SCENES = {name: info(name) for name in ("scene0000_00", "scene0001_00", "scene0002_00")}
+POINTERS = [format_box([k, 0.0, 0.5, 0.4, 0.4, 1.0, 0.0]) for k in range(3)]  # model frame
+
+
+def test_both_directions_name_every_object_at_its_box(root):
+    samples = load_samples(root, "train", ["inventory"], scenes=SCENES)
+    assert len(samples) == 2 * 2 * inventory.ORDERS
+    assert len({sample.sample_id for sample in samples}) == len(samples)
+    assert {sample.scene_id for sample in samples} == {"scene0000_00", "scene0001_00"}
+    for sample in samples:
+        assert sorted(sample.target_object_ids) == [10, 11, 12] and sample.think == ""
+        if sample.question == inventory.BY_NAME:
+            named = [f"{POINTERS[row - 10]} {LABELS[row - 10]}" for row in sample.target_object_ids]
+            assert sample.answer == ", ".join(named)
+        else:
+            assert sample.question == inventory.BY_KIND
+            chairs = [POINTERS[row - 10] for row in sample.target_object_ids if row != 11]
+            parts = {f"chair {' '.join(chairs)}", f"table {POINTERS[1]}"}
+            assert sample.answer in {", ".join(order) for order in (sorted(parts), sorted(parts, reverse=True))}
+
+
+def test_orders_differ_and_come_again(root):
+    many = {name: info(name, [f"kind{number}" for number in range(30)]) for name in SCENES}
+    first, again = (load_samples(root, "train", ["inventory"], scenes=many) for _ in range(2))
+    assert [sample.answer for sample in first] == [sample.answer for sample in again]
+    orders = {tuple(sample.target_object_ids) for sample in first}
+    assert len(orders) == 2 * inventory.ORDERS  # both directions of one number share an order
+    assert len(load_samples(root, "val", ["inventory"], scenes=many)) == 2
+
+
+def test_a_crowded_scene_is_cut_and_an_empty_one_left_out(root):
+    crowded = info("scene0000_00", ["box"] * (inventory.MOST + 7))
+    scenes = {"scene0000_00": crowded, "scene0001_00": replace(info("scene0001_00", []), object_labels=[])}
+    samples = load_samples(root, "train", ["inventory"], scenes=scenes)
+    assert {sample.scene_id for sample in samples} == {"scene0000_00"}
+    assert all(len(set(sample.target_object_ids)) == inventory.MOST for sample in samples)

@@ -1,0 +1,143 @@
+"""Names drawn for a sample: prompt, target and token agree on them, and nothing but the names changes."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from threedr1.datasets.scene import Sample
+from threedr1.engine import sft
+from threedr1.engine.build import build_model
+from threedr1.engine.config import load_config
+from threedr1.engine.data import ObservationCache, load_split
+from threedr1.engine.sft_data import Batches, write_targets
+from threedr1.models.scene_vlm import SceneVLM
+from threedr1.utils.streams import stream
+from threedr1.utils.text import format_box
+
+from .test_object_token import build, settings  # noqa: F401
+
+
+def caption(box_7) -> Sample:
+    return Sample("c-0", "object_caption", "own", "scene0000_00", "", "a thing", query_box_7=np.asarray(box_7))
+
+
+@pytest.fixture(scope="module")
+def model(rooms_root) -> SceneVLM:
+    return build(rooms_root, "model.language.name_pool=30")
+
+
+@pytest.fixture(scope="module")
+def observation(model, rooms_root):
+    config = settings(rooms_root)
+    samples, store = load_split(config.data, "train", 0)
+    observation = model.observe(store[samples[0].scene_id])
+    model.encode([observation])
+    return observation
+
+
+def test_prompt_target_and_question_use_the_same_names(model, observation):
+    boxes = observation.encoded.named
+    names = model.draw_names(observation, stream(3))
+    assert len(set(names)) == len(boxes) and set(names) <= set(range(30)) and names != sorted(names)
+    world = observation.scene.to_world(boxes)
+    row, _ = model.write_row(caption(world[2]), observation, "direct", None, names)
+    text = model.language.decode(row.token_ids)
+    said = [int(number) for number in re.findall(r"<obj(\d+)>", text.partition("Objects: ")[2])]
+    assert said[: len(names)] == names and said[len(names) :] == [names[2]]
+    assert row.names == tuple(names)
+    target = model.with_names(f"It is {format_box(boxes[1].tolist())}.", observation, names)
+    assert target == f"It is <obj{names[1]}>."
+
+
+@torch.no_grad()
+def test_a_token_carries_its_own_name_and_is_the_same_thing(model, observation):
+    encoded = observation.encoded
+    count = len(encoded.named)
+    names = list(range(29, 29 - count, -1))
+    plain, called, both = (
+        model.scene_tokens([encoded] * many, its) for many, its in ((1, None), (1, [names]), (2, [None, names]))
+    )
+    expected = model.connector.objects(
+        encoded.features_KE[None], encoded.boxes_K7[None], encoded.class_probs_KC[None], encoded.colors_K6[None]
+    )[0, encoded.valid_n]
+    for tokens, numbers in ((plain[0], list(range(count))), (called[0], names)):
+        torch.testing.assert_close(tokens[:count], model.connector.named(expected, torch.tensor(numbers)))
+    torch.testing.assert_close(plain[0][count:], called[0][count:])  # the layout
+    torch.testing.assert_close(both[0], plain[0])
+    torch.testing.assert_close(both[1], called[0])
+
+
+def test_names_follow_from_seed_and_step_alone(model, rooms_root):
+    config = settings(rooms_root)
+    samples, store = load_split(config.data, "train", 0)
+    cache = ObservationCache(store, model, seed=0)
+
+    def rows(step: int, naming) -> list[tuple[int, ...] | None]:
+        batches = Batches(model, lambda _: samples[:4], cache, pointers="name", num_steps=9, naming=naming)
+        return [entry.row.names for entry in batches[step]]
+
+    drawn = rows(5, lambda step: stream(0, step))
+    assert drawn == rows(5, lambda step: stream(0, step)) != rows(6, lambda step: stream(0, step))
+    assert len(set(drawn)) == 4
+    assert rows(5, None) == [None] * 4
+
+
+def test_without_a_pool_names_are_in_order(rooms_root, observation):
+    plain = build(rooms_root)
+    assert plain.draw_names(observation, stream(0)) is None
+    assert plain.connector.place_embedding.num_embeddings == plain.connector.num_proposals
+    sample = Sample(
+        "g-0", "grounding", "own", "scene0000_00", "it", f"it {format_box(observation.encoded.named[0].tolist())}"
+    )
+    (taught,) = write_targets(plain, [sample], [plain.observe(observation.scene)], pointers="name", naming=stream(0))
+    assert taught.row.names is None
+
+
+def test_a_pool_smaller_than_the_proposals_is_refused():
+    with pytest.raises(
+        ValueError, match=r"model.language.name_pool is 7; it must be 0, or num_proposals \(8\) or more"
+    ):
+        load_config("sft", None, ["model.language.num_proposals=8", "model.language.name_pool=7"])
+
+
+def test_a_trained_models_pool_is_kept_and_asked_for(rooms_root, tmp_path):
+    config = settings(rooms_root, "model.language.name_pool=30", "run.steps=1", run_dir=tmp_path / "run")
+    checkpoint = sft.train(config)
+    loaded = SceneVLM.from_pretrained(checkpoint / "model")
+    assert loaded.connector.name_pool == 30 and loaded.connector.place_embedding.num_embeddings == 30
+    with pytest.raises(ValueError, match="made with name_pool 30, but the configuration says 0"):
+        sft.train(settings(rooms_root, f"init={checkpoint / 'model'}", run_dir=tmp_path / "other"))
+    assert build_model(config.model, config.data).connector.name_pool == 30
+
+
+@torch.no_grad()
+def test_a_tokens_name_may_be_the_language_models_own_words(rooms_root, observation):
+    """Of two proposals that swap their names, what is added is exactly the difference of the names' embeddings."""
+    made = build(rooms_root, "model.language.name_pool=30", "model.language.name_in_token=true")
+    words_PD = made.writer.embed_names(made.language.embedding, 30)
+    ids = made.writer._text("<obj17>")
+    torch.testing.assert_close(words_PD[17], made.language.embedding.weight[torch.tensor(ids)].mean(0))
+    assert words_PD.shape == (30, made.language.width)
+    objects_ND, names_N = torch.randn(2, made.language.width), torch.tensor([17, 4])
+    with_words, without = (made.connector.named(objects_ND, names_N, words) for words in (words_PD, None))
+    expected = objects_ND + made.connector.place_embedding.weight[names_N] + 0.2 * words_PD[names_N] / words_PD.std()
+    torch.testing.assert_close(with_words, made.connector.output_norm(expected))
+    assert not torch.allclose(with_words, without)
+    (encoded,) = made.encode([made.observe(observation.scene)])
+    count = len(encoded.named)
+    described = made.connector.objects(
+        encoded.features_KE[None], encoded.boxes_K7[None], encoded.class_probs_KC[None], encoded.colors_K6[None]
+    )[0, encoded.valid_n]
+    expected = made.connector.named(described, torch.arange(count), words_PD)
+    torch.testing.assert_close(made.scene_tokens([encoded])[0][:count], expected)
+
+
+def test_words_in_tokens_are_kept_and_get_gradients(rooms_root, tmp_path):
+    config = settings(rooms_root, "model.language.name_in_token=true", "run.steps=1", run_dir=tmp_path / "run")
+    loaded = SceneVLM.from_pretrained(sft.train(config) / "model")
+    assert loaded.connector.name_in_token and loaded.connector.name_pool == 0
+    words_PD = loaded.writer.embed_names(loaded.language.embedding, 8)
+    loaded.connector.named(torch.zeros(8, loaded.language.width), torch.arange(8), words_PD)[:, 0].sum().backward()
+    assert float(loaded.language.embedding.weight.grad.abs().sum()) > 0

@@ -1,0 +1,92 @@
+"""script/proof.sh itself, sized for a CPU: every stage on a few rooms and the page, then again with nothing to do."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import threedr1
+from threedr1.benchmarks import proof
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(threedr1.__file__).resolve().parent
+# The overrides of every training stage: keys that detect, sft and grpo all have.
+SET = "run.steps=2 run.batch_size=4 run.eval_every=2 data.num_points=1024 run.save_every=1"
+ENCODER = (
+    "encoder: {num_tokens: 64, num_neighbors: 8, radius: 0.4, width: 32, encoder_layers: 1, decoder_layers: 1, "
+    "num_heads: 2, num_queries: 64"
+)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the checkout without data and runs, its recipes made small."""
+    copy = tmp_path_factory.mktemp("proof") / "checkout"
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        top = {"runs", "data", "build", "dist", "tests"} if Path(folder) == ROOT else set()
+        return {name for name in names if name in top or name.startswith(".") or name == "__pycache__"}
+
+    shutil.copytree(ROOT, copy, ignore=left_out)
+    recipes = copy / "script" / "recipes" / "proof"
+    detect = (recipes / "detect.yaml").read_text().replace("data:\n", "data:\n  workers: 0\n")
+    (recipes / "detect.yaml").write_text(f"{detect}{ENCODER}}}\nprecision: float32\n")
+    sft = (recipes / "sft.yaml").read_text()
+    changes = {
+        "encoder:\n    pretrained: runs/proof/detect/best": ENCODER + "}",
+        "bfloat16": "float32",
+        "eval_samples: 600": "eval_samples: 8",
+        "eval_answers: 600": "eval_answers: 4",
+        "eval_new_tokens: 96": "eval_new_tokens: 4",
+    }
+    for old, new in changes.items():
+        assert old in sft
+        sft = sft.replace(old, new)
+    (recipes / "sft.yaml").write_text(sft)
+    grpo = (recipes / "grpo.yaml").read_text()
+    grpo = grpo.replace("max_new_tokens: 96", "max_new_tokens: 4").replace("group_size: 8", "group_size: 2")
+    (recipes / "grpo.yaml").write_text(grpo + "eval_samples: 8\n")
+    shutil.rmtree(copy / "docs" / "proof", ignore_errors=True)
+    return copy
+
+
+def run(checkout: Path, *stages: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("THREEDR1_")}
+    kept |= {"THREEDR1_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "ROOMS": "3", "HELD_OUT": "3", "SET": SET}
+    kept |= {"SEEDS": "0", "SHAPE": "tiny", "EVAL_SET": "data.max_samples=2 max_new_tokens=4 run.batch_size=8"}
+    done = subprocess.run(
+        ["bash", str(checkout / "script" / "proof.sh"), *stages],
+        env=kept | variables,
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-2500:] + done.stderr[-2500:]
+    return done
+
+
+def test_the_whole_proof_in_small(checkout):
+    run(checkout, "data", "detect", "align", "sft", "blind", "grpo")
+    run(checkout, "eval", "sft", "blind", "grpo")
+    run(checkout, "table8", ONLY="ring")
+    printed = run(checkout, "page").stdout
+    docs = checkout / "docs"
+    kept = {path.stem for path in (docs / "proof" / "runs").glob("*.json")}
+    assert kept == {"detect-0", "sft-0", "blind-0", "grpo-0", "views.ring-0"}
+    scores = json.loads((docs / "proof" / "runs" / "sft-0.json").read_text())["scores"]
+    assert {"scanrefer/Acc@0.25", "nr3d/Acc@0.25", "scanqa/EM", "sqa3d/EM", "planning/CIDEr"} <= set(scores)
+    page = (docs / "proof.md").read_text()
+    assert page == proof.page(docs) and "| SFT + GRPO | 1 |" in page and "| ring | 1 |" in page
+    assert {path.name for path in (docs / "proof").glob("*.png")} == {"detect.png", "sft.png", "grpo.png"}
+    assert "| SFT | 1 |" in printed
+
+
+def test_a_second_start_does_nothing(checkout):
+    again = run(checkout, "data", "detect", "align", "sft", "blind", "grpo")
+    assert again.stdout.count("complete:") == 8
