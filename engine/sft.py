@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..datasets.scene import Sample
@@ -20,7 +19,6 @@ from ..models.inputs import filled_length, plan_packs
 from ..models.model_files import part_of
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
-from ..utils.streams import stream
 from .build import build_model, check_settings, give_multiview, speed_up
 from .checkpoint import model_folder, restore_run
 from .config import SftConfig
@@ -31,13 +29,11 @@ from .optim import Optimizer
 from .run_folder import open_run
 from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything
 from .saving import Checkpoints
-from .sft_data import Batches, Taught, num_tokens
+from .sft_data import Batches, Taught, name_streams, num_tokens
 from .sft_eval import METRIC, SftHeldOut
 from .sft_log import SftLog, TaskSums
 from .sft_loss import sft_loss
 from .sharding import low_precision_names, shard_model, shards
-
-_NAME_STREAM = 14  # name of a random stream
 
 
 def load_model(config: SftConfig, checkpoint: Path | None, runtime: Runtime) -> SceneVLM:
@@ -185,9 +181,7 @@ def fine_tune(config: SftConfig, last: Path | None, runtime: Runtime) -> Path:
     def choose(step: int) -> list[Sample]:
         return [samples[row] for row in mixture.rows(step, run.batch_size, runtime)]
 
-    def naming(step: int) -> np.random.Generator:
-        return stream(run.seed, _NAME_STREAM, step, runtime.rank)
-
+    naming = name_streams(run.seed, run.batch_size, runtime)
     batches = Batches(model, choose, observations, pointers=config.pointers, num_steps=run.steps, naming=naming)
     checkpoints = Checkpoints(
         runtime,

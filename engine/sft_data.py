@@ -1,6 +1,7 @@
 """What supervised fine-tuning trains on: rows with their targets, batch by batch, made while the GPU computes."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +11,12 @@ from ..datasets.scene import Sample
 from ..models.inputs import Row
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
+from ..utils.streams import stream
 from .ahead import Ahead
 from .data import ObservationCache
+from .runtime import Runtime, batch_positions
+
+_NAME_STREAM = 14  # name of a random stream
 
 
 class Taught(NamedTuple):
@@ -34,25 +39,31 @@ def write_targets(
     observations: Sequence[Observation],
     *,
     pointers: str,
-    naming: np.random.Generator | None = None,
+    naming: Callable[[int], np.random.Generator] | None = None,
 ) -> list[Taught]:
     """Rows with the targets that the samples teach.
 
     Args:
         observations: the samples' scenes, encoded.
         pointers: "name" teaches `<obj12>` for a box that a proposal covers; "box" always teaches numbers.
-        naming: draws the names of each sample's proposals, where the model has a pool of them; None: 0, 1, 2 …
+        naming: gives, by a sample's place, the generator that draws the names of its proposals, where the model has a
+            pool of them; None: 0, 1, 2 …
     """
     model.expect(samples)
     rows = []
-    for sample, observation in zip(samples, observations, strict=True):
+    for place, (sample, observation) in enumerate(zip(samples, observations, strict=True)):
         mode = training_mode(sample)
         target = build_target(sample, mode)
-        names = None if naming is None else model.draw_names(observation, naming)
+        names = None if naming is None else model.draw_names(observation, naming(place))
         if pointers == "name":
             target = model.with_names(target, observation, names)
         rows.append(Taught(sample, observation, *model.write_row(sample, observation, mode, target, names)))
     return rows
+
+
+def name_streams(seed: int, batch_size: int, runtime: Runtime) -> Callable[[int, int], np.random.Generator]:
+    """The generator that draws the names of a sample, by step and place in this rank's batch: ranks change nothing."""
+    return lambda step, place: stream(seed, _NAME_STREAM, batch_positions(step, batch_size, runtime)[place])
 
 
 class Batches(Ahead[list[Taught]]):
@@ -63,7 +74,7 @@ class Batches(Ahead[list[Taught]]):
     Args:
         choose: the samples of a step.
         num_steps: of the run.
-        naming: the generator of names (`write_targets`) of a step; None: proposals are called in order.
+        naming: as in `write_targets`, by step and place; None: proposals are called in order.
         ahead: whether the thread is used; None decides.
     """
 
@@ -75,7 +86,7 @@ class Batches(Ahead[list[Taught]]):
         *,
         pointers: str,
         num_steps: int,
-        naming: Callable[[int], np.random.Generator] | None = None,
+        naming: Callable[[int, int], np.random.Generator] | None = None,
         ahead: bool | None = None,
     ):
         self.model = model
@@ -96,5 +107,5 @@ class Batches(Ahead[list[Taught]]):
             seen = self.observations.resampled(samples, seed=step)
         else:
             seen = self.observations.of(samples)
-        naming = None if self.naming is None else self.naming(step)
+        naming = None if self.naming is None else partial(self.naming, step)
         return write_targets(model, samples, seen, pointers=self.pointers, naming=naming)

@@ -101,7 +101,8 @@ class RowWriter:
         # Pasted text must not smuggle in control tokens, hence encode_special_tokens: they are read as plain text. The
         # tokenizer's own call would say the same, and take three times as long for its checks.
         backend: Any = self.tokenizer.backend_tokenizer
-        backend.encode_special_tokens = True
+        if not backend.encode_special_tokens:  # to set it, nobody else may be reading: another thread may be decoding
+            backend.encode_special_tokens = True
         return backend.encode(text, add_special_tokens=False).ids
 
     def _fixed(self, text: str) -> list[int]:

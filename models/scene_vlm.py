@@ -1,6 +1,7 @@
 """The assembled model: scene encoder, view selection, connector and Qwen2.5-VL behind one input assembler.
 
-What is made of a scene before a question is asked is in scene_observer.py, a saved model's files in model_files.py.
+What is made of a scene before a question is asked is in scene_observer.py, what a question about it is to the language
+model in scene_prompter.py, a saved model's files in model_files.py.
 
 Shapes: B rows, L tokens, K proposals, M layout tokens, T tokens of a view, D language-model width.
 """
@@ -8,7 +9,6 @@ Shapes: B rows, L tokens, K proposals, M layout tokens, T tokens of a view, D la
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,9 +19,7 @@ from torch import nn
 from ..datasets.prompts import (
     DEFAULT_MODE,
     OBJECT_PLACEHOLDER,
-    SYSTEM_PROMPT,
     TASK_TEMPLATES,
-    build_question,
     check_prompts,
     dialogue_question,
     prompt_record,
@@ -29,12 +27,12 @@ from ..datasets.prompts import (
 )
 from ..datasets.readers import read_scene
 from ..datasets.scene import Sample, Scene
-from ..utils.text import find_pointers, parse_response, replace_boxes, resolve_boxes
+from ..utils.text import parse_response, resolve_boxes
 from ..utils.text_stream import TokenText
 from .attention import PACKED
 from .connector import Connector, build_connector
 from .decoding import Decoder
-from .inputs import ModelInputs, Row, RowWriter, assemble
+from .inputs import ModelInputs, RowWriter
 from .language_model import (
     LanguageModel,
     load_language_model,
@@ -53,11 +51,10 @@ from .model_files import (
     save_connector,
     save_vision_tower,
 )
-from .observation import Answer, EncodedScene, Observation, SceneSettings, asked_objects, pointer_to
-from .relaxed_top_k import gated_rows
+from .observation import Answer, Observation, SceneSettings
 from .scene_encoder import SceneEncoder
-from .scene_observer import SceneObserver
-from .view_pixels import Grid, PatchSettings, patchify, stack_images, to_device
+from .scene_prompter import ScenePrompter
+from .view_pixels import PatchSettings
 from .view_selector import ViewSelector
 from .view_tokens import ViewFeatures, build_view_features, token_sizes
 
@@ -70,7 +67,7 @@ def _tell(on_text: Callable[[str], object], piece: str) -> None:
         on_text(piece)
 
 
-class SceneVLM(SceneObserver):
+class SceneVLM(ScenePrompter):
     """A reasoning vision-language model for indoor scenes.
 
     Args:
@@ -153,222 +150,6 @@ class SceneVLM(SceneObserver):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that learn, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def scene_tokens(
-        self, encoded: Sequence[EncodedScene], names: Sequence[Sequence[int] | None] | None = None
-    ) -> list[torch.Tensor]:
-        """Language-model tokens of each scene [n + M, D]: its n valid proposals where it names any, then layout.
-
-        Args:
-            names: of each scene the numbers that its proposals are called by; None: 0, 1, 2 …
-        """
-        unique = list({id(scene): scene for scene in encoded}.values())
-        layout_BMD = self.connector.layout(
-            torch.stack([scene.token_xyz_T3 for scene in unique]), torch.stack([scene.tokens_TE for scene in unique])
-        )
-        row_of = {id(scene): row for row, scene in enumerate(unique)}
-        layouts = [layout_BMD[row_of[id(scene)]] for scene in encoded]
-        if self.connector.num_proposals == 0:
-            return layouts
-        objects_BKD = self.connector.objects(
-            torch.stack([scene.features_KE for scene in unique]),
-            torch.stack([scene.boxes_K7 for scene in unique]),
-            torch.stack([scene.class_probs_KC for scene in unique]),
-            torch.stack([scene.colors_K6 for scene in unique]),
-        )
-        counts = [len(scene.valid_n) for scene in encoded]
-        called = [
-            number for row, its in enumerate(names or [None] * len(counts)) for number in its or range(counts[row])
-        ]
-        starts = torch.tensor([row_of[id(scene)] * objects_BKD.shape[1] for scene in encoded])
-        index_N = torch.cat([scene.valid_n for scene in encoded])
-        index_N = index_N + to_device(starts.repeat_interleave(torch.tensor(counts)), self.device)
-        taken_ND = nn.functional.embedding(index_N, objects_BKD.flatten(0, 1))
-        words_PD = None
-        if self.connector.name_in_token:
-            words_PD = self.writer.embed_names(self.language.embedding, self.connector.place_embedding.num_embeddings)
-        names_N = to_device(torch.tensor(called, dtype=torch.int64), self.device)
-        objects = self.connector.named(taken_ND, names_N, words_PD)
-        return [torch.cat(pair) for pair in zip(objects.split(counts), layouts, strict=True)]
-
-    def draw_names(self, observation: Observation, rng: np.random.Generator) -> list[int] | None:
-        """Numbers to call a scene's proposals by in one training sample; None where they are always called in order.
-
-        In order every scene has the same names, and there is nothing to be gained from telling them apart until they
-        are told apart: a model of random weights then never learns to go from a thing to its name.
-        """
-        if not self.connector.name_pool:
-            return None
-        (encoded,) = self.encode([observation])
-        return rng.permutation(self.connector.name_pool)[: len(encoded.named)].tolist()
-
-    # -- views -----------------------------------------------------------------------------------------------------
-
-    def view_grid(self, observation: Observation, index: int) -> Grid:
-        """Patches (1, rows, columns) of one view."""
-        assert observation.pool is not None
-        height, width = observation.pool.images_VHW3.shape[1:3]
-        return self.patch_settings.grid(height, width) or self._resized(observation, index)[1]
-
-    def _resized(self, observation: Observation, index: int) -> tuple[torch.Tensor, Grid]:
-        """Patches and grid of a view of a size that Qwen's image processor changes."""
-        if index not in observation.pixels:
-            assert observation.pool is not None
-            made = self.language.image_processor(images=[observation.pool.images_VHW3[index]], return_tensors="pt")
-            grid = made["image_grid_thw"][0].tolist()
-            observation.pixels[index] = (made["pixel_values"], (grid[0], grid[1], grid[2]))
-        return observation.pixels[index]
-
-    def view_patches(self, shown: Sequence[tuple[Observation, int]]) -> torch.Tensor:
-        """Patches [P, C] of all views, one after the other, on the model's device."""
-        images = []
-        for observation, view in shown:
-            assert observation.pool is not None
-            images.append(observation.pool.images_VHW3[view])
-        parts = []
-        for shape, group in groupby(zip(shown, images, strict=True), key=lambda entry: entry[1].shape):
-            entries = list(group)
-            if self.patch_settings.grid(*shape[:2]):
-                stacked = stack_images([image for _, image in entries], self.device)
-                parts.append(patchify(stacked, self.patch_settings))
-            else:
-                parts += [self._resized(*entry)[0].to(self.device) for entry, _ in entries]
-        return torch.cat(parts)
-
-    def embed_views(self, shown: Sequence[tuple[Observation, int]]) -> list[torch.Tensor]:
-        """Vision-tower tokens [T, D] of each view; a frozen tower sees each view once."""
-        if not shown:
-            return []
-        if self.train_vision_tower:
-            return self._look(shown)
-        new = list({(id(seen), view): (seen, view) for seen, view in shown if view not in seen.image_tokens}.values())
-        if new:
-            with torch.no_grad():
-                for (observation, view), tokens in zip(new, self._look(new), strict=True):
-                    observation.image_tokens[view] = tokens.clone()  # a part would keep the whole batch in memory
-        return [observation.image_tokens[view] for observation, view in shown]
-
-    def _look(self, shown: Sequence[tuple[Observation, int]]) -> list[torch.Tensor]:
-        """Tokens of each view from the vision tower, in one batch."""
-        grids = [self.view_grid(observation, view) for observation, view in shown]
-        tokens_TD = self.language.embed_images(self.view_patches(shown), grids)
-        return list(tokens_TD.split([grid[1] * grid[2] // self.language.merge_size**2 for grid in grids]))
-
-    def describe_views(
-        self, shown: Sequence[tuple[Observation, int]]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Tokens [n, D] of each view from the image encoder and from its depth; none where the model takes none."""
-        images: list[torch.Tensor] = []
-        depths: list[torch.Tensor] = []
-        if self.view_features is not None and shown:
-            if self.connector.num_view_image_tokens:
-                images = list(self.connector.view_images(self.view_features.images(shown, self.device)))
-            if self.connector.num_view_depth_tokens:
-                depths = list(self.connector.view_depths(self.view_features.depths(shown, self.device)))
-        return images, depths
-
-    # -- inputs ----------------------------------------------------------------------------------------------------
-
-    def write_row(
-        self,
-        sample: Sample,
-        observation: Observation,
-        mode: str,
-        target: str | None,
-        names: Sequence[int] | None = None,
-    ) -> tuple[Row, list[int]]:
-        """Tokens of one sample and the views that go with it. `names` are as in `pointer_to`.
-
-        OBJECT_PLACEHOLDER in a question about a box becomes the box's name or numbers, then its object token.
-        """
-        (encoded,) = self.encode([observation])
-        proposals_K7 = encoded.named
-        views = self.choose_views(sample, observation)
-        question, after_object, asked_7 = build_question(sample, mode), "", None
-        if sample.query_box_7 is not None:
-            box_7 = observation.scene.to_model(sample.query_box_7)
-            pointer = pointer_to(box_7, encoded.covering(box_7[None])[0], names)
-            if self.connector.object_token and OBJECT_PLACEHOLDER in question:
-                before, _, after_object = question.partition(OBJECT_PLACEHOLDER)
-                question, asked_7 = before + pointer, box_7.tolist()
-            question, after_object = (text.replace(OBJECT_PLACEHOLDER, pointer) for text in (question, after_object))
-        row = self.writer.write(
-            system=SYSTEM_PROMPT,
-            question=question,
-            num_proposals=len(proposals_K7),
-            num_layout_tokens=self.connector.num_layout_tokens,
-            grids=[self.view_grid(observation, view) for view in views],
-            num_view_image_tokens=self.connector.num_view_image_tokens,
-            num_view_depth_tokens=self.connector.num_view_depth_tokens,
-            target=target,
-            names=names,
-            asked_box_7=asked_7,
-            after_object=after_object,
-        )
-        return row, views
-
-    def with_names(self, text: str, observation: Observation, names: Sequence[int] | None = None) -> str:
-        """Replace each `<box>` (model frame) by the name of the proposal that covers it, where one does.
-
-        `names` are as in `pointer_to`.
-        """
-        (encoded,) = self.encode([observation])
-        found = iter(encoded.covering([box for box in find_pointers(text) if not isinstance(box, int)]))
-        return replace_boxes(text, lambda box: pointer_to(box, next(found), names))
-
-    def embed_rows(
-        self,
-        rows: Sequence[Row],
-        observations: Sequence[Observation],
-        views: Sequence[Sequence[int]],
-        *,
-        gates: Sequence[torch.Tensor] | None = None,
-        packed_length: int | None = None,
-        completions: Sequence[Sequence[Sequence[int]]] | None = None,
-    ) -> ModelInputs:
-        """Embed written rows with their scenes' tokens and views, these gated where `view_gates` gave gates.
-
-        `packed_length` and `completions` are as in inputs.assemble.
-        """
-        encoded = self.encode(observations)
-        scene_tokens = self.scene_tokens(encoded, [row.names for row in rows])
-        asked = {place: row.asked_box_7 for place, row in enumerate(rows) if row.asked_box_7 is not None}
-        if asked:
-            queried = asked_objects(list(asked.values()), [encoded[place] for place in asked])
-            for place, token_D in zip(asked, self.connector.asked(queried), strict=True):
-                scene_tokens[place] = torch.cat([scene_tokens[place], token_D[None]])
-        shown = [
-            (observation, view) for observation, chosen in zip(observations, views, strict=True) for view in chosen
-        ]
-        nothing = None
-        if self.language.sharded_from is not None and self.train_vision_tower and not shown:
-            # the tower is sharded, and on other ranks it may have views to see; it comes first there too
-            nothing = self._look_at_nothing()
-        image_tokens, view_image_tokens, view_depth_tokens = (
-            gated_rows(tokens, gates) for tokens in (self.embed_views(shown), *self.describe_views(shown))
-        )
-        inputs = assemble(
-            rows,
-            embed_tokens=self.language.embedding,
-            scene_tokens=scene_tokens,
-            image_tokens=image_tokens,
-            view_image_tokens=view_image_tokens,
-            view_depth_tokens=view_depth_tokens,
-            pad_id=self.language.pad_id,
-            packed_length=packed_length,
-            completions=completions,
-            merge_size=self.language.merge_size,
-        )
-        if nothing is not None:
-            inputs.inputs_embeds_BLD = inputs.inputs_embeds_BLD + 0 * nothing.sum()
-        return inputs
-
-    def _look_at_nothing(self) -> torch.Tensor:
-        """The token of a black picture of one token."""
-        side, settings = self.language.merge_size, self.patch_settings
-        size = side * settings.patch
-        black_VHW3 = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=self.device)
-        return self.language.embed_images(patchify(black_VHW3, settings), [(1, side, side)])
 
     def forward(self, function: Callable[[], T]) -> T:
         """What a function of this model gives. Called as `model(function)`, it is one forward pass of all parts."""

@@ -11,7 +11,8 @@ from threedr1.engine import sft
 from threedr1.engine.build import build_model
 from threedr1.engine.config import load_config
 from threedr1.engine.data import ObservationCache, load_split
-from threedr1.engine.sft_data import Batches, write_targets
+from threedr1.engine.runtime import Runtime
+from threedr1.engine.sft_data import Batches, name_streams, write_targets
 from threedr1.models.scene_vlm import SceneVLM
 from threedr1.utils.streams import stream
 from threedr1.utils.text import format_box
@@ -78,10 +79,21 @@ def test_names_follow_from_seed_and_step_alone(model, rooms_root):
         batches = Batches(model, lambda _: samples[:4], cache, pointers="name", num_steps=9, naming=naming)
         return [entry.row.names for entry in batches[step]]
 
-    drawn = rows(5, lambda step: stream(0, step))
-    assert drawn == rows(5, lambda step: stream(0, step)) != rows(6, lambda step: stream(0, step))
+    drawn = rows(5, lambda *at: stream(0, *at))
+    assert drawn == rows(5, lambda *at: stream(0, *at)) != rows(6, lambda *at: stream(0, *at))
     assert len(set(drawn)) == 4
     assert rows(5, None) == [None] * 4
+
+
+def test_ranks_draw_the_names_that_one_process_draws():
+    def numbers(step, rank, world_size):
+        runtime = Runtime(torch.device("cpu"), rank, world_size, rank)
+        naming = name_streams(3, 8, runtime)
+        return [naming(step, place).integers(10**9) for place in range(8 // world_size)]
+
+    alone = numbers(2, 0, 1)
+    assert numbers(2, 0, 2) + numbers(2, 1, 2) == alone != numbers(3, 0, 1)
+    assert len({*alone, *numbers(3, 0, 1)}) == 16
 
 
 def test_without_a_pool_names_are_in_order(rooms_root, observation):
@@ -91,7 +103,7 @@ def test_without_a_pool_names_are_in_order(rooms_root, observation):
     sample = Sample(
         "g-0", "grounding", "own", "scene0000_00", "it", f"it {format_box(observation.encoded.named[0].tolist())}"
     )
-    (taught,) = write_targets(plain, [sample], [plain.observe(observation.scene)], pointers="name", naming=stream(0))
+    (taught,) = write_targets(plain, [sample], [plain.observe(observation.scene)], pointers="name", naming=stream)
     assert taught.row.names is None
 
 
