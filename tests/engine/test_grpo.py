@@ -69,7 +69,7 @@ def test_a_reward_that_fails_costs_its_rows_and_too_many_end_the_run(run):
         "    if sum(map(ord, completions[0])) % 4 == 0: return [float('nan')]\n"
         "    return [float(sum(map(ord, text)) % 7) for text in completions]\n"
     )
-    folder = run("run.steps=2", code=some)
+    folder = run("run.steps=2", "rollout.group_size=8", code=some)  # so many that a group without variance is rare
     for row in read_metrics(folder / "metrics.jsonl"):
         assert math.isfinite(row["reward"]) and math.isfinite(row["grad_norm"])
     rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
