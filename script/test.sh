@@ -9,6 +9,7 @@
 # cannot be, the script says so and does nothing:
 #
 #   bash script/test.sh --trl [arguments of pytest]     the GRPO loss against TRL's
+#   bash script/test.sh --triton [arguments of pytest]  the Triton kernels, in Triton's interpreter on the CPU
 #   bash script/test.sh --demo [arguments of pytest]    the demo in gradio, driven by a browser
 #   bash script/test.sh --docs [arguments of pytest]    the documentation as a site
 #
@@ -19,6 +20,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 jobs=(-n "${JOBS:-2}")
+triton=3.6.0 # of PyTorch 2.11
 trl=1.16.0 # the release whose code tests/engine/test_grpo_trl.py runs
 
 pin() { grep -o "$1==[0-9.]*" setup.py; } # the release of an extra that setup.py names
@@ -49,6 +51,12 @@ case "${1:-}" in
     --trl)
         fetch --no-deps "trl==$trl"
         "$PY" -m pytest tests/engine/test_grpo_trl.py "${@:2}"
+        exit
+        ;;
+    --triton)
+        fetch --no-deps "triton==$triton"
+        "$PY" -m pytest "${jobs[@]}" -m "not gpu" tests/models/test_decode_attention_triton.py \
+            tests/models/test_lm_head_triton.py tests/utils/test_splat_triton.py "${@:2}"
         exit
         ;;
     --demo)

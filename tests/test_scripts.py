@@ -271,6 +271,15 @@ else:
 """
 PEERS = {
     "--trl": ("trl", ["tests/engine/test_grpo_trl.py"]),
+    "--triton": (
+        "triton",
+        [
+            *("-n", "2", "-m", "not gpu"),
+            "tests/models/test_decode_attention_triton.py",
+            "tests/models/test_lm_head_triton.py",
+            "tests/utils/test_splat_triton.py",
+        ],
+    ),
     "--demo": ("gradio", ["-m", "not gpu", "tests/engine/test_demo.py", "tests/engine/test_demo_browser.py"]),
     "--docs": ("mkdocs-material", ["tests/test_docs_site.py"]),
 }
