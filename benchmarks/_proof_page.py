@@ -37,8 +37,8 @@ REWARDS = {
     "grpo": "all three",
 }
 VIEWS = {
-    "blind": "none",
-    "views.uniform": "uniform",
+    "views.none": "none",
+    "views.coverage": "best coverage",
     "views.ring": "ring",
     "views.top": "top-down",
     "views.ours": "selected",
@@ -49,6 +49,13 @@ ENCODERS = {
     "encoders.point": "text, image, point cloud",
     "encoders.full": "text, image, depth, point cloud",
 }
+REWARDS_NOTE = "Where the form is not rewarded, it does not gate the other rewards either."
+VIEWS_NOTE = """\
+Pictures alone, no token of the point cloud. *Selected* are four of twelve views, by the question; *best coverage* the
+four that show most of the room and its detected objects, whatever the question."""
+ENCODERS_NOTE = """\
+With the point cloud there are objects to point at by name, and inventories that teach the names; without it boxes are
+asked for and given in numbers. What the rows differ by is therefore more than an encoder."""
 INTRODUCTION = """\
 # The proof
 
@@ -60,8 +67,10 @@ machinery does; they say nothing about ScanNet, and they are not comparable with
 paper that does not show here is reported as such.
 
 Intervals (95 %) know both kinds of chance, which questions were asked and which seed was drawn: a crossed bootstrap
-over runs and questions, what comes of the runs widened for their small number (`utils/metrics/seeds.py`). Differences
-are taken question by question between runs of the same seed. Scores are those of `python main.py eval`, in percent.
+over runs and questions, what comes of the runs widened for their small number by Student's t
+(`utils/metrics/seeds.py`). Questions about one room are taken as independent, which makes intervals narrower than they
+should be. Differences are taken question by question between runs of the same seed. Scores are those of
+`python main.py eval`, in percent.
 """
 REAL_INTRODUCTION = """\
 Sentences of ScanRefer and Nr3D about the 24 validation scans whose labelled instances are at hand (no walls, no
@@ -212,14 +221,16 @@ def render(runs: Sequence[Run], findings: str = "") -> str:
     lines += picture("sft.png", "Loss and held-out scores while training: of the scene, and blind")
     lines += picture("grpo.png", "Rewards by component, and held-out grounding, while GRPO trains")
     lines += picture("detect.png", "Loss and mAP of the scene encoder while it is pre-trained")
-    for title, names, base in (
-        ("Rewards alone and in pairs (the paper's table 7)", REWARDS, "sft"),
-        ("Selection of views (table 8)", VIEWS, "views.ours"),
-        ("Encoders one by one (table 10)", ENCODERS, "views.ours"),
+    for title, names, base, note in (
+        ("Rewards alone and in pairs (the paper's table 7)", REWARDS, "sft", REWARDS_NOTE),
+        ("Selection of views (table 8)", VIEWS, "views.ours", VIEWS_NOTE),
+        ("Encoders one by one (table 10)", ENCODERS, "views.ours", ENCODERS_NOTE),
     ):
         lines += [
             "",
             f"## {title}",
+            "",
+            note,
             "",
             *table(runs, names, everything, "model"),
             *differences(runs, names, base, HEADLINE),

@@ -52,6 +52,7 @@ class Ahead(Generic[T]):
         """Wait until nothing is being made, so that the model may be used for something else."""
         if self._coming is not None:
             wait([self._coming[1]])
+            wait_for_beside(self.device)
 
     def __enter__(self) -> "Ahead[T]":
         return self

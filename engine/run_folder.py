@@ -44,7 +44,11 @@ def open_run(config: Any, resume: bool) -> Path | None:
 
 
 # Keys that came later have defaults that mean what was done before there were such keys, but for these.
-_BEFORE = {"model.language.object_token": False, "model.views.redundancy": 0.0}
+_BEFORE = {
+    "model.language.object_token": False,
+    "model.language.object_color": False,
+    "model.views.redundancy": 0.0,
+}
 
 
 def _saved_config(checkpoint: Path, defaults: dict) -> dict:

@@ -8,7 +8,7 @@
 #   bash script/proof.sh align sft blind      what names stand for; then models of the scene, and without it
 #   bash script/proof.sh grpo                 reinforcement learning from sft, all three rewards
 #   bash script/proof.sh table7               rewards alone and in pairs
-#   bash script/proof.sh table8               views: selected, uniform, ring, top-down (none: blind)
+#   bash script/proof.sh table8               views: selected, best coverage, ring, top-down, none
 #   bash script/proof.sh table10              encoders one by one (text and image: table8's selected views)
 #   bash script/proof.sh real                 the same question of real scans: data, encoder, models (REAL=)
 #   bash script/proof.sh eval sft blind       scores of models by name: eval/NAME-SEED below RUN
@@ -79,7 +79,7 @@ tune() {
     after model detect "align-$1"
     stage "sft-$1" "$RUN/sft-$1" sft --config "$recipes/sft.yaml" --resume \
         --set "run.dir=$RUN/sft-$1" "run.seed=$1" "data.root=$DATA" "model.language.model=$RUN/model" \
-        "model.encoder.pretrained=$RUN/detect/best" "init=$RUN/align-$1" "${overrides[@]}"
+        "model.encoder.pretrained=$RUN/detect" "init=$RUN/align-$1" "${overrides[@]}"
 }
 
 # train SEED NAME RECIPE [KEY=VALUE…]
@@ -89,7 +89,7 @@ train() {
     after "${part}model" "${part}detect"
     stage "$2-$1" "$RUN/$2-$1" sft --config "$recipes/$3.yaml" --resume \
         --set "run.dir=$RUN/$2-$1" "run.seed=$1" "data.root=$root" "model.language.model=$RUN/${part}model" \
-        "model.encoder.pretrained=$RUN/${part}detect/best" "${@:4}" "${overrides[@]}"
+        "model.encoder.pretrained=$RUN/${part}detect" "${@:4}" "${overrides[@]}"
 }
 
 # reinforce SEED NAME [KEY=VALUE…]
@@ -131,18 +131,20 @@ real() {
 }
 
 table7() {
-    local parts
+    local parts gate
     for parts in format perception semantic format+perception format+semantic perception+semantic; do
+        case "$parts" in *format*) gate=true ;; *) gate=false ;; esac # gated by the form, a reward would hold it
         case "$parts" in
-        *+*) row "grpo.$parts" reinforce "reward.names=${parts/+/,}" 'reward.weights=[0.5,0.5]' ;;
-        *) row "grpo.$parts" reinforce "reward.names=$parts" 'reward.weights=[1.0]' ;;
+        *+*) row "grpo.$parts" reinforce "reward.names=${parts/+/,}" 'reward.weights=[0.5,0.5]' "reward.gate_by_format=$gate" ;;
+        *) row "grpo.$parts" reinforce "reward.names=$parts" 'reward.weights=[1.0]' "reward.gate_by_format=$gate" ;;
         esac
     done
 }
 
 table8() { # a pool no larger than what is chosen leaves nothing to choose
+    row views.none train views model.views.source=none
     row views.ours train views
-    row views.uniform train views model.views.num_candidates=4
+    row views.coverage train views model.views.num_candidates=4
     row views.ring train views model.views.num_candidates=4 model.views.source=ring
     row views.top train views model.views.num_candidates=4 model.views.source=top
 }
@@ -153,10 +155,12 @@ table10() {
 }
 
 stages=("${@:-data}")
+number=0
 for name in "${stages[@]}"; do
+    number=$((number + 1))
     case "$name" in
     eval)
-        for model in "${stages[@]:1}"; do seeded evaluate "$model"; done
+        for model in "${stages[@]:number}"; do seeded evaluate "$model"; done
         break
         ;;
     data | detect | real | table7 | table8 | table10) "$name" ;;

@@ -57,10 +57,11 @@ def test_tables_train_and_evaluate_their_rows(shell: Shell):  # noqa: F811
         overrides = [f"{name}={entry[name]}" for name in ("reward.names", "reward.weights")]
         reward = load_config("grpo", None, overrides).reward
         assert len(reward.names) == len(reward.weights) and sum(reward.weights) == 1
+        assert entry["reward.gate_by_format"] == ("true" if "format" in reward.names else "false")
     views = proof(shell, "table8", SEEDS="1")
-    assert [command[0] for command in views] == ["sft", "eval"] * 4
+    assert [command[0] for command in views] == ["sft", "eval"] * 5
     sources = [settings(command).get("model.views.source") for command in views[::2]]
-    assert sources == [None, None, "ring", "top"]
+    assert sources == ["none", None, None, "ring", "top"]
     assert names(proof(shell, "table10", SEEDS="1")) == ["sft", "eval"] * 3
     assert proof(shell, "table8", "table10", SEEDS="1", ONLY="ring") == []
 

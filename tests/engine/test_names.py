@@ -153,3 +153,16 @@ def test_words_in_tokens_are_kept_and_get_gradients(rooms_root, tmp_path):
     words_PD = loaded.writer.embed_names(loaded.language.embedding, 8)
     loaded.connector.named(torch.zeros(8, loaded.language.width), torch.arange(8), words_PD)[:, 0].sum().backward()
     assert float(loaded.language.embedding.weight.grad.abs().sum()) > 0
+
+
+def test_a_run_from_before_colours_goes_on_without_them(rooms_root, tmp_path):
+    own = {"run_dir": tmp_path / "run"}
+    without = settings(rooms_root, "run.steps=1", "model.language.object_color=false", **own)
+    checkpoint = sft.train(without)
+    config = checkpoint / "config.yaml"
+    text = config.read_text()
+    assert "    object_color: false\n" in text
+    config.write_text(text.replace("    object_color: false\n", ""))
+    assert sft.train(without, resume=True) == checkpoint
+    with pytest.raises(ValueError, match=r"model.language.object_color: False -> True"):
+        sft.train(settings(rooms_root, "run.steps=1", **own), resume=True)

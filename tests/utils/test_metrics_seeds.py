@@ -24,12 +24,12 @@ def test_runs_that_agree_are_as_sure_as_one():
 
 
 def test_runs_that_differ_alone_vary_as_the_mean_of_new_runs_would():
-    """Every question answered alike: the resamples' deviation is that of the runs' mean, s / sqrt(S)."""
+    """Every question answered alike: the interval is Student's of the runs' mean, t s / sqrt(S) to both sides."""
     levels = np.linspace(0.2, 0.8, 12)
     found = over_seeds([[level] * 5 for level in levels], resamples=20_000)
     deviation = levels.std(ddof=1) / np.sqrt(len(levels))
     assert found.mean == pytest.approx(0.5)
-    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(deviation, rel=0.05)
+    assert (found.high - found.low) / 2 == pytest.approx(2.201 * deviation, rel=0.05)  # of 11 degrees of freedom
 
 
 @settings(max_examples=20, deadline=None)
@@ -44,11 +44,11 @@ def test_the_mean_lies_in_its_interval_and_units_change_nothing(runs, questions,
 
 def test_a_difference_is_taken_question_by_question():
     """Where ours is right whenever the other is, and on four questions more, no resample has it behind."""
-    others = [[1.0, 0.0] * 20, [0.0, 1.0] * 20]
+    others = [[1.0, 0.0] * 20, [0.0, 1.0] * 20] * 3
     ours = [[*row[:-8], *[1.0] * 8] for row in others]
     found = difference_over_seeds(ours, others)
     assert found.mean == pytest.approx(0.1) and found.low > 0 and found.certain
-    assert difference_over_seeds(others, others) == Estimate(0.0, 0.0, 0.0, 2, 40)
+    assert difference_over_seeds(others, others) == Estimate(0.0, 0.0, 0.0, 6, 40)
     assert not difference_over_seeds(others, others).certain
 
 

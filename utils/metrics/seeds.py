@@ -3,7 +3,8 @@ which questions were asked, and which seed was drawn.
 
 The bootstrap is crossed: all runs answer the same questions, so a resample draws runs and questions, and takes the
 mean over all pairs. The variance of means of S runs drawn out of S is (S - 1) / S of that of means of S new runs, so
-what comes of the runs is widened by the root of S / (S - 1). One run has an interval of its questions alone.
+what comes of the runs is widened by the root of S / (S - 1), and by Student's t of S - 1 degrees of freedom over the
+normal quantile, since S runs say little of how much runs differ. One run has an interval of its questions alone.
 
 Shapes: S runs, Q questions, R resamples.
 """
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import norm, t
 
 RESAMPLES = 2000
 
@@ -54,7 +56,7 @@ def over_seeds(values_SQ: Sequence[Sequence[float]], *, seed: int = 0, resamples
     share_RS = rng.multinomial(runs, np.full(runs, 1 / runs), size=resamples) / runs
     means_RS = times_RQ @ array_SQ.T
     centre_R = means_RS.mean(1)
-    widened = np.sqrt(runs / (runs - 1)) if runs > 1 else 0.0
+    widened = np.sqrt(runs / (runs - 1)) * t.ppf(0.975, runs - 1) / norm.ppf(0.975) if runs > 1 else 0.0
     means_R = centre_R + widened * ((share_RS * means_RS).sum(1) - centre_R)
     low, high = np.quantile(means_R, (0.025, 0.975))
     return Estimate(float(array_SQ.mean()), float(low), float(high), runs, questions)
