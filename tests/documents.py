@@ -91,7 +91,8 @@ def defined(test: str) -> bool:
 RUN_ELSEWHERE = (
     (r"bash script/quickstart\.sh$", "tests/test_quickstart.py", "quickstart.sh"),
     (r"bash script/setup\.sh$", "tests/test_scripts.py", "setup.sh"),
-    (r"bash script/test\.sh(?: --slow| --trl| --demo| --docs| tests/utils)?$", ".ci/run", "script/test.sh"),
+    (r"(bash script/test\.sh --(?!gpu)[a-z]+)$", ".ci/run", r"\1"),
+    (r"bash script/test\.sh(?: tests/utils)?$", ".ci/run", "script/test.sh"),
     (r"(?:[A-Z]+=\S+ )*bash script/demo\.sh$", "tests/test_scripts.py", "demo.sh"),
     (r"python main\.py demo ", "tests/engine/test_demo_browser.py", "launch("),
     (r"bash script/docs\.sh(?: serve)?$", "tests/test_docs_site.py", "docs.sh"),
@@ -100,4 +101,5 @@ RUN_ELSEWHERE = (
 
 def run_elsewhere(text: str) -> tuple[str, str] | None:
     """The test that runs a command, if not test_docs_commands.py, and the word to find it by; else None."""
-    return next(((path, word) for pattern, path, word in RUN_ELSEWHERE if re.match(pattern, text)), None)
+    matches = ((re.match(pattern, text), path, word) for pattern, path, word in RUN_ELSEWHERE)
+    return next(((path, match.expand(word)) for match, path, word in matches if match), None)

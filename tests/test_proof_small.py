@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import threedr1
 from threedr1.benchmarks import proof
@@ -17,10 +18,28 @@ pytestmark = pytest.mark.slow
 ROOT = Path(threedr1.__file__).resolve().parent
 # The overrides of every training stage: keys that detect, sft and grpo all have.
 SET = "run.steps=2 run.batch_size=4 run.eval_every=2 data.num_points=1024 run.save_every=1"
-ENCODER = (
-    "encoder: {num_tokens: 64, num_neighbors: 8, radius: 0.4, width: 32, encoder_layers: 1, decoder_layers: 1, "
-    "num_heads: 2, num_queries: 64"
-)
+# What the recipes have besides those, made small: a value for each key of a file. A key that a recipe lacks is new.
+ENCODER = {
+    "num_tokens": 64,
+    "num_neighbors": 8,
+    "radius": 0.4,
+    "width": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "num_heads": 2,
+    "num_queries": 64,
+}
+SMALL = {
+    "detect.yaml": {"data.workers": 0, "encoder": ENCODER, "precision": "float32"},
+    "sft.yaml": {
+        "model.encoder": ENCODER,
+        "model.language.dtype": "float32",
+        "eval_samples": 8,
+        "eval_answers": 4,
+        "eval_new_tokens": 4,
+    },
+    "grpo.yaml": {"rollout.max_new_tokens": 4, "rollout.group_size": 2, "eval_samples": 8},
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,23 +53,15 @@ def checkout(tmp_path_factory) -> Path:
 
     shutil.copytree(ROOT, copy, ignore=left_out)
     recipes = copy / "script" / "recipes" / "proof"
-    detect = (recipes / "detect.yaml").read_text().replace("data:\n", "data:\n  workers: 0\n")
-    (recipes / "detect.yaml").write_text(f"{detect}{ENCODER}}}\nprecision: float32\n")
-    sft = (recipes / "sft.yaml").read_text()
-    changes = {
-        "encoder:\n    pretrained: runs/proof/detect/best": ENCODER + "}",
-        "bfloat16": "float32",
-        "eval_samples: 600": "eval_samples: 8",
-        "eval_answers: 600": "eval_answers: 4",
-        "eval_new_tokens: 96": "eval_new_tokens: 4",
-    }
-    for old, new in changes.items():
-        assert old in sft
-        sft = sft.replace(old, new)
-    (recipes / "sft.yaml").write_text(sft)
-    grpo = (recipes / "grpo.yaml").read_text()
-    grpo = grpo.replace("max_new_tokens: 96", "max_new_tokens: 4").replace("group_size: 8", "group_size: 2")
-    (recipes / "grpo.yaml").write_text(grpo + "eval_samples: 8\n")
+    for name, values in SMALL.items():
+        recipe = yaml.safe_load((recipes / name).read_text())
+        for key, value in values.items():
+            *sections, last = key.split(".")
+            section = recipe
+            for part in sections:
+                section = section[part]
+            section[last] = value
+        (recipes / name).write_text(yaml.safe_dump(recipe, sort_keys=False))
     shutil.rmtree(copy / "docs" / "proof", ignore_errors=True)
     return copy
 
