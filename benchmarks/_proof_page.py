@@ -68,36 +68,57 @@ paper that does not show here is reported as such.
 
 Intervals (95 %) know both kinds of chance, which questions were asked and which seed was drawn: a crossed bootstrap
 over runs and questions, what comes of the runs widened for their small number by Student's t
-(`utils/metrics/seeds.py`). Questions about one room are taken as independent, which makes intervals narrower than they
-should be. Differences are taken question by question between runs of the same seed. Scores are those of
+(`utils/metrics/seeds.py`). Rooms are drawn with all their questions, since those about one room are not independent.
+Differences are taken question by question between runs of the same seed. Scores are those of
 `python main.py eval`, in percent.
 """
 REAL_INTRODUCTION = """\
 Sentences of ScanRefer and Nr3D about the 24 validation scans whose labelled instances are at hand (no walls, no
 colours): 16 scans are trained on, with the labels of all 222 training scans; 8, drawn by a seed, are tested on, with a
-scene encoder that is trained on the same scans. Few sentences and fewer scans: the intervals know of the sentences and
-the seeds of training, not of the choice of scans.
+scene encoder that is trained on the same scans. Few scans and few sentences, so wide intervals.
 """
 
 
-def scores_by_seed(runs: Sequence[Run], name: str, metric: str) -> dict[int, list[float]]:
-    """Values of questions by seed, of the runs of one name that have them."""
-    return {run.seed: run.scores[metric] for run in runs if run.name == name and run.scores.get(metric)}
+def scored(runs: Sequence[Run], name: str, metric: str) -> dict[int, Run]:
+    """By seed the runs of one name that have values of a metric."""
+    return {run.seed: run for run in runs if run.name == name and run.scores.get(metric)}
+
+
+def values(runs: Sequence[Run], metric: str) -> tuple[list[list[float]], list[int]]:
+    """Values of the questions, a row a run, and the number of the scene that each question is about.
+
+    Raises:
+        ValueError: the runs were not asked the same questions.
+    """
+    dataset = metric.partition("/")[0]
+    first = runs[0].asked[dataset]
+    for run in runs[1:]:
+        if run.asked[dataset] != first:
+            raise ValueError(
+                f"{run.label} and {runs[0].label} were not asked the same questions of {dataset}; evaluate both by "
+                "script/proof.sh with the same DATA."
+            )
+    scenes = [number for number, count in enumerate(first.scenes) for _ in range(count)]
+    return [run.scores[metric] for run in runs], scenes
 
 
 def estimate(runs: Sequence[Run], name: str, metric: str) -> Estimate | None:
     """What the runs of one name score, in percent; None where none was made."""
-    values = scores_by_seed(runs, name, metric)
-    return over_seeds(list(values.values())).scaled(100) if values else None
+    its = list(scored(runs, name, metric).values())
+    if not its:
+        return None
+    values_SQ, scenes_Q = values(its, metric)
+    return over_seeds(values_SQ, scenes_Q).scaled(100)
 
 
 def gain(runs: Sequence[Run], ours: str, other: str, metric: str) -> Estimate | None:
     """Ours minus the other's, in percent, over the seeds that both have; None without one."""
-    first, second = scores_by_seed(runs, ours, metric), scores_by_seed(runs, other, metric)
+    first, second = scored(runs, ours, metric), scored(runs, other, metric)
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
-    return difference_over_seeds([first[seed] for seed in seeds], [second[seed] for seed in seeds]).scaled(100)
+    values_SQ, scenes_Q = values([its[seed] for its in (first, second) for seed in seeds], metric)
+    return difference_over_seeds(values_SQ[: len(seeds)], values_SQ[len(seeds) :], scenes_Q).scaled(100)
 
 
 def shown(value: Estimate | None, *, signed: bool = False) -> str:
@@ -110,14 +131,14 @@ def shown(value: Estimate | None, *, signed: bool = False) -> str:
 
 def table(runs: Sequence[Run], names: Mapping[str, str], metrics: Sequence[str], head: str) -> list[str]:
     """A table of Markdown: models as rows, metrics as columns; rows that nobody measured are left out."""
-    known = [metric for metric in metrics if any(scores_by_seed(runs, name, metric) for name in names)]
-    rows = [name for name in names if any(scores_by_seed(runs, name, metric) for metric in known)]
+    known = [metric for metric in metrics if any(scored(runs, name, metric) for name in names)]
+    rows = [name for name in names if any(scored(runs, name, metric) for metric in known)]
     if not rows:
         return ["Not measured yet."]
     lines = [f"| {head} | runs | " + " | ".join(_called(metric) for metric in known) + " |"]
     lines.append("|---|---|" + "---|" * len(known))
     for name in rows:
-        count = max(len(scores_by_seed(runs, name, metric)) for metric in known)
+        count = max(len(scored(runs, name, metric)) for metric in known)
         cells = [shown(estimate(runs, name, metric)) for metric in known]
         lines.append(f"| {names[name]} | {count} | " + " | ".join(cells) + " |")
     return lines
@@ -250,8 +271,7 @@ def provenance(runs: Sequence[Run]) -> list[str]:
     lines = ["| run | seeds | command | commit | machine |", "|---|---|---|---|---|"]
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
-        groups.setdefault((run.name, run.command, run.commit, f"{run.machine}, {versions}"), []).append(run)
+        groups.setdefault((run.name, run.command, run.commit, f"{run.machine}; {run.versions}"), []).append(run)
     for (name, command, commit, machine), its in groups.items():
         seeds = ", ".join(str(run.seed) for run in its)
         lines.append(f"| {name} | {seeds} | `{command}` | {commit} | {machine} |")

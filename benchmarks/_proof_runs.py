@@ -4,16 +4,19 @@ A run is called `<name>-<seed>`, as script/proof.sh calls its folders. Values of
 as a string of these digits, others as numbers of three decimals.
 """
 
+import hashlib
+import itertools
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..engine.tracking import STARTS
+from ..utils.files import read_log
 from ..utils.metrics.score import score_predictions
-from ..utils.predictions import read_predictions
-from .results import commit, machine_name, rounded
+from ..utils.predictions import Prediction, read_predictions
+from .results import rounded
 
 # What is kept of each data set: its task's scorer, and metrics that are means over questions.
 KEPT = {
@@ -23,7 +26,7 @@ KEPT = {
     "nr3d_targets": ("scanrefer", ("Acc@0.25", "Acc@0.5")),
     "scanqa": ("exact", ("EM",)),
     "sqa3d": ("sqa3d", ("EM",)),
-    "planning": ("ll3da", ("CIDEr", "ROUGE-L")),
+    "planning": ("ll3da_per_sample", ("CIDEr", "ROUGE-L")),
 }
 CURVES = (
     "loss",
@@ -41,16 +44,29 @@ Curve = tuple[list[float], list[float]]  # steps, values
 
 
 @dataclass
+class Asked:
+    """The questions of one data set, in the order of their values: by scene, then by name."""
+
+    digest: str  # of their names
+    scenes: list[int]  # how many there are about each scene
+
+
+@dataclass
 class Run:
-    """One trained model, as it is kept. `scores` holds values of questions by `dataset/metric`, as fractions."""
+    """One trained model, as it is kept. `scores` holds values of questions by `dataset/metric`, as fractions.
+
+    Command, commit, machine and versions are of the process that trained it (its starts.jsonl); of several, all that
+    differ.
+    """
 
     name: str
     seed: int
     command: str
     commit: str
     machine: str
-    versions: dict[str, str]
+    versions: str
     scores: dict[str, list[float]] = field(default_factory=dict)
+    asked: dict[str, Asked] = field(default_factory=dict)  # by data set
     curves: dict[str, Curve] = field(default_factory=dict)
     well_formed: dict[str, float] = field(default_factory=dict)  # share of thoughts in form, by data set
 
@@ -77,47 +93,55 @@ def curves_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     return {name: thinned(read_curve(rows, name)) for name in names}
 
 
-def scores_of(path: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Values of questions and shares of well-formed thoughts out of a file of predictions."""
-    by_dataset: dict[str, list[Any]] = {}
+def asked(entries: Sequence[Prediction]) -> Asked:
+    """What was asked, of predictions sorted by scene and name."""
+    digest = hashlib.sha256("\n".join(entry.sample_id for entry in entries).encode()).hexdigest()[:12]
+    by_scene = itertools.groupby(entries, key=lambda entry: entry.scene_id)
+    return Asked(digest, [len(list(group)) for _, group in by_scene])
+
+
+def take_answers(run: Run, path: Path) -> None:
+    """Put values of questions, what was asked and shares of well-formed thoughts of a file of predictions in a run."""
+    by_dataset: dict[str, list[Prediction]] = {}
     for entry in read_predictions(path):
         by_dataset.setdefault(entry.meta["dataset"], []).append(entry)
-    scores: dict[str, list[float]] = {}
-    shares: dict[str, float] = {}
     for name, entries in by_dataset.items():
         if name not in KEPT:
             continue
-        entries.sort(key=lambda entry: entry.sample_id)  # the same order in every run, to compare by questions
+        entries.sort(key=lambda entry: (entry.scene_id, entry.sample_id))
         scorer, metrics = KEPT[name]
         result = score_predictions(entries[0].task, entries, scorer, meteor=False, per_item=True)
-        scores |= {f"{name}/{metric}": result["per_item"][metric] for metric in metrics}
+        run.scores |= {f"{name}/{metric}": result["per_item"][metric] for metric in metrics}
+        run.asked[name] = asked(entries)
         thoughts = [entry for entry in entries if entry.meta.get("mode") == "think"]
         if thoughts:
-            shares[name] = rounded(sum(entry.well_formed for entry in thoughts) / len(thoughts)) or 0.0
-    return scores, shares
+            run.well_formed[name] = rounded(sum(entry.well_formed for entry in thoughts) / len(thoughts)) or 0.0
 
 
-def collect(label: str, folder: Path, trained: Path | None, command: str) -> Run:
-    """One run out of its folder of `eval`, and of the folder where it was trained (its metrics.jsonl).
+def collect(label: str, answered: Path, trained: Path) -> Run:
+    """One run out of the folder where it was trained, and of that of its `eval`.
 
     Args:
         label: `<name>-<seed>`.
-        folder: holds predictions.jsonl; without it the run is kept with its curves alone.
+        answered: holds predictions.jsonl; without it the run is kept with its curves alone.
+        trained: holds metrics.jsonl and starts.jsonl.
     """
-    from ..utils.files import read_log
-
     name, _, seed = label.rpartition("-")
     if not name or not seed.isdigit():
-        raise ValueError(f"{folder} is not named NAME-SEED, such as sft-0; name the runs as script/proof.sh does.")
-    import torch
+        raise ValueError(f"{answered} is not named NAME-SEED, such as sft-0; name the runs as script/proof.sh does.")
+    starts = read_log(trained / STARTS)
+    if not starts:
+        raise ValueError(f"{trained / STARTS} does not say what trained {label}; train it by script/proof.sh.")
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    run = Run(name, int(seed), command, commit(), machine_name(device), versions)
-    if (folder / "predictions.jsonl").exists():
-        run.scores, run.well_formed = scores_of(folder / "predictions.jsonl")
-    if trained is not None and (trained / "metrics.jsonl").exists():
-        run.curves = curves_of(read_log(trained / "metrics.jsonl"))
+    def of_all(key: str) -> str:
+        return "; ".join(dict.fromkeys(str(start[key]) for start in starts))
+
+    for start in starts:
+        start["with"] = ", ".join(f"{package} {version}" for package, version in start["versions"].items())
+    run = Run(name, int(seed), of_all("typed"), of_all("commit"), of_all("machine"), of_all("with"))
+    if (answered / "predictions.jsonl").exists():
+        take_answers(run, answered / "predictions.jsonl")
+    run.curves = curves_of(read_log(trained / "metrics.jsonl"))
     return run
 
 
@@ -139,6 +163,7 @@ def read_runs(folder: Path) -> list[Run]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             content["scores"] = {name: _unpacked(values) for name, values in content["scores"].items()}
+            content["asked"] = {name: Asked(**value) for name, value in content["asked"].items()}
             content["curves"] = {name: (curve[0], curve[1]) for name, curve in content["curves"].items()}
             runs.append(Run(**content))
         except (ValueError, KeyError, TypeError, IndexError) as error:

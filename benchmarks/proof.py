@@ -1,6 +1,6 @@
 """The proof's page, docs/proof.md, from the runs of script/proof.sh; with --collect takes in runs first.
 
-    bash script/proof.sh eval sft blind        # evaluates
+    bash script/proof.sh sft,blind             # trains and scores, on a machine with a GPU
     python main.py bench proof --collect runs/proof
 
 No peer: it compares models of this project with one another.
@@ -12,18 +12,6 @@ from pathlib import Path
 from ._arguments import benchmark_parser
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-STAGES = {
-    "views": "table8",
-    "encoders": "table10",
-    "real": "real",
-}  # which stage of script/proof.sh makes runs of what name
-
-
-def command_of(label: str) -> str:
-    """The command that made a run called `<name>-<seed>`."""
-    name, _, seed = label.rpartition("-")
-    stage = "table7" if name.startswith("grpo.") else STAGES.get(name.partition(".")[0], name)
-    return f"SEEDS={seed} bash script/proof.sh {stage}"
 
 
 def collect_all(run: Path, folder: Path) -> list[Path]:
@@ -31,16 +19,14 @@ def collect_all(run: Path, folder: Path) -> list[Path]:
     from ._proof_runs import collect, write_run
 
     written = []
-    for part, stage in (("detect", "detect"), ("real-detect", "real")):
-        if (run / part / "metrics.jsonl").exists():
-            encoder = collect(f"{part}-0", run / "eval" / f"{part}-0", run / part, f"bash script/proof.sh {stage}")
-            written.append(write_run(encoder, folder))
+    for label, trained in (("detect-0", "detect"), ("real-detect-0", "real-detect")):
+        if (run / trained / "metrics.jsonl").exists():
+            written.append(write_run(collect(label, run / "eval" / label, run / trained), folder))
     for evaluated in sorted((run / "eval").glob("*")):
         if (evaluated / "results.json").exists():
-            made = collect(evaluated.name, evaluated, run / evaluated.name, command_of(evaluated.name))
-            written.append(write_run(made, folder))
+            written.append(write_run(collect(evaluated.name, evaluated, run / evaluated.name), folder))
     if not written:
-        raise ValueError(f"{run} has no evaluated runs; `bash script/proof.sh eval sft blind` makes some.")
+        raise ValueError(f"{run} has no evaluated runs; `bash script/proof.sh sft,blind` makes some.")
     return written
 
 

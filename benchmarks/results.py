@@ -6,11 +6,9 @@ unit is a time or a rate.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -166,31 +164,17 @@ def shown(number: float) -> str:
 
 
 def machine_name(device: str = "cpu") -> str:
-    """Name of the GPU, or the model of the CPU and how many cores this process may use."""
-    import torch
+    """Name of the GPU or the CPU, as engine.environment gives it."""
+    from ..engine import environment  # it loads torch
 
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(torch.device(device))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    architecture = platform.machine().replace("_", "-") or "unknown architecture"
-    model = next((line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name")), "CPU")
-    return f"{model}, {architecture}, {cores} {'core' if cores == 1 else 'cores'}"
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")  # Linux only
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return environment.machine_name(device)
 
 
 def versions(device: str, packages: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of Python, PyTorch and the named packages; of CUDA where it was used."""
-    import torch
+    """Versions of Python, PyTorch, CUDA and the named packages, as engine.environment gives them."""
+    from ..engine import environment
 
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    found |= {name: importlib.metadata.version(name) for name in packages}
-    if device.startswith("cuda"):
-        found["cuda"] = str(torch.version.cuda)
-    return found
+    return environment.versions(device, packages)
 
 
 def commit() -> str:

@@ -353,7 +353,8 @@ def _add_loop_commands(add: AddCommand) -> None:
     export.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="of the merged language model; in bfloat16 small updates are rounded away (default: the model's own)",
+        help="of the merged language model, where small updates are rounded away in bfloat16; without --merge what "
+        "float32 weights are stored in (default: as they are)",
     )
 
     dual = add("dual", "train a small text and picture encoder on generated rooms, in place of CLIP or SigLIP")

@@ -60,7 +60,13 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
     num_trained = sum(parameter.numel() for parameter in encoder.parameters())
     log.info("%d scenes, %.2f M parameters, %s", len(scenes), num_trained / 1e6, runtime.device)
     tracker = Tracker(
-        run.dir, "detect", run.steps, first_step=state["step"], sinks=run.trackers, enabled=runtime.is_main
+        run.dir,
+        "detect",
+        run.steps,
+        first_step=state["step"],
+        sinks=run.trackers,
+        device=str(runtime.device),
+        enabled=runtime.is_main,
     )
     precision = "high" if config.precision == "bfloat16" else "highest"
     with tracker, checkpoints, scenes.loader, matmul_precision(precision):

@@ -1,13 +1,17 @@
-"""What this installation can do, for `python main.py doctor`."""
+"""What this installation can do, for `python main.py doctor`, and what a run was made with."""
 
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -134,3 +138,45 @@ def commit(root: Path = ROOT, ignoring: Sequence[str] = ()) -> str:
 def _git(root: Path, *words: str) -> str:
     command = ["git", "-C", str(root), *words]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def machine_name(device: str = "cpu") -> str:
+    """Name of the GPU, or the model of the CPU and how many cores this process may use."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(torch.device(device))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    architecture = platform.machine().replace("_", "-") or "unknown architecture"
+    model = next((line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name")), "CPU")
+    return f"{model}, {architecture}, {cores} {'core' if cores == 1 else 'cores'}"
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")  # Linux only
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+
+
+def versions(device: str, packages: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of Python, PyTorch and the named packages; of CUDA where it is used."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found |= {name: importlib.metadata.version(name) for name in packages}
+    if device.startswith("cuda"):
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def describe_start(device: str, processes: int = 1) -> dict[str, Any]:
+    """When, where, with what code and by what command this process was started.
+
+    `typed` is what the user typed, which a script that starts several commands leaves in THREEDR1_TYPED; else the
+    command itself.
+    """
+    command = shlex.join(["python", *sys.argv])
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "typed": os.environ.get("THREEDR1_TYPED", "") or command,
+        "command": command,
+        "commit": commit(),
+        "machine": machine_name(device),
+        "processes": processes,
+        "versions": versions(device, ("transformers",)),
+    }

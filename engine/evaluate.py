@@ -33,6 +33,7 @@ from .data import Loaded, ObservationCache, load_evaluated, load_split, open_sto
 from .predict import answer, check_modes, detected_objects, world_boxes
 from .references import GIVEN_OBJECTS, object_rows, reference_of
 from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything
+from .tracking import note_start
 
 MODEL, MOST_FREQUENT = "model", "most-frequent"
 _METEOR: dict[str, MeteorChoice] = {"auto": "auto", "yes": True, "no": False}
@@ -266,6 +267,9 @@ def evaluate(config: EvalConfig) -> Path:
     journal = open_journal(config, folder, parts, runtime)
     evaluation = _Evaluation(config, model, store, runtime, journal)
     path = Path(config.run.dir) / "results.json"
+    if runtime.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        note_start(path.parent, str(runtime.device))
     predictions: list[Prediction] = []
     results: dict[str, dict] = {}
     for loaded in parts:

@@ -28,7 +28,13 @@ class GrpoLog:
         if runtime.is_main and self.path.exists():
             drop_steps_from(self.path, first_step)
         self.tracker = Tracker(
-            run.dir, "grpo", run.steps, first_step=first_step, sinks=run.trackers, enabled=runtime.is_main
+            run.dir,
+            "grpo",
+            run.steps,
+            first_step=first_step,
+            sinks=run.trackers,
+            device=str(runtime.device),
+            enabled=runtime.is_main,
         )
 
     def __enter__(self) -> "GrpoLog":

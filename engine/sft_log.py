@@ -86,7 +86,13 @@ class SftLog:
         self.means = TaskMeans(self.tasks, since)
         self.meter = Meter(training_flops(model), runtime)
         self.tracker = Tracker(
-            run.dir, "sft", run.steps, first_step=first_step, sinks=run.trackers, enabled=runtime.is_main
+            run.dir,
+            "sft",
+            run.steps,
+            first_step=first_step,
+            sinks=run.trackers,
+            device=str(runtime.device),
+            enabled=runtime.is_main,
         )
 
     def __enter__(self) -> "SftLog":

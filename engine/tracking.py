@@ -1,4 +1,4 @@
-"""Progress bar, metrics.jsonl and speed.jsonl, always; other trackers behind the same small interface."""
+"""Progress bar, metrics.jsonl, speed.jsonl, starts.jsonl, always; other trackers behind the same small interface."""
 
 import contextlib
 import json
@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 from ..utils.files import read_log
 from .background import advice
+from .environment import describe_start
 from .runtime import log
 
 SPEED = "speed.jsonl"
+STARTS = "starts.jsonl"
 
 
 class Sink(Protocol):
@@ -57,6 +59,7 @@ class Tracker:
         first_step: step that the run (re)starts at; rows of metrics.jsonl from there on are dropped first, so that a
             resumed run leaves the same file as one that was not interrupted.
         sinks: names out of SINKS.
+        device: what the run computes on, for starts.jsonl.
         enabled: False on ranks other than 0.
     """
 
@@ -68,6 +71,7 @@ class Tracker:
         *,
         first_step: int = 0,
         sinks: Sequence[str] = (),
+        device: str = "cpu",
         enabled: bool = True,
     ):
         self.path = Path(run_dir) / "metrics.jsonl"
@@ -84,6 +88,8 @@ class Tracker:
             for path in (self.path, self.speed_path):
                 if path == self.path or path.exists():
                     drop_steps_from(path, first_step)
+            if first_step < total_steps:
+                note_start(run_dir, device, step=first_step)
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc=title, disable=not enabled, dynamic_ncols=True, mininterval=1.0
         )
@@ -145,6 +151,12 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
         log.warning("could not write to %s: %s; training goes on, these rows are left out", path, advice(error))
         return False
     return True
+
+
+def note_start(run_dir: str | Path, device: str, **facts: Any) -> None:
+    """Append to `<run_dir>/starts.jsonl` when, where, with what code and by what command this process was started."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    append_rows(Path(run_dir) / STARTS, [{**facts, **describe_start(device, processes)}])
 
 
 def drop_steps_from(path: str | Path, first_step: int) -> None:

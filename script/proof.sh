@@ -1,24 +1,30 @@
 #!/usr/bin/env bash
 # Whether it learns, and what each idea is worth, on generated rooms and one GPU (docs/proof.md): a model of 15 M weights
 # from random ones, trained and tested on held-out rooms. Every stage takes at most nine minutes on an H100, and goes on
-# where it was interrupted; one whose result is complete is skipped. Seeds are trained side by side.
+# where it was interrupted; one whose result is complete is skipped.
 #
 #   bash script/proof.sh data                 rooms, prepared scenes, the untrained model
 #   bash script/proof.sh detect               scene encoder
-#   bash script/proof.sh align sft blind      what names stand for; then models of the scene, and without it
+#   bash script/proof.sh align,blind          what names stand for; and a model that sees nothing of the scene
+#   bash script/proof.sh sft                  the model of the scene, from what align left
 #   bash script/proof.sh grpo                 reinforcement learning from sft, all three rewards
 #   bash script/proof.sh table7               rewards alone and in pairs
 #   bash script/proof.sh table8               views: selected, best coverage, ring, top-down, none
 #   bash script/proof.sh table10              encoders one by one (text and image: table8's selected views)
 #   bash script/proof.sh real                 the same question of real scans: data, encoder, models (REAL=)
-#   bash script/proof.sh eval sft blind       scores of models by name: eval/NAME-SEED below RUN
 #   bash script/proof.sh page                 docs/proof.md from what is evaluated
+#   bash script/proof.sh pack sft             trained models as files of at most 15 MB in RUN/packed: weights in half
+#                                             precision, logs and scores, no optimizer
+#   bash script/proof.sh unpack               puts them back, on another machine
+#
+# A stage trains its model for every seed and scores it on the held-out rooms. Models joined by commas, rows of a table
+# by their names too (grpo.format,views.ring), are trained side by side: AT_ONCE on each GPU.
 #
 #   SEEDS=0,1,2                  which seeds
+#   AT_ONCE=3                    runs at the same time on one GPU
 #   RUN=runs/proof DATA=data/proof REAL_DATA=data/proof-real
 #   REAL=folder                  scannet_instances/, scannet/ and annotations/ of real scans (benchmarks/real_split.py)
 #   ROOMS=2500 HELD_OUT=200      generated rooms
-#   ONLY=ring                    of a table, the rows whose names hold this
 #   SET="run.steps=20"           overrides of every training stage;  EVAL_SET= of every evaluation
 #   SHAPE=tiny                   size of the model (main.py tiny --shape);  RECIPES=script/recipes/proof
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -33,6 +39,24 @@ read -ra eval_overrides <<<"${EVAL_SET:-}"
 stamps="$RUN/stages"
 of=""
 
+# gpus: the GPUs that runs may be spread over, one a line; none on a CPU.
+gpus() {
+    if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+        tr , '\n' <<<"$CUDA_VISIBLE_DEVICES"
+    else
+        nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true
+    fi
+}
+
+# typed STAGE: what somebody types to get this result, for starts.jsonl: what changes a result, seeds apart.
+typed() {
+    local name words=""
+    for name in ROOMS HELD_OUT SHAPE SET EVAL_SET RECIPES; do
+        if [[ -n "${!name:-}" ]]; then words+="$name='${!name}' "; fi
+    done
+    echo "${words}bash script/proof.sh $1"
+}
+
 # after NAME…: what the next stage builds on.
 after() {
     local name
@@ -43,14 +67,27 @@ after() {
     done
 }
 
-# seeded FUNCTION ARGUMENTS…: FUNCTION SEED ARGUMENTS… for every seed at once, what they print marked by the seed.
-seeded() {
-    local seed pids=() pid failed=0
-    for seed in "${seeds[@]}"; do
-        ("$1" "$seed" "${@:2}" 2>&1 | tr '\r' '\n' | sed -u "/^ *$/d; s/^/[$seed] /") &
-        pids+=($!)
+# side_by_side NAME…: every model for every seed, as many at once as there are places, what they print marked.
+side_by_side() {
+    local devices places name seed place=0 failed=0 running=()
+    mapfile -t devices < <(gpus)
+    places=$((${AT_ONCE:-3} * (${#devices[@]} > 0 ? ${#devices[@]} : 1)))
+    for name; do
+        for seed in "${seeds[@]}"; do
+            while [[ -n "${running[place]:-}" ]] && kill -0 "${running[place]}" 2>/dev/null; do
+                place=$(((place + 1) % places))
+                if ((place == 0)); then sleep 0.2; fi
+            done
+            if [[ -n "${running[place]:-}" ]]; then wait "${running[place]}" || failed=1; fi
+            (
+                if ((${#devices[@]})); then export CUDA_VISIBLE_DEVICES="${devices[place % ${#devices[@]}]}"; fi
+                make "$name" "$seed" 2>&1 | tr '\r' '\n' | sed -u "/^ *$/d; s/^/[$name-$seed] /"
+            ) &
+            running[place]=$!
+            place=$(((place + 1) % places))
+        done
     done
-    for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+    for place in "${!running[@]}"; do wait "${running[place]}" || failed=1; done
     return $failed
 }
 
@@ -66,57 +103,11 @@ detect() {
     after prepare
     stage detect "$RUN/detect" detect --config "$recipes/detect.yaml" --resume \
         --set "run.dir=$RUN/detect" "data.root=$DATA" "${overrides[@]}"
+    # the newest weights, since the best are chosen on the rooms that are scored; in half precision, to travel
+    stage encoder "$RUN/encoder" export --model "$RUN/detect" --out "$RUN/encoder" --dtype float16
 }
 
-# place NAME: where the data and the parts of a model lie, and what their stages are called.
-place() {
-    root="$DATA" part="" scored=eval
-    case "$1" in real*) root="$REAL_DATA" part=real- scored=real.eval ;; esac
-}
-
-# tune SEED: sft, from what align left.
-tune() {
-    after model detect "align-$1"
-    stage "sft-$1" "$RUN/sft-$1" sft --config "$recipes/sft.yaml" --resume \
-        --set "run.dir=$RUN/sft-$1" "run.seed=$1" "data.root=$DATA" "model.language.model=$RUN/model" \
-        "model.encoder.pretrained=$RUN/detect" "init=$RUN/align-$1" "${overrides[@]}"
-}
-
-# train SEED NAME RECIPE [KEY=VALUE…]
-train() {
-    local root part scored
-    place "$2"
-    after "${part}model" "${part}detect"
-    stage "$2-$1" "$RUN/$2-$1" sft --config "$recipes/$3.yaml" --resume \
-        --set "run.dir=$RUN/$2-$1" "run.seed=$1" "data.root=$root" "model.language.model=$RUN/${part}model" \
-        "model.encoder.pretrained=$RUN/${part}detect" "${@:4}" "${overrides[@]}"
-}
-
-# reinforce SEED NAME [KEY=VALUE…]
-reinforce() {
-    after "sft-$1"
-    stage "$2-$1" "$RUN/$2-$1" grpo --config "$recipes/grpo.yaml" --resume \
-        --set "run.dir=$RUN/$2-$1" "run.seed=$1" "data.root=$DATA" "init=$RUN/sft-$1" "${@:3}" "${overrides[@]}"
-}
-
-# evaluate SEED NAME
-evaluate() {
-    local root part scored
-    place "$2"
-    after "$2-$1"
-    stage "eval-$2-$1" "$RUN/eval/$2-$1" eval --config "$recipes/$scored.yaml" \
-        --set "run.dir=$RUN/eval/$2-$1" "run.seed=$1" "data.root=$root" "label=$2-$1" "model=$RUN/$2-$1" \
-        "${eval_overrides[@]}"
-}
-
-# row NAME FUNCTION ARGUMENTS…: one row of a table, trained and evaluated, if ONLY wants it.
-row() {
-    case "$1" in *"${ONLY:-}"*) ;; *) return ;; esac
-    seeded "$2" "$1" "${@:3}"
-    seeded evaluate "$1"
-}
-
-real() {
+real_data() {
     [[ -n "${REAL:-}" ]] || fail "proof: set REAL to the folder of scannet_instances/, scannet/ and annotations/."
     previous=""
     stage real-data "$REAL_DATA/scannetv2_val.txt" bench real_split --instances "$REAL/scannet_instances" \
@@ -126,50 +117,135 @@ real() {
     after real-prepare
     stage real-detect "$RUN/real-detect" detect --config "$recipes/real.detect.yaml" --resume \
         --set "run.dir=$RUN/real-detect" "data.root=$REAL_DATA" "${overrides[@]}"
-    row real train real.sft
-    row real.blind train real.blind
+    stage real-encoder "$RUN/real-encoder" export --model "$RUN/real-detect" --out "$RUN/real-encoder" --dtype float16
 }
 
-table7() {
-    local parts gate
-    for parts in format perception semantic format+perception format+semantic perception+semantic; do
-        case "$parts" in *format*) gate=true ;; *) gate=false ;; esac # gated by the form, a reward would hold it
-        case "$parts" in
-        *+*) row "grpo.$parts" reinforce "reward.names=${parts/+/,}" 'reward.weights=[0.5,0.5]' "reward.gate_by_format=$gate" ;;
-        *) row "grpo.$parts" reinforce "reward.names=$parts" 'reward.weights=[1.0]' "reward.gate_by_format=$gate" ;;
-        esac
+# of_rewards NAME: what a row of table 7 asks for. Gated by a form that is not rewarded, a reward would hold it too.
+of_rewards() {
+    local names="${1#grpo.}" weights='[1.0]' gate=false
+    case "$names" in *+*) weights='[0.5,0.5]' ;; esac
+    case "$names" in *format*) gate=true ;; esac
+    printf '%s\n' "reward.names=${names/+/,}" "reward.weights=$weights" "reward.gate_by_format=$gate"
+}
+
+# make NAME SEED: train one model and score it.
+make() {
+    local root="$DATA" part="" scored=eval given=()
+    case "$1" in real*) root="$REAL_DATA" part=real- scored=real.eval ;; esac
+    case "$1" in
+    align) train "$@" align ;;
+    sft) train "$@" sft "init=$RUN/align-$2" ;;
+    blind) train "$@" sft.blind ;;
+    grpo) reinforce "$@" ;;
+    grpo.*)
+        mapfile -t given < <(of_rewards "$1")
+        reinforce "$@" "${given[@]}"
+        ;;
+    views.none) train "$@" views model.views.source=none ;;
+    views.ours) train "$@" views ;;
+    # a pool no larger than what is chosen leaves nothing to choose
+    views.coverage) train "$@" views model.views.num_candidates=4 ;;
+    views.ring | views.top) train "$@" views model.views.num_candidates=4 "model.views.source=${1#views.}" ;;
+    encoders.*) train "$@" "$1" ;;
+    real) train "$@" real.sft ;;
+    real.blind) train "$@" real.blind ;;
+    *) fail "proof: there is no stage $1; bash script/proof.sh --help lists them." ;;
+    esac
+    if [[ "$1" != align ]]; then evaluate "$@"; fi
+}
+
+# train NAME SEED RECIPE [KEY=VALUE…]
+train() {
+    local from=()
+    case "$1" in sft) from=("align-$2") ;; esac
+    after "${part}model" "${part}encoder" "${from[@]}"
+    stage "$1-$2" "$RUN/$1-$2" sft --config "$recipes/$3.yaml" --resume \
+        --set "run.dir=$RUN/$1-$2" "run.seed=$2" "data.root=$root" "model.language.model=$RUN/${part}model" \
+        "model.encoder.pretrained=$RUN/${part}encoder" "${@:4}" "${overrides[@]}"
+}
+
+# reinforce NAME SEED [KEY=VALUE…]
+reinforce() {
+    after "sft-$2"
+    stage "$1-$2" "$RUN/$1-$2" grpo --config "$recipes/grpo.yaml" --resume \
+        --set "run.dir=$RUN/$1-$2" "run.seed=$2" "data.root=$DATA" "init=$RUN/sft-$2" "${@:3}" "${overrides[@]}"
+}
+
+# evaluate NAME SEED
+evaluate() {
+    after "$1-$2"
+    stage "eval-$1-$2" "$RUN/eval/$1-$2" eval --config "$recipes/$scored.yaml" \
+        --set "run.dir=$RUN/eval/$1-$2" "run.seed=$2" "data.root=$root" "label=$1-$2" "model=$RUN/$1-$2" \
+        "${eval_overrides[@]}"
+}
+
+# packed_files LABEL: what travels of a run, relative to RUN: its newest checkpoint without the optimizer, logs, scores.
+packed_files() {
+    local path paths=(model encoder detect/{metrics,starts}.jsonl stages/{model,encoder}.done)
+    if [[ "$1" != base ]]; then
+        path="$(cd "$RUN" && printf '%s\n' "$1"/checkpoints/step-* | tail -n 1)"
+        paths=("$path"/{config.yaml,model} "$1"/{metrics,speed,starts,completions}.jsonl "eval/$1" stages/{,eval-}"$1".done)
+    fi
+    for path in "${paths[@]}"; do
+        if [[ -e "$RUN/$path" ]]; then echo "$path"; fi
     done
 }
 
-table8() { # a pool no larger than what is chosen leaves nothing to choose
-    row views.none train views model.views.source=none
-    row views.ours train views
-    row views.coverage train views model.views.num_candidates=4
-    row views.ring train views model.views.num_candidates=4 model.views.source=ring
-    row views.top train views model.views.num_candidates=4 model.views.source=top
+# pack NAME…: RUN/packed/NAME-SEED.tar.gz.aa, ab, …, and what all runs build on as base.tar.gz.
+pack() {
+    local name seed labels=() out="$RUN/packed"
+    for name; do
+        for seed in "${seeds[@]}"; do
+            [[ -f "$stamps/$name-$seed.done" ]] || fail "proof: $name-$seed is not trained; nothing was packed."
+            labels+=("$name-$seed")
+        done
+    done
+    ((${#labels[@]})) || fail "proof: name the models to pack, such as: bash script/proof.sh pack sft."
+    mkdir -p "$out"
+    rm -f "$out"/*.tar.gz.*
+    for name in base "${labels[@]}"; do
+        packed_files "$name" | tar -C "$RUN" -cz -T - | split -b 15000000 - "$out/$name.tar.gz."
+    done
+    ls -l "$out"
 }
 
-table10() {
-    local name
-    for name in depth point full; do row "encoders.$name" train "encoders.$name"; done
+unpack() {
+    local first
+    for first in "$RUN"/packed/*.tar.gz.aa; do
+        [[ -e "$first" ]] || fail "proof: there is nothing in $RUN/packed; bash script/proof.sh pack NAME makes it."
+        cat "${first%aa}"* | tar -C "$RUN" -xz
+        echo "unpacked $(basename "${first%.tar.gz.aa}")"
+    done
+}
+
+# group NAME: the models of a table, or the one of that name.
+group() {
+    case "$1" in
+    table7) printf 'grpo.%s\n' format perception semantic format+perception format+semantic perception+semantic ;;
+    table8) printf 'views.%s\n' none ours coverage ring top ;;
+    table10) printf 'encoders.%s\n' depth point full ;;
+    real) printf '%s\n' real real.blind ;;
+    *) tr , '\n' <<<"$1" ;;
+    esac
 }
 
 stages=("${@:-data}")
-number=0
 for name in "${stages[@]}"; do
-    number=$((number + 1))
+    THREEDR1_TYPED="$(typed "$name")"
+    export THREEDR1_TYPED
     case "$name" in
-    eval)
-        for model in "${stages[@]:number}"; do seeded evaluate "$model"; done
+    data | detect) "$name" ;;
+    page) "$PY" main.py bench proof --collect "$RUN" ;;
+    pack)
+        pack "${@:2}"
         break
         ;;
-    data | detect | real | table7 | table8 | table10) "$name" ;;
-    align) seeded train align align ;;
-    sft) seeded tune ;;
-    blind) seeded train blind sft.blind ;;
-    grpo) seeded reinforce grpo ;;
-    page) "$PY" main.py bench proof --collect "$RUN" ;;
-    *) fail "proof: there is no stage $name; bash script/proof.sh --help lists them." ;;
+    unpack) unpack ;;
+    *)
+        if [[ "$name" == real ]]; then real_data; fi
+        mapfile -t models < <(group "$name")
+        side_by_side "${models[@]}"
+        ;;
     esac
 done
 printf '\n== proof: %s took %s\n' "${stages[*]}" "$(elapsed)"

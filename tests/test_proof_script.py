@@ -1,5 +1,7 @@
 """script/proof.sh: what each stage asks for parses, builds on what it says, is done once and goes on."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,54 +27,113 @@ def proof(shell: Shell, *stages: str, **variables: str) -> list[list[str]]:  # n
     return shell.commands()
 
 
+def made(commands: list[list[str]]) -> list[str]:
+    """The folders that runs and evaluations leave, in an order of their own, as runs are side by side."""
+    return sorted(settings(command)["run.dir"].removeprefix(f"{RUN}/") for command in commands)
+
+
+def both(*names: str, seeds: str = "012") -> list[str]:
+    """The folders of training and of evaluation."""
+    return sorted(f"{folder}{name}-{seed}" for name in names for seed in seeds for folder in ("", "eval/"))
+
+
 def test_every_stage_parses_and_is_done_once(shell: Shell):  # noqa: F811
-    assert names(proof(shell, "data", "detect")) == ["rooms", "prepare", "tiny", "detect"]
+    assert names(proof(shell, "data", "detect")) == ["rooms", "prepare", "tiny", "detect", "export"]
     assert proof(shell, "data", "detect") == []
-    aligned = proof(shell, "align")
-    assert [command[0] for command in aligned] == ["sft"] * 3
-    trained = proof(shell, "sft", "blind", "grpo")
-    assert sorted(settings(command)["run.dir"] for command in trained) == sorted(
-        f"{RUN}/{name}-{seed}" for name in ("sft", "blind", "grpo") for seed in range(3)
-    )
-    assert {command[0] for command in trained[:6]} == {"sft"} and {command[0] for command in trained[6:]} == {"grpo"}
+    assert made(proof(shell, "align")) == [f"align-{seed}" for seed in range(3)]
+    trained = proof(shell, "sft,blind", "grpo")
+    assert made(trained) == both("sft", "blind", "grpo")
+    assert sorted(names(trained[:12])) == ["eval"] * 6 + ["sft"] * 6
+    assert sorted(names(trained[12:])) == ["eval"] * 3 + ["grpo"] * 3
     for command in trained:
-        before = {f"{RUN}/sft": f"{RUN}/align", f"{RUN}/grpo": f"{RUN}/sft"}.get(settings(command)["run.dir"][:-2])
-        assert settings(command).get("init") == (before and f"{before}-{settings(command)['run.seed']}")
+        values, kind = settings(command), command[0]
+        if kind == "eval":
+            assert values["model"] == f"{RUN}/{values['label']}"
+            continue
+        before = {f"{RUN}/sft": f"{RUN}/align", f"{RUN}/grpo": f"{RUN}/sft"}.get(values["run.dir"][:-2])
+        assert values.get("init") == (before and f"{before}-{values['run.seed']}")
+        assert kind == "grpo" or values["model.encoder.pretrained"] == f"{RUN}/encoder"
     assert proof(shell, "sft", "blind", "grpo") == []
-    evaluated = proof(shell, "eval", "sft", "grpo")
-    assert [command[0] for command in evaluated] == ["eval"] * 6
-    for command in evaluated:
-        assert settings(command)["model"] == f"{RUN}/{settings(command)['label']}"
     assert names(proof(shell, "page")) == ["bench"]
 
 
 def test_tables_train_and_evaluate_their_rows(shell: Shell):  # noqa: F811
     proof(shell, "data", "detect", "align", "sft", SEEDS="1")
     rewards = [settings(command) for command in proof(shell, "table7", SEEDS="1") if command[0] == "grpo"]
-    assert [entry["reward.names"] for entry in rewards] == [
+    assert sorted(entry["reward.names"] for entry in rewards) == sorted([
         *("format", "perception", "semantic"),
         *("format,perception", "format,semantic", "perception,semantic"),
-    ]
+    ])  # fmt: skip
     for entry in rewards:
         overrides = [f"{name}={entry[name]}" for name in ("reward.names", "reward.weights")]
         reward = load_config("grpo", None, overrides).reward
         assert len(reward.names) == len(reward.weights) and sum(reward.weights) == 1
         assert entry["reward.gate_by_format"] == ("true" if "format" in reward.names else "false")
+        assert entry["run.dir"] == f"{RUN}/grpo.{entry['reward.names'].replace(',', '+')}-1"
     views = proof(shell, "table8", SEEDS="1")
-    assert [command[0] for command in views] == ["sft", "eval"] * 5
-    sources = [settings(command).get("model.views.source") for command in views[::2]]
+    rows = ("none", "ours", "coverage", "ring", "top")
+    assert made(views) == both(*(f"views.{row}" for row in rows), seeds="1")
+    trained = {settings(command)["run.dir"]: settings(command) for command in views if command[0] == "sft"}
+    sources = [trained[f"{RUN}/views.{row}-1"].get("model.views.source") for row in rows]
     assert sources == ["none", None, None, "ring", "top"]
-    assert names(proof(shell, "table10", SEEDS="1")) == ["sft", "eval"] * 3
-    assert proof(shell, "table8", "table10", SEEDS="1", ONLY="ring") == []
+    assert made(proof(shell, "table10", SEEDS="1")) == both(
+        *(f"encoders.{row}" for row in ("depth", "point", "full")), seeds="1"
+    )
+    assert proof(shell, "table8", "table10", SEEDS="1") == []
 
 
 def test_one_row_of_a_table_can_be_asked_for(shell: Shell):  # noqa: F811
     proof(shell, "data", "detect", SEEDS="0")
-    commands = proof(shell, "table8", SEEDS="0", ONLY="ring")
-    assert [settings(command)["run.dir"] for command in commands] == [
-        f"{RUN}/views.ring-0",
-        f"{RUN}/eval/views.ring-0",
-    ]
+    commands = proof(shell, "views.ring,encoders.depth", SEEDS="0")
+    assert made(commands) == both("views.ring", "encoders.depth", seeds="0")
+
+
+def test_runs_are_spread_over_gpus(shell: Shell):  # noqa: F811
+    smi = shell.root / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    smi.chmod(0o755)
+    path = {"PATH": f"{smi.parent}:{os.environ['PATH']}", "AT_ONCE": "1"}
+    proof(shell, "data", "detect", **path)
+    proof(shell, "align,blind", SET="run.steps=7", **path)
+    used = {}
+    for command, environment in shell.environments():
+        assert environment["THREEDR1_TYPED"] == "SET='run.steps=7' bash script/proof.sh align,blind"
+        used.setdefault(environment["CUDA_VISIBLE_DEVICES"], []).append(command)
+    assert sorted(used) == ["0", "1"] and sum(map(len, used.values())) == 9  # six trained, three of them scored
+    proof(shell, "blind", SEEDS="7", CUDA_VISIBLE_DEVICES="5", **path)
+    assert {environment["CUDA_VISIBLE_DEVICES"] for _, environment in shell.environments()} == {"5"}
+
+
+def test_trained_models_travel_without_their_optimizers(shell: Shell):  # noqa: F811
+    proof(shell, "data", "detect", "align", "sft", SEEDS="0,1")
+    run, contents = shell.root / RUN, os.urandom(20_000_000)
+    for step in (1, 12):
+        kept = run / "sft-0" / "checkpoints" / f"step-{step:06d}"
+        (kept / "model").mkdir(parents=True)
+        (kept / "model" / "model.safetensors").write_bytes(contents)
+        (kept / "config.yaml").touch()
+        (kept / "state.safetensors").touch()
+    (run / "detect" / "metrics.jsonl").touch()
+    (run / "sft-0" / "metrics.jsonl").touch()
+    missing = shell.run("proof.sh", "pack", "sft", SEEDS="0,1,2")
+    assert missing.returncode == 1 and "sft-2 is not trained" in missing.stderr
+    assert "name the models" in shell.run("proof.sh", "pack").stderr
+    assert "nothing in" in shell.run("proof.sh", "unpack").stderr
+    proof(shell, "pack", "sft", SEEDS="0")
+    packed = sorted((run / "packed").iterdir())
+    assert [path.name for path in packed] == ["base.tar.gz.aa", "sft-0.tar.gz.aa", "sft-0.tar.gz.ab"]
+    assert all(path.stat().st_size <= 15_000_000 for path in packed)
+    other = shell.root / "runs" / "other"
+    shutil.copytree(run / "packed", other / "packed")
+    proof(shell, "unpack", RUN="runs/other")
+    found = {str(path.relative_to(other)) for path in other.rglob("*") if path.is_file()}
+    newest = "sft-0/checkpoints/step-000012"
+    assert {f"{newest}/config.yaml", f"{newest}/model/model.safetensors", "sft-0/metrics.jsonl"} <= found
+    assert {"stages/sft-0.done", "stages/encoder.done", "eval/sft-0/begun", "detect/metrics.jsonl"} <= found
+    assert not [name for name in found if "state" in name or "step-000001" in name or "sft-1" in name]
+    assert (other / newest / "model" / "model.safetensors").read_bytes() == contents
+    assert made(proof(shell, "grpo", RUN="runs/other", SEEDS="0")) == ["runs/other/eval/grpo-0", "runs/other/grpo-0"]
 
 
 def test_a_stage_goes_on_after_a_failure_and_is_done_again_after_a_change(shell: Shell):  # noqa: F811
@@ -81,23 +142,22 @@ def test_a_stage_goes_on_after_a_failure_and_is_done_again_after_a_change(shell:
     assert done.returncode == 1 and "stage sft-0 failed" in done.stdout
     kept = shell.root / RUN / "sft-0" / "checkpoint"
     kept.touch()
-    assert names(proof(shell, "sft", SEEDS="0")) == ["sft"]
+    assert names(proof(shell, "sft", SEEDS="0")) == ["sft", "eval"]
     assert kept.exists()
     recipe = shell.root / "script" / "recipes" / "proof" / "detect.yaml"  # what sft builds on
     recipe.write_text(recipe.read_text() + "\n# changed\n")
-    assert names(proof(shell, "detect")) == ["detect"]
-    assert names(proof(shell, "align", "sft", SEEDS="0")) == ["sft", "sft"]
+    assert names(proof(shell, "detect")) == ["detect", "export"]
+    assert names(proof(shell, "align", "sft", SEEDS="0")) == ["sft", "sft", "eval"]
     assert not kept.exists()
 
 
 def test_a_change_of_a_recipes_base_counts_and_of_another_recipe_does_not(shell: Shell):  # noqa: F811
     proof(shell, "data", "detect", "align", "sft", "blind", SEEDS="0")
     folder: Path = shell.root / "script" / "recipes" / "proof"
-    for name in ("eval.yaml", "grpo.yaml"):
-        (folder / name).write_text((folder / name).read_text() + "\n# changed\n")
+    (folder / "grpo.yaml").write_text((folder / "grpo.yaml").read_text() + "\n# changed\n")
     assert proof(shell, "detect", "sft", "blind", SEEDS="0") == []
     (folder / "sft.yaml").write_text((folder / "sft.yaml").read_text() + "\n# changed\n")
-    assert names(proof(shell, "detect", "blind", SEEDS="0")) == ["sft"]  # blind's, whose base it is
+    assert names(proof(shell, "detect", "blind", SEEDS="0")) == ["sft", "eval"]  # blind's, whose base it is
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,7 @@ def run(checkout: Path, *stages: str, **variables: str) -> subprocess.CompletedP
 
 
 def test_the_whole_proof_in_small(checkout):
-    run(checkout, "data", "detect", "align", "sft", "blind", "grpo")
-    run(checkout, "eval", "sft", "blind", "grpo")
-    run(checkout, "table8", ONLY="ring")
+    run(checkout, "data", "detect", "align", "sft,blind,views.ring", "grpo")
     printed = run(checkout, "page").stdout
     docs = checkout / "docs"
     kept = {path.stem for path in (docs / "proof" / "runs").glob("*.json")}
@@ -95,9 +93,9 @@ def test_the_whole_proof_in_small(checkout):
     page = (docs / "proof.md").read_text()
     assert page == proof.page(docs) and "| SFT + GRPO | 1 |" in page and "| ring | 1 |" in page
     assert {path.name for path in (docs / "proof").glob("*.png")} == {"detect.png", "sft.png", "grpo.png"}
-    assert "| SFT | 1 |" in printed
+    assert "| SFT | 1 |" in printed and "SET='run.steps=2" in page
 
 
 def test_a_second_start_does_nothing(checkout):
     again = run(checkout, "data", "detect", "align", "sft", "blind", "grpo")
-    assert again.stdout.count("complete:") == 8
+    assert again.stdout.count("complete:") == 12

@@ -38,6 +38,8 @@ if "main.py" not in arguments:
 with open(os.environ["RECORD"], "a") as record:
     record.write(json.dumps(arguments) + "\\n")
 command = arguments[arguments.index("main.py") + 1 :]
+with open(os.environ["RECORD"] + ".environment", "a") as record:
+    record.write(json.dumps([command, dict(os.environ)]) + "\\n")
 for name, value in zip(command, command[1:]):
     if name == "--out":
         pathlib.Path(value).mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,8 @@ class Shell:
             if name not in OVERRIDES and not name.startswith("THREEDR1_")
         }
         environment |= {"THREEDR1_PYTHON": str(self.python), "RECORD": str(self.record)} | variables
-        self.record.unlink(missing_ok=True)
+        for path in (self.record, Path(f"{self.record}.environment")):
+            path.unlink(missing_ok=True)
         return subprocess.run(
             ["bash", str(self.root / "script" / script), *arguments],
             env=environment,
@@ -81,6 +84,11 @@ class Shell:
             text=True,
             timeout=60,
         )
+
+    def environments(self) -> list[tuple[list[str], dict[str, str]]]:
+        """What main.py was asked to do in the last run, and its environment."""
+        rows = Path(f"{self.record}.environment").read_text().splitlines()
+        return [(command, environment) for command, environment in map(json.loads, rows)]
 
     def commands(self) -> list[list[str]]:
         """What main.py was asked to do in the last run, without the launcher."""

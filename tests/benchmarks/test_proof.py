@@ -8,22 +8,21 @@ import pytest
 
 import threedr1
 from threedr1.benchmarks import _proof_page as proof_page
-from threedr1.benchmarks import _proof_runs as proof_runs
 from threedr1.benchmarks import proof
-from threedr1.benchmarks._proof_runs import Run, collect, read_runs, thinned, write_run
+from threedr1.benchmarks._proof_runs import Asked, Run, collect, read_runs, thinned, write_run
 from threedr1.utils.predictions import Prediction, write_predictions
 
 ROOT = Path(threedr1.__file__).resolve().parent
 
 
 def run(name: str, seed: int, rate: float, **scores) -> Run:
-    """A run that answers the same share of 100 questions of each kind."""
+    """A run that answers the same share of 100 questions of each kind, each about another scene."""
     right = [1.0] * round(100 * rate) + [0.0] * (100 - round(100 * rate))
     kinds = dict.fromkeys(proof_page.HEADLINE, right) | scores
     curves = {"loss": ([0.0, 9.0], [2.0, 1.0])}
-    return Run(
-        name, seed, f"SEEDS={seed} bash script/proof.sh {name}", "abc", "a GPU", {"torch": "2.11"}, kinds, curves
-    )
+    asked = {metric.partition("/")[0]: Asked("0123", [1] * len(values)) for metric, values in kinds.items()}
+    typed = f"SEEDS={seed} bash script/proof.sh {name}"
+    return Run(name, seed, typed, "abc", "a GPU", "torch 2.11", kinds, asked, curves)
 
 
 @pytest.fixture
@@ -78,19 +77,28 @@ def test_differences_take_only_seeds_that_both_have(runs):
     assert proof_page.gain(runs, "grpo", "views.ours", "sqa3d/EM") is None
 
 
+def test_runs_that_were_asked_other_questions_are_not_compared(runs):
+    runs[0].asked["scanrefer"] = Asked("4567", [1] * 100)
+    with pytest.raises(ValueError, match="blind-1 and blind-0 were not asked the same questions of scanrefer"):
+        proof_page.estimate(runs, "blind", "scanrefer/Acc@0.25")
+    with pytest.raises(ValueError, match="were not asked the same questions of scanrefer"):
+        proof_page.gain(runs[:1] + runs[3:4], "sft", "blind", "scanrefer/Acc@0.25")
+    assert proof_page.estimate(runs, "blind", "scanqa/EM").mean == pytest.approx(10)
+
+
 def test_a_page_of_nothing_says_so():
     page = proof_page.render([])
     assert page.count("Not measured yet.") == 5 and "Nothing has been measured yet." in page
 
 
-def answers(folder: Path, dataset: str, task: str, **fields) -> list[Prediction]:
+def answers(dataset: str, task: str, **fields) -> list[Prediction]:
     made = []
-    for number in (1, 0):  # out of order
+    for number in (1, 2, 0):  # out of order; two about one scene
         given = {name: values[number] for name, values in fields.items()}
         made.append(
             Prediction(
                 sample_id=f"{dataset}-{number}",
-                scene_id="scene0000_00",
+                scene_id=f"scene000{number // 2}_00",
                 task=task,
                 question="?",
                 text="",
@@ -102,42 +110,41 @@ def answers(folder: Path, dataset: str, task: str, **fields) -> list[Prediction]
     return made
 
 
-def test_runs_are_collected_from_predictions_and_metrics(tmp_path, monkeypatch):
+def started(commit: str) -> str:
+    facts = {"typed": "SEEDS=1 bash script/proof.sh sft", "commit": commit, "machine": "a GPU"}
+    return json.dumps({"step": 0, **facts, "versions": {"python": "3.12", "torch": "2.11"}}) + "\n"
+
+
+def test_runs_are_collected_from_predictions_and_metrics(tmp_path):
     box, far = [[0.0, 0, 0, 1, 1, 1, 0]], [[9.0, 0, 0, 1, 1, 1, 0]]
     folder = tmp_path / "eval" / "sft-1"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text("{}")
-    rows = answers(folder, "scanrefer", "grounding", boxes=[box, far], target_boxes=[box, box])
-    rows += answers(folder, "scanqa", "qa", answer=["red", "blue"], references=[["red"], ["red"]])
-    rows += answers(
-        folder, "planning", "planning", answer=["open the window", "no"], references=[["open the window"]] * 2
-    )
+    rows = answers("scanrefer", "grounding", boxes=[box, far, far], target_boxes=[box] * 3)
+    rows += answers("scanqa", "qa", answer=["red", "blue", "red"], references=[["red"]] * 3)
+    said, right = ["open the window", "no", "no"], [["open the window"]] * 3
+    rows += answers("planning", "planning", answer=said, references=right)
     write_predictions(folder / "predictions.jsonl", rows)
     trained = tmp_path / "sft-1"
     trained.mkdir()
     metrics = [{"step": 0, "loss": 2.0, "lr": 1.0}, {"step": 9, "loss": 1.0, "eval/scanqa/EM": 50.0}]
     (trained / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
-    monkeypatch.setattr(proof_runs, "commit", lambda: "abc")
-    made = collect("sft-1", folder, trained, proof.command_of("sft-1"))
-    assert made.scores["scanrefer/Acc@0.25"] == [1.0, 0.0] and made.scores["scanqa/EM"] == [1.0, 0.0]
-    assert np.argmax(made.scores["planning/ROUGE-L"]) == 0 and set(made.well_formed.values()) == {0.5}
+    with pytest.raises(ValueError, match=r"starts.jsonl does not say what trained sft-1"):
+        collect("sft-1", folder, trained)
+    (trained / "starts.jsonl").write_text(started("abc") + started("abc") + started("def"))
+    made = collect("sft-1", folder, trained)
+    assert made.scores["scanrefer/Acc@0.25"] == [1.0, 0.0, 0.0] and made.scores["scanqa/EM"] == [1.0, 0.0, 1.0]
+    assert made.asked["scanqa"].scenes == [2, 1] and made.asked["scanqa"].digest != made.asked["scanrefer"].digest
+    assert np.argmax(made.scores["planning/ROUGE-L"]) == 0 and set(made.well_formed.values()) == {0.3333}
     assert made.curves == {"loss": ([0.0, 9.0], [2.0, 1.0]), "eval/scanqa/EM": ([9.0], [50.0])}
-    assert (made.name, made.seed, made.commit, made.command) == ("sft", 1, "abc", "SEEDS=1 bash script/proof.sh sft")
+    assert (made.name, made.seed, made.commit) == ("sft", 1, "abc; def")
+    assert (made.command, made.versions) == ("SEEDS=1 bash script/proof.sh sft", "python 3.12, torch 2.11")
     docs = tmp_path / "docs"
     assert proof.main(["--collect", str(tmp_path), "--docs", str(docs)]) == 0
     assert (docs / "proof" / "runs" / "sft-1.json").exists() and (docs / "proof" / "sft.png").stat().st_size > 5000
     assert (docs / "proof.md").read_text() == proof.page(docs)
     (docs / "proof" / "findings.md").write_text("## Findings\n\nWhat was found.\n")
     assert "\n## Findings\n\nWhat was found.\n\n## How it was measured" in proof.page(docs)
-
-
-@pytest.mark.parametrize(
-    ("label", "stage"),
-    [("sft-0", "sft"), ("grpo-2", "grpo"), ("grpo.format+semantic-1", "table7"), ("views.ring-0", "table8"),
-     ("encoders.full-1", "table10")],
-)  # fmt: skip
-def test_every_run_names_the_stage_that_makes_it(label, stage):
-    assert proof.command_of(label) == f"SEEDS={label[-1]} bash script/proof.sh {stage}"
 
 
 def test_the_page_is_what_the_files_say():

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from threedr1.engine.environment import machine_name
 from threedr1.engine.tracking import Tracker, append_rows, read_metrics
+from threedr1.utils.files import read_log
 
 
 def test_a_resumed_run_leaves_the_rows_of_an_uninterrupted_one(tmp_path):
@@ -20,6 +22,24 @@ def test_a_resumed_run_leaves_the_rows_of_an_uninterrupted_one(tmp_path):
         for step in range(4, 8):
             tracker.log(step, {"loss": float(step)})
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(8))
+
+
+def test_every_start_says_what_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("THREEDR1_COMMIT", "abc")
+    monkeypatch.setattr("sys.argv", ["main.py", "sft", "--set", "a=b c"])
+    with Tracker(tmp_path, "test", 10):
+        pass
+    monkeypatch.setenv("THREEDR1_TYPED", "bash script/proof.sh sft")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with Tracker(tmp_path, "test", 10, first_step=4):
+        pass
+    with Tracker(tmp_path, "test", 10, first_step=10), Tracker(tmp_path, "test", 10, enabled=False):
+        pass  # nothing left to do, or another rank
+    first, second = read_log(tmp_path / "starts.jsonl")
+    assert (first["step"], second["step"]) == (0, 4) and (first["processes"], second["processes"]) == (1, 2)
+    assert first["typed"] == first["command"] == "python main.py sft --set 'a=b c'"
+    assert second["typed"] == "bash script/proof.sh sft" and second["commit"] == "abc"
+    assert second["machine"] == machine_name() and set(second["versions"]) == {"python", "torch", "transformers"}
 
 
 def test_non_finite_values_are_null(tmp_path):

@@ -32,6 +32,39 @@ def test_runs_that_differ_alone_vary_as_the_mean_of_new_runs_would():
     assert (found.high - found.low) / 2 == pytest.approx(2.201 * deviation, rel=0.05)  # of 11 degrees of freedom
 
 
+def test_scenes_are_drawn_with_all_their_questions():
+    """Questions of a scene all alike: as sure as one question a scene, whatever their number."""
+    rng = np.random.default_rng(3)
+    of_scenes = rng.random(40)
+    repeated = over_seeds([np.repeat(of_scenes, 25)], np.repeat(np.arange(40), 25), resamples=20_000)
+    alone = over_seeds([of_scenes], resamples=20_000)
+    assert repeated.mean == pytest.approx(alone.mean) and repeated.questions == 1000
+    assert (repeated.low, repeated.high) == pytest.approx((alone.low, alone.high), abs=0.004)
+    assert over_seeds([np.repeat(of_scenes, 25)]).high - repeated.mean < (repeated.high - repeated.mean) / 3
+
+
+def test_scenes_of_unequal_size_weigh_by_their_questions():
+    """The mean is over questions, and the spread that of a ratio: sum of sums over sum of counts (delta method)."""
+    counts = np.array([1, 2, 3, 4, 10, 20] * 10)
+    rng = np.random.default_rng(5)
+    rates = rng.random(60)
+    clusters = np.repeat(np.arange(60), counts)
+    values = (rng.random(len(clusters)) < rates[clusters]).astype(float)
+    found = over_seeds([values], clusters, resamples=20_000)
+    sums = np.bincount(clusters, weights=values)
+    residuals = sums - values.mean() * counts
+    deviation = np.sqrt(60 / 59 * (residuals**2).sum()) / counts.sum()
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.high - found.low) / 2 == pytest.approx(2.001 * deviation, rel=0.05)  # t of 59 degrees of freedom
+
+
+def test_questions_of_one_scene_are_drawn_themselves():
+    values = [1.0] * 30 + [0.0] * 10
+    assert over_seeds([values], [7] * 40) == over_seeds([values])
+    with pytest.raises(ValueError, match="39 questions have a scene, 40 have a score"):
+        over_seeds([values], [7] * 39)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 30), st.integers(0, 1000))
 def test_the_mean_lies_in_its_interval_and_units_change_nothing(runs, questions, seed):

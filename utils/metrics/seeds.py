@@ -2,11 +2,15 @@
 which questions were asked, and which seed was drawn.
 
 The bootstrap is crossed: all runs answer the same questions, so a resample draws runs and questions, and takes the
-mean over all pairs. The variance of means of S runs drawn out of S is (S - 1) / S of that of means of S new runs, so
-what comes of the runs is widened by the root of S / (S - 1), and by Student's t of S - 1 degrees of freedom over the
-normal quantile, since S runs say little of how much runs differ. One run has an interval of its questions alone.
+mean over all pairs. Questions about one scene are not independent; told of scenes, it draws these, each with all of
+its questions (Field and Welsh 2007, Bootstrapping clustered data).
 
-Shapes: S runs, Q questions, R resamples.
+The variance of means of S runs drawn out of S is (S - 1) / S of that of means of S new runs, so what comes of the runs
+is widened by the root of S / (S - 1), and by Student's t of S - 1 degrees of freedom over the normal quantile, since S
+runs say little of how much runs differ; what comes of C scenes likewise. One run has an interval of its questions
+alone, and of one scene the questions are drawn.
+
+Shapes: S runs, Q questions, C clusters of questions, R resamples.
 """
 
 from collections.abc import Sequence
@@ -38,8 +42,18 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
 
-def over_seeds(values_SQ: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+def over_seeds(
+    values_SQ: Sequence[Sequence[float]],
+    clusters_Q: Sequence[int] | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate:
     """Mean and 95 % interval of what runs score, each on the same questions in the same order.
+
+    Args:
+        clusters_Q: what is drawn with all its questions: the number of each question's scene. Without it questions are
+            drawn one by one, as they are where all are about one scene.
 
     Raises:
         ValueError: no run, no question, or runs of unequal lengths.
@@ -51,19 +65,40 @@ def over_seeds(values_SQ: Sequence[Sequence[float]], *, seed: int = 0, resamples
         raise ValueError(f"The runs answer {lengths[0]} and {lengths[-1]} questions; compare runs on the same ones.")
     array_SQ = np.asarray(values_SQ, dtype=np.float64)
     runs, questions = array_SQ.shape
+    if clusters_Q is None:
+        clusters_Q = range(questions)
+    if len(clusters_Q) != questions:
+        raise ValueError(f"{len(clusters_Q)} questions have a scene, {questions} have a score; give one for each.")
+    numbers_Q = np.unique(np.asarray(clusters_Q), return_inverse=True)[1]
+    if numbers_Q.max() == 0:
+        numbers_Q = np.arange(questions)
+    counts_C = np.bincount(numbers_Q)
+    sums_CS = np.stack([np.bincount(numbers_Q, weights=row_Q) for row_Q in array_SQ], 1)
     rng = np.random.default_rng(seed)
-    times_RQ = rng.multinomial(questions, np.full(questions, 1 / questions), size=resamples) / questions
+    times_RC = rng.multinomial(len(counts_C), np.full(len(counts_C), 1 / len(counts_C)), size=resamples)
     share_RS = rng.multinomial(runs, np.full(runs, 1 / runs), size=resamples) / runs
-    means_RS = times_RQ @ array_SQ.T
-    centre_R = means_RS.mean(1)
-    widened = np.sqrt(runs / (runs - 1)) * t.ppf(0.975, runs - 1) / norm.ppf(0.975) if runs > 1 else 0.0
-    means_R = centre_R + widened * ((share_RS * means_RS).sum(1) - centre_R)
+    means_RS = (times_RC @ sums_CS) / (times_RC @ counts_C)[:, None]
+    mean, centre_R = array_SQ.mean(), means_RS.mean(1)
+    means_R = mean + _widening(len(counts_C)) * (centre_R - mean)
+    if runs > 1:
+        means_R += _widening(runs) * ((share_RS * means_RS).sum(1) - centre_R)
     low, high = np.quantile(means_R, (0.025, 0.975))
-    return Estimate(float(array_SQ.mean()), float(low), float(high), runs, questions)
+    return Estimate(float(mean), float(low), float(high), runs, questions)
+
+
+def _widening(number: int) -> float:
+    """By what a deviation of means of resamples is multiplied when so few were drawn; 1 for a single one."""
+    if number == 1:
+        return 1.0
+    return float(np.sqrt(number / (number - 1)) * t.ppf(0.975, number - 1) / norm.ppf(0.975))
 
 
 def difference_over_seeds(
-    ours_SQ: Sequence[Sequence[float]], others_SQ: Sequence[Sequence[float]], *, seed: int = 0
+    ours_SQ: Sequence[Sequence[float]],
+    others_SQ: Sequence[Sequence[float]],
+    clusters_Q: Sequence[int] | None = None,
+    *,
+    seed: int = 0,
 ) -> Estimate:
     """Ours minus the others', run by run and question by question: run s of both has the same seed.
 
@@ -80,5 +115,6 @@ def difference_over_seeds(
             [ours - other for ours, other in zip(first, second, strict=True)]
             for first, second in zip(ours_SQ, others_SQ, strict=True)
         ],
+        clusters_Q,
         seed=seed,
     )
