@@ -7,8 +7,9 @@ captions. Everything follows from the rooms and the seed. `ANNOTATION_VERSION` c
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from tqdm import tqdm
 from .activities import describe_room, dialogue_questions, planning_questions
 from .balance import choose, trim
 from .chain_of_thought import grounding_record, question_record
-from .grounding import Chooser, Utterance, nr3d_utterances, scanrefer_utterances
-from .questions import Question, hidden_descriptions, room_questions
+from .grounding import Chooser, Picked, Utterance, nr3d_utterances, scanrefer_utterances, short_enough
+from .questions import Describer, Question, hidden_descriptions, room_questions
 from .relations import RoomFacts
 from .room import Room
 from .schemas import (
@@ -43,6 +44,11 @@ SPLITS = ("train", "val")
 PER_ROOM = {"scanrefer": 10, "nr3d": 8, "qa": 12, "situated_qa": 10, "dialogue": 2, "planning": 3}
 SCENE30K_PER_ROOM = {"scanrefer": 4, "nr3d": 4, "qa": 5, "situated_qa": 3, "dialogue": 2, "planning": 3}
 
+# What can be said of an object takes a megabyte a room, so not of all rooms at once.
+_TOGETHER = 256
+
+Map = Callable[..., Iterable[Any]]  # as the built-in `map`, or spread over processes
+
 _SQA3D_FIRST_ID = {"train": 220602000000, "val": 220603000000}
 
 
@@ -57,7 +63,28 @@ class _Split:
     questions: dict[str, list[Question]] = field(default_factory=dict)  # by task
 
 
-def write_annotations(root: Path, rooms_by_split: dict[str, list[Room]], seed: int) -> dict[str, Any]:
+@dataclass
+class _Known:
+    """What can be said of the objects of a room."""
+
+    facts: RoomFacts
+    descriptions: Describer
+    short: Describer
+
+
+@dataclass
+class _Asked:
+    """What is said and may be asked of a room."""
+
+    scanrefer: list[Utterance]
+    nr3d: list[Utterance]
+    description: str
+    pools: dict[str, list[Question]]  # by task
+
+
+def write_annotations(
+    root: Path, rooms_by_split: dict[str, list[Room]], seed: int, spread: Map = map
+) -> dict[str, Any]:
     """Write all annotation files of the rooms under root/annotations/ and say what was written.
 
     Args:
@@ -65,6 +92,7 @@ def write_annotations(root: Path, rooms_by_split: dict[str, list[Room]], seed: i
         rooms_by_split: "train" and "val" rooms; they need boxes, visible_share and either vertices or floor_centre_3,
             but no faces.
         seed: chooses questions and wordings.
+        spread: how work on single rooms is done: `map`, or that of a pool of processes. It changes nothing but time.
 
     Returns:
         {"version": ..., "counts": {file name: number of records}, "question_types": {split: {type: number}}}.
@@ -78,7 +106,7 @@ def write_annotations(root: Path, rooms_by_split: dict[str, list[Room]], seed: i
     types: dict[str, dict[str, int]] = {}
     nr3d: list[dict[str, Any]] = []
     for number, name in enumerate(SPLITS):
-        split = _annotate(rooms_by_split.get(name, []), seed, number)
+        split = _annotate(rooms_by_split.get(name, []), seed, number, spread)
         counts |= _write_split(folder, name, split)
         for scene_id, facts in split.facts.items():
             nr3d += nr3d_rows(facts, split.nr3d[scene_id], len(nr3d))
@@ -103,28 +131,55 @@ def _check_splits(rooms_by_split: dict[str, list[Room]]) -> None:
             raise ValueError(f"Two rooms have the {what} {repeated[0]}; train and val rooms must all differ.")
 
 
-def _annotate(rooms: Sequence[Room], seed: int, number: int) -> _Split:
+def _annotate(rooms: Sequence[Room], seed: int, number: int, spread: Map) -> _Split:
     """Ask everything about the rooms of split `number`: per room first, then chosen over the whole split."""
     split = _Split()
     rng = np.random.default_rng([seed, number])
     chooser, nr3d_chooser = Chooser(rng), Chooser(rng)
     pools: dict[str, dict[str, list[Question]]] = {task: {} for task in ("qa", "situated_qa", "dialogue", "planning")}
-    for room in tqdm(rooms, desc=f"annotate {SPLITS[number]}", unit="room", delay=3):
-        # A stream of its own for each room, so that its pool does not depend on the other rooms.
-        own = np.random.default_rng([seed, zlib.crc32(room.scene_id.encode())])
-        facts = RoomFacts(room)
-        known = hidden_descriptions(facts)
-        split.facts[room.scene_id] = facts
-        split.scanrefer[room.scene_id] = scanrefer_utterances(chooser, facts, known, own, PER_ROOM["scanrefer"])
-        split.nr3d[room.scene_id] = nr3d_utterances(nr3d_chooser, known, own, PER_ROOM["nr3d"])
-        split.descriptions[room.scene_id] = describe_room(facts, own)
-        pools["qa"][room.scene_id] = room_questions(facts, own, known)
-        pools["situated_qa"][room.scene_id] = situated_questions(facts, own)
-        pools["dialogue"][room.scene_id] = dialogue_questions(facts, own, known)
-        pools["planning"][room.scene_id] = planning_questions(facts, own, known)
+    with tqdm(total=len(rooms), desc=f"annotate {SPLITS[number]}", unit="room", delay=3) as bar:
+        for start in range(0, len(rooms), _TOGETHER):
+            knowing: list[_Known] = []
+            picked: list[list[Picked]] = []
+            picked_nr3d: list[list[Picked]] = []
+            for known in spread(_know, rooms[start : start + _TOGETHER]):
+                knowing.append(known)
+                picked.append(chooser.choose(known.descriptions, PER_ROOM["scanrefer"]))
+                picked_nr3d.append(nr3d_chooser.choose(known.short, PER_ROOM["nr3d"], fewest_distractors=1))
+            for known, asked in zip(knowing, spread(partial(_ask, seed), knowing, picked, picked_nr3d), strict=True):
+                scene_id = known.facts.room.scene_id
+                split.facts[scene_id] = known.facts
+                split.scanrefer[scene_id], split.nr3d[scene_id] = asked.scanrefer, asked.nr3d
+                split.descriptions[scene_id] = asked.description
+                for task, questions in asked.pools.items():
+                    pools[task][scene_id] = questions
+                bar.update()
     for task, pool in pools.items():
         split.questions[task] = choose(pool, PER_ROOM[task], rng)
     return split
+
+
+def _know(room: Room) -> _Known:
+    facts = RoomFacts(room)
+    descriptions = hidden_descriptions(facts)
+    return _Known(facts, descriptions, short_enough(descriptions))
+
+
+def _ask(seed: int, known: _Known, picked: Sequence[Picked], picked_nr3d: Sequence[Picked]) -> _Asked:
+    facts, descriptions = known.facts, known.descriptions
+    # A stream of its own for each room, so that its pool does not depend on the other rooms.
+    own = np.random.default_rng([seed, zlib.crc32(facts.room.scene_id.encode())])
+    return _Asked(
+        scanrefer_utterances(facts, own, picked),
+        nr3d_utterances(own, picked_nr3d),
+        describe_room(facts, own),
+        {
+            "qa": room_questions(facts, own, descriptions),
+            "situated_qa": situated_questions(facts, own),
+            "dialogue": dialogue_questions(facts, own, descriptions),
+            "planning": planning_questions(facts, own, descriptions),
+        },
+    )
 
 
 def _by_room(split: _Split, task: str) -> dict[str, list[Question]]:

@@ -6,13 +6,47 @@ reach this, such as one with two possible answers, ends up empty.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from .questions import Question
 
 MAX_SHARE = 1 / 3
+
+
+Key = tuple[str, frozenset[str]]  # type and answers, by which a question is weighed
+
+
+def key_of(question: Question) -> Key:
+    """What balance goes by: questions of the same key weigh the same."""
+    return question.question_type, frozenset(answer.lower() for answer in question.answers)
+
+
+class Pool:
+    """Questions in an order, taken by the cheapest key; among equals the first in the order."""
+
+    def __init__(self, questions: Iterable[Question]):
+        self._by_key: dict[Key, list[tuple[int, Question]]] = defaultdict(list)
+        for place, question in enumerate(questions):
+            self._by_key[key_of(question)].append((place, question))
+        for places in self._by_key.values():
+            places.reverse()  # the first is popped at once
+
+    def __bool__(self) -> bool:
+        return bool(self._by_key)
+
+    def __iter__(self) -> Iterator[Key]:
+        """The keys that there are questions of."""
+        return iter(self._by_key)
+
+    def take(self, keys: Iterable[Key], cost: Callable[[Key], float]) -> Question:
+        """Take the first question of the cheapest of some keys."""
+        best = min(keys, key=lambda key: (cost(key), self._by_key[key][-1][0]))
+        _, question = self._by_key[best].pop()
+        if not self._by_key[best]:
+            del self._by_key[best]
+        return question
 
 
 class _Tally:
@@ -23,21 +57,23 @@ class _Tally:
         self.answers: dict[str, Counter[str]] = defaultdict(Counter)
 
     def add(self, question: Question, step: int = 1) -> None:
-        self.sizes[question.question_type] += step
-        for answer in {answer.lower() for answer in question.answers}:
-            self.answers[question.question_type][answer] += step
+        group, answers = key_of(question)
+        self.sizes[group] += step
+        for answer in answers:
+            self.answers[group][answer] += step
 
-    def excess_with(self, question: Question, max_share: float) -> float:
-        """By how many questions the most frequent of a question's answers would exceed its share if it were added."""
-        counts = self.answers[question.question_type]
-        allowed = max_share * (self.sizes[question.question_type] + 1)
-        return max(0.0, max(counts[answer.lower()] + 1 for answer in question.answers) - allowed)
-
-    def share_with(self, question: Question) -> float:
-        """The largest share that one of a question's answers would have if it were added."""
-        group = question.question_type
+    def excess_with(self, key: Key, max_share: float) -> float:
+        """By how many questions the most frequent of a key's answers would exceed its share with one more."""
+        group, answers = key
         counts = self.answers[group]
-        return max(counts[answer.lower()] + 1 for answer in question.answers) / (self.sizes[group] + 1)
+        allowed = max_share * (self.sizes[group] + 1)
+        return max(0.0, max(counts[answer] + 1 for answer in answers) - allowed)
+
+    def share_with(self, key: Key) -> float:
+        """The largest share that one of a key's answers would have with one more."""
+        group, answers = key
+        counts = self.answers[group]
+        return max(counts[answer] + 1 for answer in answers) / (self.sizes[group] + 1)
 
     def worst(self, max_share: float) -> tuple[str, str] | None:
         """(group, answer) that exceeds its share most, or None."""
@@ -62,8 +98,9 @@ def trim(questions: Sequence[Question], rng: np.random.Generator, max_share: flo
     for index in rng.permutation(len(questions)):
         question = questions[index]
         tally.add(question)
-        for answer in {answer.lower() for answer in question.answers}:
-            holders[question.question_type, answer].append(int(index))
+        group, answers = key_of(question)
+        for answer in answers:
+            holders[group, answer].append(int(index))
     while (excess := tally.worst(max_share)) is not None:
         index = holders[excess].pop()
         if index in kept:
@@ -79,7 +116,7 @@ def choose(
     First every room takes turns picking the question whose type it has least and whose answer is rarest; then the
     excess is trimmed, and what room is left is filled with questions that break no share.
     """
-    order = {scene_id: [pool[k] for k in rng.permutation(len(pool))] for scene_id, pool in pools.items()}
+    order = {scene_id: Pool(pool[k] for k in rng.permutation(len(pool))) for scene_id, pool in pools.items()}
     tally = _Tally()
     chosen: dict[str, list[Question]] = {scene_id: [] for scene_id in pools}
     types: dict[str, Counter[str]] = {scene_id: Counter() for scene_id in pools}
@@ -87,21 +124,17 @@ def choose(
         for scene_id, pool in order.items():
             if not pool:
                 continue
-            mine = types[scene_id]
             # An answer in excess counts like another question of the same type: it may have to go again.
-            best = min(
-                range(len(pool)),
-                key=lambda k: mine[pool[k].question_type] + 0.7 * tally.excess_with(pool[k], max_share),
-            )
-            question = pool.pop(best)
+            costs = {key: types[scene_id][key[0]] + 0.7 * tally.excess_with(key, max_share) for key in pool}
+            question = pool.take(costs, costs.__getitem__)
             chosen[scene_id].append(question)
-            mine[question.question_type] += 1
+            types[scene_id][question.question_type] += 1
             tally.add(question)
     kept = trim([question for picked in chosen.values() for question in picked], rng, max_share)
     return _fill(kept, order, per_room, max_share)
 
 
-def _fill(kept: list[Question], spare: dict[str, list[Question]], per_room: int, max_share: float) -> list[Question]:
+def _fill(kept: list[Question], spare: dict[str, Pool], per_room: int, max_share: float) -> list[Question]:
     """Add spare questions to rooms below their number wherever no share is broken."""
     tally = _Tally()
     by_room: dict[str, list[Question]] = {scene_id: [] for scene_id in spare}
@@ -114,10 +147,9 @@ def _fill(kept: list[Question], spare: dict[str, list[Question]], per_room: int,
         for scene_id, pool in spare.items():
             if len(by_room[scene_id]) >= per_room:
                 continue
-            fitting = [k for k, question in enumerate(pool) if tally.share_with(question) <= max_share + 1e-9]
+            fitting = [key for key in pool if tally.share_with(key) <= max_share + 1e-9]
             if fitting:
-                rare = min(fitting, key=lambda k: tally.share_with(pool[k]))
-                question = pool.pop(rare)
+                question = pool.take(fitting, tally.share_with)
                 tally.add(question)
                 by_room[scene_id].append(question)
                 added = True

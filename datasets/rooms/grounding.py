@@ -4,7 +4,8 @@ At least half of them have two or more distractors (other objects with the targe
 most 30 % of the candidate views.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,10 @@ from .words import material_noun, tokenize, with_article
 HARD_DISTRACTORS = 2
 MOST_PER_OBJECT = 5  # as ScanRefer
 MOST_TOKENS = 24  # Nr3D's readers drop longer utterances
+
+Picked = tuple[Description, str]  # a description and one of its wordings
+Kind = tuple[bool, int, str, str]  # hard, target, kind, label: what a choice goes by
+Pool = dict[Kind, list[tuple[int, Description, str]]]  # with their places in the order
 
 
 @dataclass(frozen=True)
@@ -37,52 +42,56 @@ class Chooser:
         self.labels: Counter[str] = Counter()
         self.surplus = 0  # hard ones so far minus easy ones
 
-    def choose(self, known: Describer, number: int, fewest_distractors: int = 0) -> list[tuple[Description, str]]:
+    def choose(self, known: Describer, number: int, fewest_distractors: int = 0) -> list[Picked]:
         """Up to `number` (description, wording) pairs of one room, no wording twice."""
-        pool = [
+        entries = [
             (option, wording)
             for target in sorted(known)
             for option in known[target]
             if option.distractors >= fewest_distractors
             for wording in option.wordings
         ]
-        pool = [pool[k] for k in self.rng.permutation(len(pool))]
-        picked: list[tuple[Description, str]] = []
+        # those of a kind cost the same
+        pool: Pool = defaultdict(list)
+        for place, k in enumerate(self.rng.permutation(len(entries))):
+            option, wording = entries[k]
+            kind = (option.distractors >= HARD_DISTRACTORS, option.target, option.kind, option.label)
+            pool[kind].append((place, option, wording))
+        picked: list[Picked] = []
         used: Counter[int] = Counter()
         while len(picked) < number:
             hard_wanted = len(picked) < 0.65 * number
-            best = self._best(pool, used, hard=hard_wanted)
-            if best is None:
-                best = self._best(pool, used, hard=not hard_wanted)
-            if best is None:
+            kind = self._best(pool, used, hard=hard_wanted) or self._best(pool, used, hard=not hard_wanted)
+            if kind is None:
                 break
-            option, _wording = best
-            picked.append(best)
+            _, option, wording = pool[kind][0]
+            picked.append((option, wording))
             # Another wording of the same meaning would be the same question again.
-            pool = [entry for entry in pool if entry[0] is not option]
+            pool[kind] = [entry for entry in pool[kind] if entry[1] is not option]
+            if not pool[kind]:
+                del pool[kind]
             used[option.target] += 1
             self.kinds[option.kind] += 1
             self.labels[option.label] += 1
             self.surplus += 1 if option.distractors >= HARD_DISTRACTORS else -1
         return picked
 
-    def _best(
-        self, pool: list[tuple[Description, str]], used: Counter[int], *, hard: bool
-    ) -> tuple[Description, str] | None:
-        """The pool's best hard (or easy) entry; None where nothing is left or one more easy one is too many."""
+    def _best(self, pool: Pool, used: Counter[int], *, hard: bool) -> Kind | None:
+        """The kind of the best hard (or easy) entry, the first of those that cost the same.
+
+        None where nothing is left, or one more easy one is too many.
+        """
         if not hard and self.surplus <= 0:
             return None
         total = sum(self.kinds.values()) + 1
-        fitting = [
-            entry
-            for entry in pool
-            if (entry[0].distractors >= HARD_DISTRACTORS) == hard and used[entry[0].target] < MOST_PER_OBJECT
-        ]
-        return min(fitting, key=lambda entry: self._cost(entry[0], used, total), default=None)
 
-    def _cost(self, option: Description, used: Counter[int], total: int) -> float:
-        """Low for objects not yet described in this room, and for kinds and labels that are rare so far."""
-        return used[option.target] + 2 * (self.kinds[option.kind] + self.labels[option.label]) / total
+        def cost(kind: Kind) -> tuple[float, int]:
+            """Low for objects not yet described in this room, and for kinds and labels that are rare so far."""
+            _, target, name, label = kind
+            return used[target] + 2 * (self.kinds[name] + self.labels[label]) / total, pool[kind][0][0]
+
+        fitting = [kind for kind in pool if kind[0] == hard and used[kind[1]] < MOST_PER_OBJECT]
+        return min(fitting, key=cost, default=None)
 
 
 def write_sentences(facts: RoomFacts, rng: np.random.Generator, option: Description, phrase: str) -> str:
@@ -118,20 +127,20 @@ def write_utterance(rng: np.random.Generator, phrase: str) -> str:
     return text if len(tokenize(text)) <= MOST_TOKENS else phrase
 
 
-def scanrefer_utterances(
-    chooser: Chooser, facts: RoomFacts, known: Describer, rng: np.random.Generator, number: int
-) -> list[Utterance]:
-    """ScanRefer descriptions of one room."""
-    picked = chooser.choose(known, number)
-    return [Utterance(option, phrase, write_sentences(facts, rng, option, phrase)) for option, phrase in picked]
-
-
-def nr3d_utterances(chooser: Chooser, known: Describer, rng: np.random.Generator, number: int) -> list[Utterance]:
-    """Nr3D utterances of one room: always at least one other object with the target's label."""
-    short = {
+def short_enough(known: Describer) -> Describer:
+    """The descriptions that Nr3D has room for."""
+    return {
         target: kept
         for target, options in known.items()
         if (kept := [d for d in options if all(len(tokenize(w)) <= MOST_TOKENS for w in d.wordings)])
     }
-    picked = chooser.choose(short, number, fewest_distractors=1)
+
+
+def scanrefer_utterances(facts: RoomFacts, rng: np.random.Generator, picked: Sequence[Picked]) -> list[Utterance]:
+    """ScanRefer descriptions of one room."""
+    return [Utterance(option, phrase, write_sentences(facts, rng, option, phrase)) for option, phrase in picked]
+
+
+def nr3d_utterances(rng: np.random.Generator, picked: Sequence[Picked]) -> list[Utterance]:
+    """Nr3D utterances of one room."""
     return [Utterance(option, phrase, write_utterance(rng, phrase)) for option, phrase in picked]

@@ -7,10 +7,12 @@
 Meshes and poses are in the RAW frame: world = axis_align_44 @ raw.
 """
 
+import contextlib
 import multiprocessing
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -22,7 +24,7 @@ import orjson
 from PIL import Image
 from tqdm import tqdm
 
-from .annotate import write_annotations
+from .annotate import Map, write_annotations
 from .frames import frame_intrinsics, render_frames
 from .generate import Generated, generate
 from .label_table import write_label_table
@@ -248,8 +250,8 @@ def write_rooms(
 ) -> dict[str, object]:
     """Write training and held-out rooms with their splits, label table and annotations; returns rooms.json's content.
 
-    Restartable: whole scans of the same version are kept. `workers` processes, by default one per core. Annotations
-    are written by one process and are what takes the time with many rooms; boxes come without them.
+    Restartable: whole scans of the same version are kept. `workers` processes, by default one per core, make rooms
+    and what is said of each; one of them chooses what is asked.
     """
     if num_train < 0 or num_val < 0 or num_train + num_val == 0:
         raise ValueError(f"Ask for at least one room, not {num_train} for training and {num_val} held out.")
@@ -266,26 +268,15 @@ def write_rooms(
     make = partial(
         _make_scan, scans_root=root / "scans", points_only=points_only, num_frames=num_frames, frame_size=frame_size
     )
-    workers = min(workers or os.cpu_count() or 1, len(tasks))
-    if workers == 1:
-        rooms = list(tqdm(map(make, tasks), total=len(tasks), desc="rooms", unit="room"))
-    else:
-        # A fresh process per worker: forking after torch has started threads can hang.
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
-            try:
-                rooms = list(tqdm(pool.map(make, tasks, chunksize=1), total=len(tasks), desc="rooms", unit="room"))
-            except BrokenProcessPool:
-                raise RuntimeError(
-                    "A process that makes rooms was killed, most often for want of memory; "
-                    "start again with fewer workers (whole rooms are kept)."
-                ) from None
-    by_split = {"train": rooms[:num_train], "val": rooms[num_train:]}
-    labels = Counter(thing.label for room in rooms for thing in room.objects)
-    write_label_table(root / "scannetv2-labels.combined.tsv", labels)
-    for split, members in by_split.items():
-        listing = "".join(f"{room.scene_id}\n" for room in members)
-        _write_atomically(root / f"scannetv2_{split}.txt", listing.encode())
-    written = write_annotations(root, by_split, seed) if annotations else {}
+    with _processes(min(workers or os.cpu_count() or 1, len(tasks))) as spread:
+        rooms: list[Room] = list(tqdm(spread(make, tasks), total=len(tasks), desc="rooms", unit="room"))
+        by_split = {"train": rooms[:num_train], "val": rooms[num_train:]}
+        labels = Counter(thing.label for room in rooms for thing in room.objects)
+        write_label_table(root / "scannetv2-labels.combined.tsv", labels)
+        for split, members in by_split.items():
+            listing = "".join(f"{room.scene_id}\n" for room in members)
+            _write_atomically(root / f"scannetv2_{split}.txt", listing.encode())
+        written = write_annotations(root, by_split, seed, spread) if annotations else {}
     summary: dict[str, object] = {
         "version": ROOMS_VERSION,
         "hash": distribution_hash(),
@@ -298,6 +289,23 @@ def write_rooms(
     }
     _write_atomically(root / "rooms.json", orjson.dumps(summary, option=orjson.OPT_INDENT_2))
     return summary
+
+
+@contextlib.contextmanager
+def _processes(number: int) -> Iterator[Map]:
+    """`map`, spread over so many processes where there are more than one."""
+    if number == 1:
+        yield map
+        return
+    # A fresh process per worker: forking after torch has started threads can hang.
+    with ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _one_thread) as pool:
+        try:
+            yield pool.map
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "A process that makes rooms was killed, most often for want of memory; "
+                "start again with fewer workers (whole rooms are kept)."
+            ) from None
 
 
 def _one_thread() -> None:

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from threedr1.datasets.rooms import annotate
 from threedr1.datasets.rooms.annotate import write_annotations
-from threedr1.datasets.rooms.balance import MAX_SHARE, trim
+from threedr1.datasets.rooms.balance import MAX_SHARE, Pool, key_of, trim
 from threedr1.datasets.rooms.descriptions import describe
 from threedr1.datasets.rooms.generate import generate_room
 from threedr1.datasets.rooms.questions import Question
@@ -424,6 +425,18 @@ def test_trim_drops_a_type_with_two_answers_and_keeps_a_balanced_one():
     assert trim(balanced, rng) == balanced
 
 
+@given(st.lists(st.tuples(st.sampled_from("xy"), st.sampled_from("abc"), st.integers(0, 2)), min_size=1, max_size=12))
+def test_a_pool_gives_the_first_of_the_cheapest(entries):
+    """As a search over all questions would, one after the other."""
+    questions = [_question(kind, [answer, answer.upper()]) for kind, answer, _ in entries]
+    costs = {key_of(question): cost for question, (_, _, cost) in zip(questions, entries, strict=True)}
+    pool, left = Pool(questions), list(questions)
+    while left:
+        cheapest = min(range(len(left)), key=lambda place: costs[key_of(left[place])])
+        assert pool.take(pool, costs.__getitem__) is left.pop(cheapest)
+    assert not pool
+
+
 # ---- dialogue, planning, scene description
 
 
@@ -538,6 +551,17 @@ def test_same_seed_same_files_other_seed_other_files(splits, written, tmp_path):
     files = sorted(path.name for path in (tmp_path / "a" / "annotations").iterdir())
     content = {n: [(tmp_path / n / "annotations" / file).read_bytes() for file in files] for n in "abc"}
     assert content["a"] == content["b"] != content["c"]
+
+
+def test_how_many_rooms_are_asked_about_together_changes_nothing(splits, tmp_path, monkeypatch):
+    few = {"train": splits["train"][:5], "val": splits["val"][:2]}
+    write_annotations(tmp_path / "a", few, 5)
+    monkeypatch.setattr(annotate, "_TOGETHER", 2)
+    write_annotations(
+        tmp_path / "b", few, 5, lambda function, *given: [function(*row) for row in zip(*given, strict=True)]
+    )
+    for path in (tmp_path / "a" / "annotations").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / "annotations" / path.name).read_bytes()
 
 
 def test_vertices_are_not_needed_once_the_floor_centre_is_known(splits, tmp_path):
