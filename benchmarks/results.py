@@ -8,7 +8,6 @@ unit is a time or a rate.
 import hashlib
 import json
 import math
-import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
+from ..utils.files import write_whole
 from ._arguments import RESULTS, benchmark_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,8 +90,8 @@ def merge(entries: Sequence[Entry], path: Path) -> None:
         table = {(entry["machine"], entry["name"]): entry for entry in read_results(path)}
         table |= {(entry["machine"], entry["name"]): entry for entry in entries}
         kept = [table[key] for key in sorted(table)]
-        _write(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
-        _write(path.with_name(PAGE), render(kept))
+        write_whole(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+        write_whole(path.with_name(PAGE), render(kept))
 
 
 def read_results(path: Path) -> list[Entry]:
@@ -182,15 +182,6 @@ def commit() -> str:
     from ..engine import environment  # it loads torch
 
     return environment.commit(ROOT, ("benchmarks/results.json", f"benchmarks/{PAGE}"))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] = ()) -> int:

@@ -8,7 +8,6 @@ pages, and nothing is read before it is used.
 import io
 import math
 import mmap
-import os
 import struct
 import tokenize
 import zipfile
@@ -16,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+
+from ..utils.files import write_whole
 
 ALIGNMENT = 64  # bytes; .npy headers are padded to the same
 _LOCAL_HEADER = 30  # bytes of a zip member's header before its name
@@ -32,9 +33,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             content = io.BytesIO()
             np.lib.format.write_array(content, np.asarray(array), allow_pickle=False)
             archive.writestr(member, content.getbuffer())
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(buffer.getbuffer())
-    os.replace(partial, path)
+    write_whole(path, buffer.getbuffer())
 
 
 def _padding(position: int) -> bytes:

@@ -22,7 +22,7 @@ import numpy as np
 import orjson
 from tqdm import tqdm
 
-from ..utils.files import read_text
+from ..utils.files import read_text, write_whole
 from .frames import read_views
 from .labelled_cloud import GREY, LabelledCloud, furniture, instance_boxes, read_axis_alignment, transform
 from .ply import read_ply
@@ -153,7 +153,7 @@ def prepare_source(source: Source, label_map: dict[str, int], out_path: Path, op
             max_frames=options.max_frames,
         )
     save_scene(scene, out_path)
-    _write(_stamp_path(out_path), orjson.dumps(stamp, option=orjson.OPT_INDENT_2))
+    write_whole(_stamp_path(out_path), orjson.dumps(stamp, option=orjson.OPT_INDENT_2))
     return scene
 
 
@@ -180,12 +180,6 @@ def _is_current(out_path: Path, stamp: dict[str, Any]) -> bool:
         return orjson.loads(stamp_path.read_bytes()) == stamp
     except orjson.JSONDecodeError:
         return False  # a stamp we cannot read says nothing, so the scan is prepared again
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def read_split(root: str | Path, split: str) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from ..utils.files import write_whole
 from .scene import Scene, load_scene, shifted
 
 INDEX_NAME = "index.json"
@@ -211,10 +212,8 @@ def _load_index(folder: Path, stamps: dict[str, list[int]]) -> dict[str, SceneIn
             index[scene_id] = SceneInfo.of(load_scene(folder / f"{scene_id}.npz"))
             rows[scene_id] = _pack(index[scene_id], stamp)
     if rows != cached:
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several ranks may write at once
         try:
-            partial.write_bytes(orjson.dumps({"version": INDEX_VERSION, "scenes": rows}))
-            os.replace(partial, path)
+            write_whole(path, orjson.dumps({"version": INDEX_VERSION, "scenes": rows}))
         except PermissionError:
             _log.warning("%s cannot be written: the scenes' index is built anew at each start.", path)
     return index

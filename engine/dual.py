@@ -9,7 +9,6 @@ Shapes: n pictures or texts, L cells of a picture, N = n L, M names, B colours, 
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from ..datasets.rooms import ROOMS_VERSION
 from ..datasets.rooms.room import RoomObject
 from ..models.dual_encoder import CELL, DualEncoder, prepare_pictures
+from ..utils.files import write_whole
 from ..utils.streams import stream
 from .dual_data import (
     Phrase,
@@ -204,10 +204,8 @@ def train_dual(
     encoder.eval().requires_grad_(False).save_pretrained(out)
     if held_out:
         found["held_out"] = retrieval(encoder, pictured_rooms("val", held_out, seed), data.nouns)
-    partial = out / "dual.json.partial"
     words = {"names": data.labels, "colors": data.colors}
-    partial.write_text(json.dumps(found | words, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, out / "dual.json")
+    write_whole(out / "dual.json", json.dumps(found | words, indent=2) + "\n")
     return found
 
 

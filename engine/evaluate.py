@@ -5,7 +5,6 @@ answer, which needs no model to think but uses one's detector for the boxes of d
 """
 
 import json
-import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from ..datasets.scene import TASKS, Sample
 from ..datasets.scene_store import SceneStore
 from ..datasets.tasks import LOADERS
 from ..models.scene_vlm import SceneVLM
+from ..utils.files import write_whole
 from ..utils.metrics.caption import MeteorChoice
 from ..utils.metrics.score import SCORERS, score_predictions, scorer_name
 from ..utils.predictions import Prediction, write_predictions
@@ -328,9 +328,7 @@ def _report(config: EvalConfig, label: str, results: dict[str, dict]) -> dict:
 def write_json(path: Path, content: dict) -> None:
     """Write JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def _headline(scores: dict) -> str:

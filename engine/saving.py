@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..utils.files import write_whole
 from .background import Writer, advice
 from .checkpoint import BEST, checkpoint_path, save_checkpoint, write_folder
 from .config import CONFIGS, to_dict
@@ -161,7 +161,7 @@ class Checkpoints:
             write_folder(self.best_folder, fill)
             self._best, self._best_step = score, step
             for name, content in (beside or {}).items():
-                _write_json(self.run_dir / name, content)
+                write_whole(self.run_dir / name, json.dumps(content, indent=2) + "\n")
 
         self._writer.submit(BEST, lambda: self._guarded(BEST, self.best_folder, write))
         return True
@@ -221,9 +221,3 @@ class Checkpoints:
         if facts.get("metric") != self.metric:
             return None, -1
         return facts["score"], facts["step"]
-
-
-def _write_json(path: Path, content: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from ..utils.files import read_log
+from ..utils.files import read_log, write_whole
 from .background import advice
 from .environment import describe_start
 from .runtime import log
@@ -165,10 +165,8 @@ def drop_steps_from(path: str | Path, first_step: int) -> None:
     Whole or not at all: a kill in between leaves the file as it was.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     kept = [row for row in read_metrics(path) if row["step"] < first_step]
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
 def read_metrics(path: str | Path) -> list[dict]:

@@ -166,17 +166,12 @@ class ViewCache:
     def _write(self, path: Path, key: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
         if not self._writable:
             return
-        fresh = path.with_name(f"{path.name}.{os.getpid()}.new")  # several ranks may write at once
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_arrays(fresh, {"key": key, **arrays})
-            os.replace(fresh, path)
+            write_arrays(path, {"key": key, **arrays})
         except OSError as error:
             self._writable = False
             _log.warning("%s cannot be written (%s): views are rendered and embedded at each start.", path, error)
-            for left in (fresh, fresh.with_name(fresh.name + ".partial")):
-                if left.is_file():  # a full disk
-                    left.unlink()
 
 
 _POOL_ARRAYS = {"images", "poses", "intrinsics", "names", "visible", "coverage", "points", "seen"}

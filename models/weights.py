@@ -1,7 +1,6 @@
 """Configuration and weights of a module in a folder: written whole, refused in one sentence where they do not fit."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..utils.files import readable_as_its_folder
+from ..utils.files import readable_as_its_folder, replacing, write_whole
 
 
 def save_module(module: nn.Module, config: Mapping[str, Any], folder: str | Path, names: tuple[str, str]) -> None:
     """Write the configuration (JSON) and the weights (safetensors) under `names`, each atomically."""
     folder, (config_name, weights_name) = Path(folder), names
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (weights_name + ".partial")
-    save_file({name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}, partial)
-    os.replace(partial, folder / weights_name)
-    partial = folder / (config_name + ".partial")
-    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / config_name)
+    with replacing(folder / weights_name) as partial:
+        save_file({name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}, partial)
+    write_whole(folder / config_name, json.dumps(config, indent=2) + "\n")
     readable_as_its_folder(folder)
 
 

@@ -1,7 +1,14 @@
-"""Text files that people hand in: read whole, or refused in one sentence that names the file. Who may read ours."""
+"""Text files that people hand in: read whole, or refused in one sentence that names the file.
+
+Files of ours: written whole, or not at all; who may read them.
+"""
 
 import json
+import os
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -40,6 +47,39 @@ def read_log(path: str | Path) -> list[dict]:
             if number + 1 < len(lines):
                 raise ValueError(f"{path}, line {number + 1}: not JSON.") from None
     return rows
+
+
+@contextmanager
+def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
+    """A path to write a file at, which takes the place of `path` when the block ends without an error.
+
+    So a reader meets the old file or the new one, and so does who comes after a kill. The path to write at has the
+    name of `path`, for libraries that go by the suffix, and lies in a fresh folder `<name>.<random>.partial` beside
+    it: processes of several machines may write one file at a time, and whoever lists the files there meets no half
+    of one. The folder goes when the block ends, however it ends; only a kill leaves it behind.
+
+    Args:
+        sync: wait until the content is on the disk before the old file goes, for what must outlive a power cut.
+
+    Raises:
+        OSError: the folder of `path` is not there or cannot be written, or the block wrote nothing.
+    """
+    path = Path(path)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{path.name}.", suffix=".partial", dir=path.parent, ignore_cleanup_errors=True
+    ) as folder:
+        partial = Path(folder) / path.name
+        yield partial
+        if sync:
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
+        os.replace(partial, path)
+
+
+def write_whole(path: str | Path, content: str | bytes | memoryview) -> None:
+    """Write a file, text in UTF-8 with its line ends as they are, by way of `replacing`."""
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def readable_as_its_folder(folder: str | Path) -> None:

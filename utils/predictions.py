@@ -1,12 +1,12 @@
 """`predictions.jsonl`: the one file between a model and its scores, reports and viewers. Documented in docs/."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .files import replacing
 from .json_rows import (
     Problem,
     Row,
@@ -165,8 +165,6 @@ def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> No
     """Write a prediction file atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as stream:
         for prediction in predictions:
             stream.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
-    os.replace(partial, path)

@@ -1,13 +1,12 @@
 """The camera of a view's picture, in a JSON file beside it: what `eval` and `infer` write and the viewers read."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from .camera import Camera
-from .files import read_text
+from .files import read_text, write_whole
 
 
 def camera_path(picture: str | Path) -> Path:
@@ -25,9 +24,7 @@ def write_camera(picture: str | Path, camera: Camera) -> None:
         "height": camera.height,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # processes may share a scene
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content))
 
 
 def read_camera(picture: str | Path) -> Camera | None:

@@ -4,7 +4,6 @@ Shapes: K boxes. Metres, in the frame that the file's user names (FRAMES).
 """
 
 import json
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..datasets.scene import Scene
+from ..utils.files import replacing, write_whole
 from ..utils.json_rows import MAX_METRES, Problem, is_length, read_document, refuse, shown
 from .shown_boxes import ShownBoxes, boxes_from_corners
 
@@ -223,13 +223,11 @@ def write_boxes(path: str | Path, boxes: ShownBoxes) -> Path:
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: boxes are written as .npz or .json; name the file so.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     if path.suffix.lower() == ".npz":
-        with partial.open("wb") as stream:
+        with replacing(path) as partial, partial.open("wb") as stream:  # NumPy would add .npz to a name in capitals
             np.savez(stream, **_to_arrays(boxes))
     else:
-        partial.write_text(json.dumps(_to_items(boxes), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+        write_whole(path, json.dumps(_to_items(boxes), ensure_ascii=False, indent=1) + "\n")
     return path
 
 

@@ -2,7 +2,6 @@
 
 import html
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..datasets.scene import Scene, load_scene
-from ..utils.files import read_log
+from ..utils.files import read_log, write_whole
 from ..utils.predictions import Prediction, read_predictions
 from .completions import completions_section
 from .curves import plot
@@ -144,9 +143,7 @@ def write_page(out: str | Path, title: str, note: str, parts: Sequence[str]) -> 
         "</body></html>",
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text("\n".join(page), encoding="utf-8")
-    os.replace(partial, out)
+    write_whole(out, "\n".join(page))
     return out
 
 

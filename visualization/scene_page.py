@@ -9,7 +9,6 @@ Shapes: N points. Metres.
 import base64
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image
 
 from ..datasets.scene import Scene
 from ..utils.camera import Camera
+from ..utils.files import write_whole
 from ..utils.splat import point_radii
 from .extent import room_extent
 from .palette import LAYERS
@@ -54,9 +54,7 @@ def write_scene_page(shown: ShownScene, out: str | Path, *, max_points: int = _M
         )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_bytes(page)
-    os.replace(partial, out)
+    write_whole(out, page)
     return out
 
 

@@ -206,7 +206,7 @@ def _partials(place: Place) -> Iterator[Finding]:
     out = place.root / "prepared"
     for partial in sorted(out.glob("*.partial")) if out.is_dir() else []:
         message = f"{partial.name} was left by an interrupted run."
-        yield Finding("note", "partial_left", message, f"rm {partial}", files=(f"prepared/{partial.name}",))
+        yield Finding("note", "partial_left", message, f"rm -r {partial}", files=(f"prepared/{partial.name}",))
 
 
 def free_bytes(path: Path) -> int:

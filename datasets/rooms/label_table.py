@@ -3,10 +3,10 @@
 Only the labels that rooms use; the columns for WordNet, ModelNet, ShapeNet and Matterport stay empty.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...utils.files import write_whole
 from .catalogue import CATALOGUE, NYU40_NAMES, raw_label
 
 COLUMNS = (
@@ -44,6 +44,4 @@ def write_label_table(path: Path, counts: Mapping[str, int]) -> None:
         eigen = next((title, index) for title, (index, members) in _EIGEN13.items() if nyu40 in members)
         row = [number, label, label, counts.get(label, 0), nyu40, eigen[1], name, name, eigen[0]]
         lines.append("\t".join([*map(str, row), *[""] * (len(COLUMNS) - len(row))]))
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text("\n".join(lines) + "\n")
-    os.replace(unfinished, path)
+    write_whole(path, "\n".join(lines) + "\n")

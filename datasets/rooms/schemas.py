@@ -8,13 +8,13 @@ along its own -x axis. `datasets.tasks.sqa3d` reads it so and tells how that was
 import csv
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...utils.files import replacing, write_whole
 from .grounding import Utterance
 from .questions import Pose, Question
 from .relations import RoomFacts
@@ -44,9 +44,7 @@ _SPATIAL_KINDS = ("closest", "farthest", "next to", "left of", "right of", "on",
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="")
-    os.replace(partial, path)
+    write_whole(path, text)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -59,12 +57,10 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as stream:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)
 
 
 def scanrefer_records(facts: RoomFacts, utterances: Sequence[Utterance]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ import orjson
 from PIL import Image
 from tqdm import tqdm
 
+from ...utils.files import write_whole
 from .annotate import Map, write_annotations
 from .frames import frame_intrinsics, render_frames
 from .generate import Generated, generate
@@ -230,12 +231,6 @@ def _make_scan(
     )
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
-
-
 def write_rooms(
     root: str | Path,
     *,
@@ -275,7 +270,7 @@ def write_rooms(
         write_label_table(root / "scannetv2-labels.combined.tsv", labels)
         for split, members in by_split.items():
             listing = "".join(f"{room.scene_id}\n" for room in members)
-            _write_atomically(root / f"scannetv2_{split}.txt", listing.encode())
+            write_whole(root / f"scannetv2_{split}.txt", listing.encode())
         written = write_annotations(root, by_split, seed, spread) if annotations else {}
     summary: dict[str, object] = {
         "version": ROOMS_VERSION,
@@ -287,7 +282,7 @@ def write_rooms(
         "num_objects": sum(len(room.objects) for room in rooms),
         "annotations": written,
     }
-    _write_atomically(root / "rooms.json", orjson.dumps(summary, option=orjson.OPT_INDENT_2))
+    write_whole(root / "rooms.json", orjson.dumps(summary, option=orjson.OPT_INDENT_2))
     return summary
 
 

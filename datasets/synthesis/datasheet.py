@@ -5,7 +5,6 @@ memory for more records, and can be made again at any time.
 """
 
 import importlib.metadata
-import os
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 import orjson
 
+from ...utils.files import write_whole
 from ...utils.text import parse_response
 from ..scene_store import SceneInfo
 from .description import CAPTION_FILE, inventory
@@ -164,13 +164,6 @@ def draw_pictures(counts: Counts, folder: Path) -> list[str]:
     for name, picture in pictures.items():
         picture.save(folder / name)
     return list(pictures)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def write_captions(

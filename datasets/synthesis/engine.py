@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from ...utils.files import replacing, write_whole
 from ...utils.text import parse_response
 from ..scene_store import SceneInfo, SceneStore
 from .asking import Asker, build_asker, reject
@@ -159,14 +159,6 @@ class Engine:
             await self.teacher.close()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
 def beside(out: Path, ending: str) -> Path:
     """A companion of the output file: `<out>.journal.jsonl` and the like."""
     return out.with_name(out.name + ending)
@@ -175,10 +167,8 @@ def beside(out: Path, ending: str) -> Path:
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write JSON lines, whole or not at all, without holding them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
+    with replacing(path) as partial, partial.open("wb") as stream:
         stream.writelines(orjson.dumps(row) + b"\n" for row in rows)
-    os.replace(partial, path)
 
 
 def journal_of(out: Path) -> Path:
@@ -306,7 +296,7 @@ def synthesize_with(
         records = (to_record(outcome, teacher.identity) for outcome in spool.all(questions) if not outcome.reason)
         write_lines(beside(out, ".rejects.jsonl"), rejects)
         write_lines(out, records)
-        write_atomically(beside(out, ".report.json"), orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+        write_whole(beside(out, ".report.json"), orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
     write_datasheet(out, store.index, caption_lists(root, split))
     _warn_of_gaps(report, engine.budget)
     return report

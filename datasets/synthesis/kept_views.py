@@ -12,6 +12,7 @@ from pathlib import Path
 
 import orjson
 
+from ...utils.files import replacing
 from .views import ViewsOf
 
 INDEX = "index.jsonl"
@@ -73,12 +74,11 @@ class KeptViews:
         names = [_name(view) for view in views]
         for name, view in zip(names, views, strict=True):
             if not self._load([name]):
-                partial = self._folder / f"{name}.partial"
-                _append(partial, view, os.O_TRUNC)
-                os.replace(partial, self._folder / name)
+                with replacing(self._folder / name, sync=True) as partial:
+                    partial.write_bytes(view)
         row = {"by": self._by, "scene_id": scene_id, "question": question, "views": names}
         # begins a line, as a kill may have cut the last one off
-        _append(self._folder / INDEX, b"\n" + orjson.dumps(row) + b"\n", os.O_APPEND)
+        _append(self._folder / INDEX, b"\n" + orjson.dumps(row) + b"\n")
         return names
 
 
@@ -86,10 +86,9 @@ def _name(view: bytes) -> str:
     return hashlib.sha256(view).hexdigest()[:32]
 
 
-def _append(path: Path, content: bytes, mode: int) -> None:
-    """Write to a file and sync it."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o644)
-    with os.fdopen(file, "wb") as stream:
+def _append(path: Path, content: bytes) -> None:
+    """Add to a file and sync it."""
+    with path.open("ab") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())

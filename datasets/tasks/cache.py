@@ -9,7 +9,6 @@ Shapes: S samples, M boxes of all samples, Q samples with a query box, P samples
 import hashlib
 import io
 import logging
-import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from ...utils.files import write_whole
 from ..scene import Sample
 from ..scene_store import SceneStore, as_index
 from .common import Benchmark, Index, Scenes
@@ -125,11 +125,9 @@ def _save(path: Path, key: dict[str, Any], samples: Sequence[Sample], report: Re
         pose_rows_P=np.array([row for row, _ in poses], np.int64),
         poses_P7=np.array([pose_7 for _, pose_7 in poses], np.float64).reshape(-1, 7),
     )
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several ranks may write at once
     try:
         path.parent.mkdir(exist_ok=True)
-        partial.write_bytes(buffer.getbuffer())
-        os.replace(partial, path)
+        write_whole(path, buffer.getbuffer())
     except OSError as error:
         _log.warning("%s cannot be written (%s): these annotations are read anew at each start.", path, error.strerror)
 

@@ -86,7 +86,7 @@ def test_a_failed_write_leaves_the_old_results(path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(results.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         merge([entry(value=9.0)], path)
     assert path.read_text() == before
