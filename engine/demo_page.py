@@ -12,7 +12,9 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any
 
-from ..models.observation import best_proposal
+import numpy as np
+
+from ..models.observation import best_proposals
 from ..visualization.pictures import data_url
 from ..visualization.scene_frame import box_layers, framed_scene, inline_frame
 from ..visualization.shown_boxes import ShownBoxes
@@ -71,11 +73,8 @@ def summary(opened: Opened) -> str:
 
 def box_names(boxes: Sequence[Sequence[float]], opened: Opened) -> list[str]:
     """A name for each answered box: that of the detected object it covers, where there is one."""
-    found = []
-    for number, box in enumerate(boxes, start=1):
-        index = best_proposal(box, opened.objects_K7)  # type: ignore[arg-type]
-        found.append(f"box {number}" if index is None else opened.names[index])
-    return found
+    covering = best_proposals(np.asarray(boxes, dtype=np.float32), opened.objects_K7)
+    return [f"box {number}" if one is None else opened.names[one] for number, one in enumerate(covering, start=1)]
 
 
 def layers_of(

@@ -118,11 +118,6 @@ def best_proposals(boxes_M7: np.ndarray, proposals_K7: np.ndarray) -> list[int |
     return [index if best >= NAME_IOU else None for best, index in found]
 
 
-def best_proposal(box_7: np.ndarray, proposals_K7: np.ndarray) -> int | None:
-    """Index of the proposal that covers a box best, where any covers it enough to be its name."""
-    return best_proposals(np.asarray(box_7, dtype=np.float32)[None], proposals_K7)[0]
-
-
 def pointer_to(box_7: Sequence[float] | np.ndarray, index: int | None, names: Sequence[int] | None = None) -> str:
     """The pointer to a box (model frame): the name of the proposal that covers it, else its numbers.
 
