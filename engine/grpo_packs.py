@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..models.inputs import ModelInputs, filled_length, plan_packs
+from ..models.inputs import ModelInputs
 from ..models.lm_head import token_logprobs
+from ..models.packs import filled_length, plan_packs
 from ..models.scene_vlm import SceneVLM
 from .rollout import Rollout
 

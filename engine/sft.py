@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from ..datasets.scene import Sample
-from ..models.inputs import filled_length, plan_packs
 from ..models.model_files import part_of
 from ..models.observation import Observation
+from ..models.packs import filled_length, plan_packs
 from ..models.scene_vlm import SceneVLM
 from .build import build_model, check_settings, give_multiview, speed_up
 from .checkpoint import model_folder, restore_run

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from ..models.inputs import filled_length, plan_packs
+from ..models.packs import filled_length, plan_packs
 from ..models.scene_vlm import SceneVLM
 from .config import SftConfig
 from .held_out import HeldOut, score_answers

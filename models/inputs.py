@@ -28,7 +28,6 @@ from .attention import Attends, Documents, Groups
 from .view_pixels import to_device
 
 IGNORE = -100
-_MULTIPLE = 128  # of tokens of a pack on a GPU
 TEXT, IMAGE, SCENE, VIEW_IMAGE, VIEW_DEPTH = 0, 1, 2, 3, 4
 # An existing token that Qwen2.5-VL never uses, so no row is added to the frozen vocabulary.
 SCENE_PLACEHOLDER = "<|vision_pad|>"
@@ -307,43 +306,6 @@ def move_behind(layout: Layout, prompts: Sequence[int], completions: Sequence[in
         before_L[start : start + min(length, 1)] = ends[prompt] - 1
         start += length
     return before_L
-
-
-def plan_packs(
-    lengths: Sequence[int], budget: int, max_rows: int = 0, counts: Sequence[int] | None = None
-) -> list[list[int]]:
-    """Which rows go into one pack of at most `budget` tokens: first fit, the longest first; each row is in one pack.
-
-    A row longer than the budget has a pack of its own. Rows of a pack keep their order, and packs go by their first.
-
-    Args:
-        max_rows: rows in one pack at most; 0: any number.
-        counts: how many rows each counts for; None: one each.
-    """
-    packs: list[list[int]] = []
-    room: list[int] = []
-    counts = counts or [1] * len(lengths)
-    held: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        fits = (
-            pack
-            for pack, left in enumerate(room)
-            if lengths[row] <= left and (not max_rows or held[pack] + counts[row] <= max_rows)
-        )
-        pack = next(fits, len(packs))
-        if pack == len(packs):
-            packs.append([])
-            room.append(budget)
-            held.append(0)
-        packs[pack].append(row)
-        room[pack] -= lengths[row]
-        held[pack] += counts[row]
-    return sorted((sorted(pack) for pack in packs), key=lambda pack: pack[0])
-
-
-def filled_length(tokens: int, device: torch.device) -> int:
-    """Tokens that a pack of so many is filled up to: on a GPU its matrix products come in tiles."""
-    return _MULTIPLE * -(-tokens // _MULTIPLE) if device.type == "cuda" else tokens
 
 
 def assemble(

@@ -10,6 +10,7 @@ import threedr1
 
 ROOT = Path(threedr1.__file__).resolve().parent
 FOLDERS = ("utils", "third_party", "datasets", "models", "engine", "visualization", "benchmarks")
+COMMANDS = ROOT / "engine" / "commands"  # main.py's longer commands: part of the command line
 # What the modules of a folder may import, besides their own folder.
 ALLOWED = {
     "utils": set(),
@@ -109,12 +110,23 @@ def test_only_the_command_line_prints():
     """Library code reports through logging, exceptions and return values; ruff's T20 covers print itself."""
     writers = []
     for folder in FOLDERS[:-1]:
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in set((ROOT / folder).rglob("*.py")) - set(COMMANDS.rglob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             for node in ast.walk(tree):
                 if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.stdout.write":
                     writers.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not writers, writers
+
+
+def test_only_the_command_line_imports_the_commands():
+    """What engine/commands writes to the terminal cannot come out of library code."""
+    users = set()
+    for folder in FOLDERS:
+        for path in set((ROOT / folder).rglob("*.py")) - set(COMMANDS.rglob("*.py")):
+            package = path.relative_to(ROOT).parts[:-1]
+            modules = modules_imported(ast.parse(path.read_text(encoding="utf-8")), package)
+            users |= {path.relative_to(ROOT).as_posix() for _, name in modules if name.startswith("engine.commands")}
+    assert users == {"engine/arguments.py"}
 
 
 def test_every_folder_with_code_is_a_package():

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from threedr1.models.attention import Documents, attend_documents
-from threedr1.models.inputs import IGNORE, Row, RowWriter, assemble, pack_rows, plan_packs
+from threedr1.models.inputs import IGNORE, Row, RowWriter, assemble, pack_rows
 from threedr1.models.language_model import add_lora, load_language_model
 from threedr1.models.lm_head import cross_entropy
+from threedr1.models.packs import plan_packs
 
 QUESTIONS = ["Where is the chair?", "How many tables are there in this room, all counted?", "Why?"]
 
