@@ -72,6 +72,13 @@ over runs and questions, what comes of the runs widened for their small number b
 Differences are taken question by question between runs of the same seed. Scores are those of
 `python main.py eval`, in percent.
 """
+HEADLINE_INTRODUCTION = """\
+**Small-scale:** 15 million weights from random ones, generated rooms, one GPU, stages of minutes. Held-out rooms,
+percent, 95 % intervals over rooms and seeds; *blind* is the same model without the scene. It says nothing of ScanNet,
+and is not comparable with published results. All tables, curves and commands: [docs/proof.md](docs/proof.md).
+"""
+BEGIN = "<!-- proof:begin (written by `python main.py bench proof`; do not edit by hand) -->"
+END = "<!-- proof:end -->"
 REAL_INTRODUCTION = """\
 Sentences of ScanRefer and Nr3D about the 24 validation scans whose labelled instances are at hand (no walls, no
 colours): 16 scans are trained on, with the labels of all 222 training scans; 8, drawn by a seed, are tested on, with a
@@ -222,8 +229,25 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def headline(runs: Sequence[Run]) -> str:
-    """The table for a first screen: what blind, SFT and GRPO score."""
-    return "\n".join(table(runs, MAIN, HEADLINE, "model"))
+    """The table for a first screen: what blind, SFT and GRPO score; nothing where none was scored."""
+    lines = table(runs, MAIN, HEADLINE, "model")
+    if len(lines) < 3:
+        return ""
+    return "\n".join(["## Does it learn?", "", HEADLINE_INTRODUCTION, *lines])
+
+
+def with_headline(text: str, runs: Sequence[Run]) -> str:
+    """A README's text with the headline between its two marks.
+
+    Raises:
+        ValueError: the marks are not there, once each and in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"The README lacks the marks {BEGIN} and {END}; restore them from git.")
+    shown = headline(runs)
+    return before + begin + "\n" + (f"{shown}\n" if shown else "") + end + after
 
 
 def render(runs: Sequence[Run], findings: str = "") -> str:

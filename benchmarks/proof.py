@@ -1,4 +1,4 @@
-"""The proof's page, docs/proof.md, from the runs of script/proof.sh; with --collect takes in runs first.
+"""The proof's page, docs/proof.md, and its headline in README.md, from runs of script/proof.sh; --collect adds some.
 
     bash script/proof.sh sft,blind             # trains and scores, on a machine with a GPU
     python main.py bench proof --collect runs/proof
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] = ()) -> int:
     parser.add_argument("--collect", type=Path, metavar="RUN", help="folder of script/proof.sh, such as runs/proof")
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help="default: the checkout's docs/")
     arguments = parser.parse_args(list(argv))
-    from ._proof_page import draw, headline
+    from ._proof_page import draw, headline, with_headline
     from ._proof_runs import read_runs
 
     folder = arguments.docs / "proof" / "runs"
@@ -57,6 +57,8 @@ def main(argv: Sequence[str] = ()) -> int:
     runs = read_runs(folder)
     pictures = draw(runs, folder.parent)
     (arguments.docs / "proof.md").write_text(page(arguments.docs), encoding="utf-8")
+    readme = arguments.docs.parent / "README.md"
+    readme.write_text(with_headline(readme.read_text(encoding="utf-8"), runs), encoding="utf-8")
     print(f"wrote {arguments.docs / 'proof.md'} of {len(runs)} runs with {len(pictures)} pictures\n")
-    print(headline(runs))
+    print(headline(runs) or "Not measured yet.")
     return 0

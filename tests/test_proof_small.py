@@ -93,7 +93,8 @@ def test_the_whole_proof_in_small(checkout):
     page = (docs / "proof.md").read_text()
     assert page == proof.page(docs) and "| SFT + GRPO | 1 |" in page and "| ring | 1 |" in page
     assert {path.name for path in (docs / "proof").glob("*.png")} == {"detect.png", "sft.png", "grpo.png"}
-    assert "| SFT | 1 |" in printed and "SET='run.steps=2" in page
+    assert "| SFT | 1 |" in printed and "| SFT | 1 |" in (checkout / "README.md").read_text()
+    assert "SET='run.steps=2" in page
 
 
 def test_a_second_start_does_nothing(checkout):

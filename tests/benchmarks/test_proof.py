@@ -140,14 +140,30 @@ def test_runs_are_collected_from_predictions_and_metrics(tmp_path):
     assert (made.name, made.seed, made.commit) == ("sft", 1, "abc; def")
     assert (made.command, made.versions) == ("SEEDS=1 bash script/proof.sh sft", "python 3.12, torch 2.11")
     docs = tmp_path / "docs"
+    readme = tmp_path / "README.md"
+    readme.write_text("# It\n\nmarks\n")
+    with pytest.raises(ValueError, match="README lacks the marks"):
+        proof.main(["--collect", str(tmp_path), "--docs", str(docs)])
+    readme.write_text(f"# It\n\n{proof_page.BEGIN}\nold\n{proof_page.END}\n\n## More\n")
     assert proof.main(["--collect", str(tmp_path), "--docs", str(docs)]) == 0
+    shown = readme.read_text()
+    assert "old" not in shown and shown.startswith("# It\n\n<!-- proof:begin") and shown.endswith("-->\n\n## More\n")
+    assert "| SFT | 1 | 33.3 (" in shown and "Small-scale" in shown
     assert (docs / "proof" / "runs" / "sft-1.json").exists() and (docs / "proof" / "sft.png").stat().st_size > 5000
     assert (docs / "proof.md").read_text() == proof.page(docs)
     (docs / "proof" / "findings.md").write_text("## Findings\n\nWhat was found.\n")
     assert "\n## Findings\n\nWhat was found.\n\n## How it was measured" in proof.page(docs)
 
 
+def test_a_readme_without_runs_has_empty_marks(runs):
+    text = f"a\n{proof_page.BEGIN}\n{proof_page.END}\nb\n"
+    assert proof_page.with_headline(text, []) == text
+    assert proof_page.with_headline(proof_page.with_headline(text, runs), []) == text
+
+
 def test_the_page_is_what_the_files_say():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == proof_page.with_headline(readme, read_runs(ROOT / "docs" / "proof" / "runs"))
     assert (ROOT / "docs" / "proof.md").read_text(encoding="utf-8") == proof.page(ROOT / "docs")
     pictures = set(proof_page.panels(read_runs(ROOT / "docs" / "proof" / "runs")))
     assert {path.name for path in (ROOT / "docs" / "proof").glob("*.png")} == pictures
