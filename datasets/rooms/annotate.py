@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .activities import describe_room, dialogue_questions, planning_questions
-from .balance import choose, trim
+from .balance import choose, thin, trim
 from .chain_of_thought import grounding_record, question_record
 from .grounding import Chooser, Picked, Utterance, nr3d_utterances, scanrefer_utterances, short_enough
 from .questions import Describer, Question, hidden_descriptions, room_questions
@@ -37,7 +37,7 @@ from .schemas import (
 )
 from .situated import situated_questions
 
-ANNOTATION_VERSION = "annotations-1"
+ANNOTATION_VERSION = "annotations-2"
 SPLITS = ("train", "val")
 
 # Questions a room, at most; what cannot be asked truthfully, unambiguously and in balance is left out.
@@ -154,6 +154,7 @@ def _annotate(rooms: Sequence[Room], seed: int, number: int, spread: Map) -> _Sp
                 for task, questions in asked.pools.items():
                     pools[task][scene_id] = questions
                 bar.update()
+    pools["qa"] = thin(pools["qa"], rng)
     for task, pool in pools.items():
         split.questions[task] = choose(pool, PER_ROOM[task], rng)
     return split

@@ -1,4 +1,4 @@
-"""Choosing questions so that no answer is right too often.
+"""Choosing questions so that no answer is right too often, and what is asked about does not give it away.
 
 A question's accepted answers all count: the answer "brown" is right for every question that accepts it. In every
 group (the question type) no answer may be right for more than `max_share` of the questions; a group that cannot
@@ -13,6 +13,10 @@ import numpy as np
 from .questions import Question
 
 MAX_SHARE = 1 / 3
+MAX_KNOWN = (
+    2 / 5
+)  # of questions of a type that name the same kinds of things; a third would leave hardly any of some types
+LET_BE = 2  # questions that such a group may always have of one answer: too few to tell
 
 
 Key = tuple[str, frozenset[str]]  # type and answers, by which a question is weighed
@@ -88,6 +92,54 @@ class _Tally:
             return None
         _share, group, answer = max(over)
         return group, answer
+
+
+def thin(pools: dict[str, list[Question]], rng: np.random.Generator) -> dict[str, list[Question]]:
+    """The pools of rooms (by scene_id) without questions whose answer is usual for what they are about.
+
+    Of all questions of a type that name the same kind of thing, or all the same kinds, no answer is right for more
+    than the share `MAX_KNOWN`, or `LET_BE` of them: where nearly every desk is made of wood, most of the questions
+    about wooden desks go.
+    """
+    kept = dict(enumerate(question for pool in pools.values() for question in pool))
+    sizes: Counter[_About] = Counter()
+    counts: dict[_About, Counter[str]] = defaultdict(Counter)
+    holders: dict[tuple[_About, str], list[int]] = defaultdict(list)
+    for number in rng.permutation(len(kept)).tolist():
+        for about in _abouts(kept[number]):
+            sizes[about] += 1
+            for answer in key_of(kept[number])[1]:
+                counts[about][answer] += 1
+                holders[about, answer].append(number)
+    changed = True
+    while changed:  # what goes from one group goes from others too, where another answer may now be too many
+        changed = False
+        for about in sorted(counts):
+            while True:
+                answer, count = max(counts[about].items(), key=lambda entry: (entry[1], entry[0]))
+                if count <= max(LET_BE, MAX_KNOWN * sizes[about]):
+                    break
+                while (number := holders[about, answer].pop()) not in kept:
+                    pass
+                question, changed = kept.pop(number), True
+                for other in _abouts(question):
+                    sizes[other] -= 1
+                    counts[other].subtract(key_of(question)[1])
+    thinned: dict[str, list[Question]] = {scene_id: [] for scene_id in pools}
+    for question in kept.values():
+        thinned[question.scene_id].append(question)
+    return thinned
+
+
+_About = tuple[str, ...]  # a question type, and kinds of things
+
+
+def _abouts(question: Question) -> list[_About]:
+    """The groups in which an answer should not be known beforehand."""
+    groups: list[_About] = [(question.question_type, kind) for kind in question.about]
+    if len(groups) > 1:
+        groups.append((question.question_type, *sorted(question.about)))
+    return groups
 
 
 def trim(questions: Sequence[Question], rng: np.random.Generator, max_share: float = MAX_SHARE) -> list[Question]:

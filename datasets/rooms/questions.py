@@ -5,8 +5,9 @@ where at most 30 % of the candidate views can show all of its targets (`RoomFact
 possible answers, so that no single answer can be right more than a third of the time once `balance` has chosen.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -48,6 +49,7 @@ class Question:
     alternatives: tuple[str, ...] = ()
     pose: Pose | None = None
     mentioned: tuple[int, ...] = field(default=())
+    about: tuple[str, ...] = ()  # kinds of things that the words name, which `balance.thin` goes by
 
 
 Describer = dict[int, list[Description]]
@@ -341,4 +343,19 @@ _FAMILIES = (
 def room_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer) -> list[Question]:
     """All questions that can be asked about one room, without repeats."""
     asked = [question for family in _FAMILIES for question in family(facts, rng, known)]
-    return list({question.question: question for question in asked}.values())
+    unique = {question.question: question for question in asked}
+    kinds = Kinds({facts.label(i) for i in facts.ids} | {facts.family_noun(i) for i in facts.ids})
+    return [replace(question, about=kinds.named(text)) for text, question in unique.items()]
+
+
+class Kinds:
+    """Finds nouns in texts, in the singular or the plural; of "desk lamp" and "lamp" the longer one."""
+
+    def __init__(self, nouns: Collection[str]):
+        self._noun_of = {form: noun for noun in nouns for form in (noun, plural(noun))}
+        forms = "|".join(re.escape(form) for form in sorted(self._noun_of, key=len, reverse=True))
+        self._forms = re.compile(rf"\b(?:{forms})\b")
+
+    def named(self, text: str) -> tuple[str, ...]:
+        """The nouns in a text, each once, in their order."""
+        return tuple(dict.fromkeys(self._noun_of[form] for form in self._forms.findall(text.lower())))
