@@ -146,7 +146,7 @@ class Ours:
         generator = torch.Generator().manual_seed(self.done)
         rewards_PG = torch.rand(self.work.prompts, self.work.group, generator=generator, dtype=torch.float64)
         failed = {"random": np.zeros(self.work.rows, dtype=bool)}
-        scored = RewardResult(rewards_PG.flatten().numpy(), {}, failed, failed["random"])
+        scored = RewardResult(rewards_PG.flatten().numpy(), {}, failed, failed["random"], {})
         advantages_PG = group_advantages(rewards_PG, "group").float()
         experience = Experience(rollouts, scored, advantages_PG, {}, self.work.prompts)
         phases = Phases(self.runtime.device)

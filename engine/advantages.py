@@ -50,18 +50,22 @@ def informative_groups(rewards_PG: Tensor) -> Tensor:
     return highest_P > lowest_P
 
 
-def decoupled_advantages(rewards_RPG: Tensor, weights_R: Tensor, eps: float = ADVANTAGE_EPS) -> Tensor:
+def decoupled_advantages(rewards_RPG: Tensor, weights: Tensor, eps: float = ADVANTAGE_EPS) -> Tensor:
     """GDPO, "normalize then sum": advantages [P, G] from R rewards of different scales.
 
     Each reward is normalised within its groups, then their weighted sum over the batch. NaN entries (a reward that
     does not apply or failed) add 0; a response whose rewards are all NaN gets advantage 0.
+
+    Args:
+        weights: of the rewards [R], or of every response [R, P, G].
     """
-    if rewards_RPG.dim() != 3 or weights_R.shape != rewards_RPG.shape[:1]:
+    if rewards_RPG.dim() != 3 or weights.shape not in (rewards_RPG.shape[:1], rewards_RPG.shape):
         raise ValueError(
-            f"Rewards must be [R, P, G] with weights [R], not {tuple(rewards_RPG.shape)}, {tuple(weights_R.shape)}."
+            f"Rewards must be [R, P, G] with weights [R] or [R, P, G], not {tuple(rewards_RPG.shape)}, "
+            f"{tuple(weights.shape)}."
         )
     normalized_RPG = torch.stack([group_advantages(rewards_PG, "group", eps) for rewards_PG in rewards_RPG])
-    summed_PG = (weights_R[:, None, None] * normalized_RPG).sum(0)
+    summed_PG = (weights.reshape(len(weights), *weights.shape[1:] or (1, 1)) * normalized_RPG).sum(0)
     values_N = summed_PG[~rewards_RPG.isnan().all(0)]
     std = values_N.std() if values_N.numel() > 1 else rewards_RPG.new_zeros(())
     # the batch's mean is 0 already, reward by reward and group by group

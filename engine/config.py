@@ -231,6 +231,7 @@ class RewardConfig:
     names: tuple[str, ...] = ("format", "perception", "semantic")  # or module:function
     weights: tuple[float, ...] = (0.3, 0.4, 0.3)
     gate_by_format: bool = True
+    aggregation: str = "sum_then_normalize"  # normalize_then_sum (GDPO): each reward by its own deviation in its group
     per_task: dict[str, dict[str, float]] = field(default_factory=dict)  # weights changed for a task's rows
     semantic_encoder: str = "openai/clip-vit-large-patch14"
     box_shape: str = "iou"  # of the perception reward; giou still tells near from far where nothing overlaps
@@ -241,7 +242,7 @@ class RewardConfig:
     max_failure_share: float = 0.1  # of the recent completions; above it the run ends
 
     def __post_init__(self):
-        one_of(self, box_shape=("iou", "giou"))
+        one_of(self, box_shape=("iou", "giou"), aggregation=("sum_then_normalize", "normalize_then_sum"))
         at_least(self, workers=1)
         if self.length_slack is not None:
             at_least(self, length_slack=0)
@@ -292,6 +293,11 @@ class GrpoConfig:
         one_of(self, blocks=("auto", "plain", "fused"))
         at_least(self, updates_per_rollout=1, token_budget=1, lora_rank=1, lora_alpha=1, eval_samples=1)
         _one_rate(self)
+        if self.reward.aggregation == "normalize_then_sum" and self.loss.scale != "group":
+            raise ValueError(
+                "reward.aggregation normalize_then_sum divides each reward by its group's deviation; leave loss.scale "
+                f"at group, not {self.loss.scale}."
+            )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from ..datasets.scene import Sample
 from ..models.scene_vlm import SceneVLM
-from .advantages import group_advantages, group_statistics, informative_groups
+from .advantages import decoupled_advantages, group_advantages, group_statistics, informative_groups
 from .ahead import Ahead
 from .config import GrpoConfig
 from .data import ObservationCache
@@ -102,7 +102,7 @@ class GroupSampler:
         rollouts, scored = self._sample(written, step, 0, phases)
         replaced = 0
         for again in range(1, rounds + 1):
-            (flat_P,) = torch.nonzero(~informative_groups(self._by_group(scored)), as_tuple=True)
+            (flat_P,) = torch.nonzero(~self._informative(scored), as_tuple=True)
             flat = flat_P.tolist()
             if not self.runtime.most(len(flat)):
                 break
@@ -114,7 +114,7 @@ class GroupSampler:
                 written = self._write({place: rows[place] for place in flat}, step, again)
             too_long += written.too_long
             others, their_scores = self._sample(written, step, again, phases)
-            for number, better in enumerate(informative_groups(self._by_group(their_scores)).tolist()):
+            for number, better in enumerate(self._informative(their_scores).tolist()):
                 if better:
                     rollouts[flat[number]] = others[number]
                     scored.put(self._of_group(flat[number]), their_scores, self._of_group(number))
@@ -174,17 +174,32 @@ class GroupSampler:
         """Advantages of this rank's groups, and what all ranks' are like."""
         group_size = self.config.rollout.group_size
         everyone = gather_scores(scored, self.runtime)
-        rewards_PG = self._by_group(everyone)
-        advantages_PG = group_advantages(rewards_PG, self.config.loss.scale).float()
+        advantages_PG = self._advantages(everyone).float()
         resampled, longer = self.runtime.total(replaced, too_long)
-        metrics = group_statistics(rewards_PG) | everyone.statistics(group_size)
+        metrics = group_statistics(self._by_group(everyone.combined_N)) | everyone.statistics(group_size)
         metrics |= length_statistics(rollouts, self.runtime) | {"resampled": resampled, "too_long": longer}
         own = slice(self.runtime.rank * len(rollouts), (self.runtime.rank + 1) * len(rollouts))
-        informative = int(informative_groups(rewards_PG).sum())
+        informative = int(self._informative(everyone).sum())
         return Experience(rollouts, scored, advantages_PG[own], metrics, informative)
 
-    def _by_group(self, scored: RewardResult) -> torch.Tensor:
-        return torch.from_numpy(scored.combined_N).view(-1, self.config.rollout.group_size)
+    def _advantages(self, scored: RewardResult) -> torch.Tensor:
+        """Of every completion [P, G]."""
+        if self.config.reward.aggregation == "sum_then_normalize":
+            return group_advantages(self._by_group(scored.combined_N), self.config.loss.scale)
+        rewards_RPG = torch.stack([self._by_group(scored.paid(name)) for name in scored.table])
+        return decoupled_advantages(
+            rewards_RPG, torch.stack([self._by_group(scored.weights[n]) for n in scored.table])
+        )
+
+    def _informative(self, scored: RewardResult) -> torch.Tensor:
+        """Whether a group [P] teaches something: its rewards differ; one by one where they are normalised so."""
+        if self.config.reward.aggregation == "sum_then_normalize":
+            return informative_groups(self._by_group(scored.combined_N))
+        weighted = [np.where(scored.weights[name] > 0, scored.paid(name), np.nan) for name in scored.table]
+        return torch.stack([informative_groups(self._by_group(values_N)) for values_N in weighted]).any(0)
+
+    def _by_group(self, values_N: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values_N).view(-1, self.config.rollout.group_size)
 
     def _of_group(self, prompt: int) -> slice:
         size = self.config.rollout.group_size
@@ -217,6 +232,7 @@ def gather_scores(scored: RewardResult, runtime: Runtime) -> RewardResult:
         {name: np.concatenate([part.table[name] for part in parts]) for name in scored.table},
         {name: np.concatenate([part.failed[name] for part in parts]) for name in scored.failed},
         np.concatenate([part.gated_N for part in parts]),
+        {name: np.concatenate([part.weights[name] for part in parts]) for name in scored.weights},
     )
 
 

@@ -36,6 +36,12 @@ class RewardResult:
     table: dict[str, np.ndarray]  # reward -> float64 [N], before weights and gate; NaN where it gave none
     failed: dict[str, np.ndarray]  # reward -> bool [N]
     gated_N: np.ndarray  # bool: not well formed, so that only the format reward counted
+    weights: dict[str, np.ndarray]  # reward -> float64 [N]
+
+    def paid(self, name: str) -> np.ndarray:
+        """What a reward gave each completion [N] after the gate; NaN where it gave none, or the row is left out."""
+        paid_N = self.table[name] if name == "format" else np.where(self.gated_N, 0.0, self.table[name])
+        return np.where(np.isnan(self.combined_N) | np.isnan(self.table[name]), np.nan, paid_N)
 
     def part(self, rows: slice) -> "RewardResult":
         """Some of the rows."""
@@ -44,6 +50,7 @@ class RewardResult:
             {name: values[rows] for name, values in self.table.items()},
             {name: values[rows] for name, values in self.failed.items()},
             self.gated_N[rows],
+            {name: values[rows] for name, values in self.weights.items()},
         )
 
     def put(self, rows: slice, other: "RewardResult", others: slice) -> None:
@@ -53,6 +60,7 @@ class RewardResult:
         for name in self.table:
             self.table[name][rows] = other.table[name][others]
             self.failed[name][rows] = other.failed[name][others]
+            self.weights[name][rows] = other.weights[name][others]
 
     def statistics(self, group_size: int) -> dict[str, float]:
         """For the log: mean and deviation of each reward, share of flat groups, shares gated, missing and failed."""
@@ -136,7 +144,13 @@ class RewardSet:
         gated_N = np.zeros(len(completions), dtype=bool)
         if self.gate_by_format:
             gated_N = np.array([value == 0 for value in format_reward(completions)], dtype=bool)
-        return RewardResult(self._combine(table, failed, gated_N, columns.get("task")), table, failed, gated_N)
+        weights = self._weights(len(completions), columns.get("task"))
+        return RewardResult(self._combine(table, failed, gated_N, weights), table, failed, gated_N, weights)
+
+    def _weights(self, count: int, tasks: Sequence[str] | None) -> dict[str, np.ndarray]:
+        """Each reward's weight for every completion [N]."""
+        rows = [self.per_task.get(task, self.weights) for task in tasks] if tasks else [self.weights] * count
+        return {name: np.array([weights[name] for weights in rows], dtype=np.float64) for name in self.functions}
 
     def _values(
         self, name: str, function: RewardFunction, completions: list[str], columns: Mapping[str, Sequence[Any]]
@@ -158,12 +172,11 @@ class RewardSet:
         table: dict[str, np.ndarray],
         failed: dict[str, np.ndarray],
         gated_N: np.ndarray,
-        tasks: Sequence[str] | None,
+        weights: dict[str, np.ndarray],
     ) -> np.ndarray:
-        rows = [self.per_task.get(task, self.weights) for task in tasks] if tasks else [self.weights] * len(gated_N)
         total_N, applied_N, all_N = (np.zeros(len(gated_N)) for _ in range(3))
         for name, values_N in table.items():
-            weights_N = np.array([weights[name] for weights in rows])
+            weights_N = weights[name]
             paid_N = values_N if name == "format" else np.where(gated_N, 0.0, values_N)
             has_N = ~np.isnan(values_N)
             total_N += np.where(has_N, weights_N * paid_N, 0.0)
@@ -172,7 +185,7 @@ class RewardSet:
         combined_N = np.full(len(gated_N), np.nan)
         usable_N = applied_N > 0
         for name, failed_N in failed.items():
-            usable_N &= ~(failed_N & np.array([weights[name] > 0 for weights in rows], dtype=bool))
+            usable_N &= ~(failed_N & (weights[name] > 0))
         combined_N[usable_N] = total_N[usable_N] * all_N[usable_N] / applied_N[usable_N]
         return combined_N
 

@@ -103,10 +103,10 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(groups, "roll_out", roll_out)
 
 
-def make_groups(chosen, reward, *more, rank=0, world_size=1, ahead=False):
+def make_groups(chosen, reward, *more, rank=0, world_size=1, ahead=False, rewards=None):
     settings = ["run.batch_size=4", "rollout.group_size=2", "data.datasets=scanqa", *more]
     config = load_config("grpo", None, settings)
-    rewards = RewardSet({"own": reward}, {"own": 1.0}, gate_by_format=False)
+    rewards = rewards or RewardSet({"own": reward}, {"own": 1.0}, gate_by_format=False)
     observations = SimpleNamespace(of=lambda wanted: [None] * len(wanted))
     runtime = Runtime(CPU, rank, world_size, rank)
     return GroupSampler(config, SimpleNamespace(), chosen, observations, rewards, runtime, ahead=ahead)
@@ -204,3 +204,50 @@ def test_ranks_together_learn_from_what_one_process_does(stand_ins, monkeypatch,
     for rank in range(2):
         part = make_groups(chosen, only_odd_differ, *more, rank=rank, world_size=2).collect(2, Phases(CPU))
         assert [its.texts for its in part.rollouts] == [its.texts for its in alone.rollouts[2 * rank : 2 * rank + 2]]
+
+
+# Two rewards --------------------------------------------------------------------------------------------------------
+
+
+def two_rewards(first, second, **weights):
+    """Rewards that give the samples' pairs of completions what is listed for them."""
+
+    def paying(values):
+        return lambda completions, **columns: [
+            values[number_of(text)][place % 2] for place, text in enumerate(completions)
+        ]
+
+    return RewardSet({"wide": paying(first), "narrow": paying(second)}, weights, gate_by_format=False)
+
+
+def test_rewards_are_normalized_one_by_one_where_asked(stand_ins):
+    """By hand, G = 2: one deviation from the mean is 1 / sqrt(2) of the unbiased deviation."""
+    wide, narrow = [(0, 100), (1, 1), (5, 5), (0, 8)], [(1, 0), (0, 1), (2, 2), (None, None)]
+    rewards = two_rewards(wide, narrow, wide=0.5, narrow=0.5)
+    decoupled = make_groups(samples(4), None, "reward.aggregation=normalize_then_sum", rewards=rewards)
+    summed = make_groups(samples(4), None, rewards=rewards)
+    order = [number_of(rollout.texts[0]) for rollout in decoupled.collect(0, Phases(CPU)).rollouts]
+    found = dict(zip(order, decoupled.collect(0, Phases(CPU)).advantages_PG.tolist(), strict=True))
+    half = 0.5 / 2**0.5
+    parts = {0: [-half + half, half - half], 1: [-half, half], 2: [0, 0], 3: [-half, half]}
+    deviation = np.std([value for pair in parts.values() for value in pair], ddof=1)
+    for number, pair in parts.items():
+        assert found[number] == pytest.approx([value / deviation for value in pair], rel=2e-3, abs=1e-3)
+    before = dict(zip(order, summed.collect(0, Phases(CPU)).advantages_PG.tolist(), strict=True))
+    assert before[0] == pytest.approx([-(0.5**0.5), 0.5**0.5], rel=1e-3)  # the wide reward alone is heard
+
+
+def test_a_group_is_flat_where_every_reward_with_a_weight_is(stand_ins):
+    wide, narrow = [(1, 2), (1, 1), (3, 3), (4, 4)], [(2, 1), (0, 1), (2, 2), (None, None)]
+    more = "reward.aggregation=normalize_then_sum"
+    both = make_groups(samples(4), None, more, rewards=two_rewards(wide, narrow, wide=1.0, narrow=1.0))
+    assert both.collect(0, Phases(CPU)).num_informative == 2
+    one = make_groups(samples(4), None, more, rewards=two_rewards(wide, narrow, wide=1.0, narrow=0.0))
+    assert one.collect(0, Phases(CPU)).num_informative == 1
+    summed = make_groups(samples(4), None, rewards=two_rewards(wide, narrow, wide=1.0, narrow=1.0))
+    assert summed.collect(0, Phases(CPU)).num_informative == 1  # 1 + 2 is 2 + 1
+
+
+def test_normalizing_one_by_one_has_one_scale():
+    with pytest.raises(ValueError, match="leave loss.scale at group, not batch"):
+        load_config("grpo", None, ["reward.aggregation=normalize_then_sum", "loss.scale=batch"])

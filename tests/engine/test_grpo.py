@@ -109,7 +109,9 @@ def trainable(sft_run, rooms_root, tmp_path):
             count = len(rows)
             values_N = np.array([rewards[row] for row in rows] * 2)
             nothing = {"own": np.zeros(2 * count, dtype=bool)}
-            scored = RewardResult(values_N, {"own": values_N}, nothing, nothing["own"])
+            scored = RewardResult(
+                values_N, {"own": values_N}, nothing, nothing["own"], {"own": np.ones_like(values_N)}
+            )
             advantages_PG = torch.tensor([[1.0, -0.5, 0.25]] * 2)[:, rows]
             experience = Experience(chosen, scored, advantages_PG, {}, 2)
             found = {}

@@ -479,6 +479,8 @@ def test_paper_preset_by_hand():
     )
     assert result.combined_N.tolist() == [pytest.approx(0.3 + 0.4 / 3 + 0.15), 0.0]
     assert result.gated_N.tolist() == [False, True]
+    assert result.paid("perception").tolist() == [pytest.approx(1 / 3), 0.0] and result.table["perception"][1] > 0.3
+    assert result.weights["perception"].tolist() == [0.4, 0.4]
     assert result.table["perception"].tolist() == [pytest.approx(1 / 3)] * 2  # the table is before the gate
     assert result.statistics(2)["rewards/format/mean"] == 0.5
     assert result.statistics(2)["rewards/perception/frac_zero_std"] == 1.0
