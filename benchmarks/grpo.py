@@ -238,19 +238,20 @@ def measure_ours(ours: Ours, work: Workload, repeats: int) -> Times:
     device = str(ours.model.device)
     num_views = ours.begin(work, 2 + repeats)
     rollout, update, decode = [], [], []
-    with measured_peak(ours.model.device) as peak:
-        for _ in range(1 + repeats):
-            sampled_s, rollouts = timed(lambda: ours.sample(ours.next_prompts(), work.new_tokens), device)
-            check_lengths([len(ids) for entry in rollouts for ids in entry.token_ids], work)
-            rollout.append(sampled_s)
-            update.append(timed(lambda kept=rollouts: ours.update(kept), device)[0])
-    prompts = ours.next_prompts()
-    ours.sample(prompts, 1)  # views go through the vision tower
-    for _ in range(repeats):
-        one_s, all_s = (
-            timed(lambda count=count: ours.sample(prompts, count), device)[0] for count in (1, work.new_tokens)
-        )
-        decode.append(all_s - one_s)
+    with ours.coming:
+        with measured_peak(ours.model.device) as peak:
+            for _ in range(1 + repeats):
+                sampled_s, rollouts = timed(lambda: ours.sample(ours.next_prompts(), work.new_tokens), device)
+                check_lengths([len(ids) for entry in rollouts for ids in entry.token_ids], work)
+                rollout.append(sampled_s)
+                update.append(timed(lambda kept=rollouts: ours.update(kept), device)[0])
+        prompts = ours.next_prompts()
+        ours.sample(prompts, 1)  # views go through the vision tower
+        for _ in range(repeats):
+            one_s, all_s = (
+                timed(lambda count=count: ours.sample(prompts, count), device)[0] for count in (1, work.new_tokens)
+            )
+            decode.append(all_s - one_s)
     decode_s = statistics.median(decode)
     if decode_s <= 0:
         raise ValueError(f"Decoding {work.new_tokens} tokens takes no time to speak of; ask for longer completions.")
