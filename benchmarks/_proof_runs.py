@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.tracking import STARTS
-from ..utils.files import read_log
+from ..utils.files import read_log, write_whole
 from ..utils.metrics.score import score_predictions
 from ..utils.predictions import Prediction, read_predictions
 from .results import rounded
@@ -150,9 +150,7 @@ def write_run(run: Run, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     content = asdict(run) | {"scores": {name: _packed(values) for name, values in run.scores.items()}}
     path = folder / f"{run.label}.json"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n")
     return path
 
 

@@ -9,6 +9,7 @@ No peer: it compares models of this project with one another.
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..utils.files import write_whole
 from ._arguments import benchmark_parser
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -56,9 +57,9 @@ def main(argv: Sequence[str] = ()) -> int:
             print(f"wrote {path}")
     runs = read_runs(folder)
     pictures = draw(runs, folder.parent)
-    (arguments.docs / "proof.md").write_text(page(arguments.docs), encoding="utf-8")
+    write_whole(arguments.docs / "proof.md", page(arguments.docs))
     readme = arguments.docs.parent / "README.md"
-    readme.write_text(with_headline(readme.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    write_whole(readme, with_headline(readme.read_text(encoding="utf-8"), runs))
     print(f"wrote {arguments.docs / 'proof.md'} of {len(runs)} runs with {len(pictures)} pictures\n")
     print(headline(runs) or "Not measured yet.")
     return 0
