@@ -14,6 +14,8 @@ from ..models.view_tokens import build_view_features, token_sizes
 from .config import DataConfig, ModelConfig, ViewsConfig
 from .runtime import log
 
+_MOST_JOINED = 512 * 2**20  # bytes of a decoder whose blocks are fused on a CPU
+
 
 def build_view_selector(config: ViewsConfig) -> ViewSelector | None:
     """The configured selector; None where the model takes no views."""
@@ -148,11 +150,17 @@ def speed_up(model: SceneVLM, blocks: str) -> None:
 
 
 def prepare_to_answer(model: SceneVLM) -> SceneVLM:
-    """A loaded model that answers and does not learn: on a GPU its blocks run fused, where its adapter can be."""
+    """A loaded model that answers and does not learn: its blocks run fused, where its adapter can be.
+
+    Not so large ones on a CPU: their products take nearly all of the time, and joined they would be a copy in memory
+    of what is otherwise read from its file as it is needed.
+    """
     model.requires_grad_(False)
-    if model.device.type == "cuda":
-        try:
-            model.language.fuse_blocks()
-        except ValueError as error:
-            log.warning("answers come from transformers' own blocks, which are slower: %s", error)
+    blocks = model.language.decoder.parameters()
+    if model.device.type == "cpu" and sum(weight.nbytes for weight in blocks) > _MOST_JOINED:
+        return model.eval()
+    try:
+        model.language.fuse_blocks()
+    except ValueError as error:
+        log.warning("answers come from transformers' own blocks, which are slower: %s", error)
     return model.eval()

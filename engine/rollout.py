@@ -86,7 +86,8 @@ def roll_out(
             group.
     """
     was_training = model.training
-    model.eval()
+    if was_training or model.language.training:  # to tell thousands of modules again takes some tokens' time
+        model.eval()
     # Prompts of like length share a batch: where they are padded, it is less.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].row.token_ids))
     results: dict[int, Rollout] = {}
@@ -123,7 +124,8 @@ def roll_out(
             )
         if on_batch:
             on_batch(len(batch))
-    model.train(was_training)
+    if was_training:
+        model.train()
     return [results[index] for index in range(len(prompts))]
 
 

@@ -1,9 +1,9 @@
 """Autoregressive decoding over assembled inputs: prompts encoded once, sampling, log-probabilities kept.
 
-All rows take a step together. Each prompt's keys are there once for all of its completions (kv_cache.py), adapters
-stay apart from the weights, so that what is sampled from is the policy that is trained, and rows that have finished
-leave. With the kernels a step is one CUDA graph for each number of rows that there may be: what changes from step
-to step is on the device, which is waited for every few tokens only.
+All rows take a step together. Each prompt's keys are there once for all of its completions (kv_cache.py; row_cache.py
+where it has one on a CPU), adapters stay apart from the weights, so that what is sampled from is the policy that is
+trained, and rows that have finished leave. With the kernels a step is one CUDA graph for each number of rows that
+there may be: what changes from step to step is on the device, which is waited for every few tokens only.
 
 Shapes: P prompts, G completions of each, R = P * G rows, L prompt tokens packed, S tokens of a completion, V
 vocabulary.
@@ -21,8 +21,9 @@ from torch import Tensor
 from .attention import Documents
 from .block_parts import compiled_on_gpu
 from .inputs import ModelInputs
-from .kv_cache import KVCache
+from .kv_cache import KVCache, takes_kernels
 from .language_model import LanguageModel
+from .row_cache import RowCache
 
 _TOGETHER = 16_384  # prompt tokens encoded at a time
 _LOOK = 8  # a GPU is waited for so seldom, in tokens
@@ -159,6 +160,12 @@ class _Rows:
             buffer.copy_(value)
 
 
+def _cache_kind(language: LanguageModel, device: torch.device, *, shared: bool) -> type[KVCache] | type[RowCache]:
+    """The cache for rows that share prompts, or share none."""
+    like = torch.empty(0, language.attention_shape[2], dtype=language.dtype, device=device)
+    return RowCache if device.type == "cpu" and not shared and not takes_kernels(like) else KVCache
+
+
 class Decoder:
     """Decodes with one language model. Its buffers, and its graphs on a GPU, serve from call to call.
 
@@ -173,7 +180,7 @@ class Decoder:
 
     def release(self) -> None:
         """Give buffers and graphs back; the next call makes them anew."""
-        self._cache: KVCache | None = None
+        self._cache: KVCache | RowCache | None = None
         self._rows = _Rows(0, 0, torch.device("cpu"))
         self._eos: dict[tuple[int, ...], Tensor] = {}
         self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
@@ -210,7 +217,7 @@ class Decoder:
             raise ValueError(f"Sampling {num_rows} rows needs as many generators.")
         ends = tuple(self.language.eos_ids if eos_ids is None else eos_ids)
         batch = _Batch(num_rows, max_new_tokens, temperature, ends, num_rows, on_token)
-        with self.language.uncompiled(), self.language.attending_packed():
+        with self.language.uncompiled(), self.language.attending_packed(), self.language.settled():
             logits_RV = self._begin(prompts, lengths, group_size, batch)
             if temperature > 0 and generators:
                 draws = [torch.rand(max_new_tokens, generator=each, dtype=torch.float64) for each in generators]
@@ -222,10 +229,10 @@ class Decoder:
     def _begin(self, prompts: ModelInputs, lengths: Sequence[int], group_size: int, batch: _Batch) -> Tensor:
         """Encode the prompts and set the rows out behind them; what their first tokens are chosen by, [R, V]."""
         language, device = self.language, prompts.inputs_embeds_BLD.device
-        if self._cache is None or (self._cache.dtype, self._cache.device) != (language.dtype, device):
+        kind = _cache_kind(language, device, shared=group_size > 1)
+        if type(self._cache) is not kind or (self._cache.dtype, self._cache.device) != (language.dtype, device):
             self.release()
-            shape = (language.num_layers, *language.attention_shape)
-            self._cache = KVCache(*shape, dtype=language.dtype, device=device)
+            self._cache = kind(language.num_layers, *language.attention_shape, dtype=language.dtype, device=device)
         cache = self._cache
         if cache.start(lengths, batch.num_rows, batch.max_new_tokens):
             self._rows = _Rows(*cache.room, device)
@@ -241,7 +248,7 @@ class Decoder:
         self._rows.begin(prompts.position_ids_4BL[:, 0, ends_N[prompt_of_R]] + 1)
         return language.base.lm_head(last_ND)[prompt_of_R]
 
-    def _encode(self, prompts: ModelInputs, lengths: Sequence[int], cache: KVCache) -> Iterator[Tensor]:
+    def _encode(self, prompts: ModelInputs, lengths: Sequence[int], cache: KVCache | RowCache) -> Iterator[Tensor]:
         """Run the prompts, some at a time; hidden states of the last tokens of these, [some, D]."""
         first, start = 0, 0
         while first < len(lengths):

@@ -7,14 +7,14 @@ which is exact (Hydragen, arXiv 2402.05099, section 3.1).
 Both are plain products over padded prompts; or, on a GPU in half precision, the kernels of
 `decode_attention_triton.py`: nothing that a step does depends on what the host knows then, so that it can be captured
 as a CUDA graph. The environment variable THREEDR1_DECODING chooses: `torch` takes the products everywhere, `triton`
-the kernels, also in float32.
+the kernels, also in float32. On a CPU rows that share no prompt, as those of answers, have `row_cache.py` instead.
 
 Shapes: N prompts, P tokens of the longest (packed: of all), R rows, S tokens that a row may say, L tokens of a packed
 row; H query heads, G key and value heads, M = H / G query heads of one, E width of a head; Q rows of the prompt that
 has most; Z pieces of the longest prompt, and one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class KVCache:
         self.prompt_of: list[int] = []  # of each row
         self.room = (0, 0)  # rows, and tokens that a row may say
         self.prompts = self.empty(0, kv_heads)  # keys and values, of each layer, packed: [2, layers, P, G, E]
-        self._steps = _KernelSteps(self) if _takes_kernels(self.prompts) else _PlainSteps(self)
+        self._steps = _KernelSteps(self) if takes_kernels(self.prompts) else _PlainSteps(self)
         self.said = self._steps.empty_said(0, 0)
 
     def empty(self, *shape: int) -> Tensor:
@@ -94,7 +94,13 @@ class KVCache:
 
     def prefill(self, documents: Documents, start: int) -> "Prefill":
         """How some of the prompts attend; `start`: where their tokens begin among those of all prompts."""
-        return Prefill(self, documents, start)
+        return Prefill(self.keep_prompts, documents, start)
+
+    def keep_prompts(self, layer: int, start: int, key_LGE: Tensor, value_LGE: Tensor) -> None:
+        """Keep the keys and values of some of the prompts."""
+        here = slice(start, start + len(key_LGE))
+        self.prompts[0, layer, here] = key_LGE
+        self.prompts[1, layer, here] = value_LGE
 
     def set_rows(self, prompt_of_R: Sequence[int]) -> None:
         """The rows, those of a prompt one after the other, once all prompts have been run."""
@@ -120,15 +126,17 @@ class KVCache:
 
 
 class Prefill:
-    """Prompts that attend each to itself, their keys and values kept."""
+    """Prompts that attend each to itself.
 
-    def __init__(self, cache: KVCache, documents: Documents, start: int):
-        self.cache, self.documents, self.start = cache, documents, start
+    Args:
+        keep: takes the layer, `start`, and the prompts' keys and values.
+    """
+
+    def __init__(self, keep: Callable[[int, int, Tensor, Tensor], None], documents: Documents, start: int):
+        self.keep, self.documents, self.start = keep, documents, start
 
     def attend(self, layer: int, query_LHE: Tensor, key_LGE: Tensor, value_LGE: Tensor, scale: float) -> Tensor:
-        here = slice(self.start, self.start + len(key_LGE))
-        self.cache.prompts[0, layer, here] = key_LGE
-        self.cache.prompts[1, layer, here] = value_LGE
+        self.keep(layer, self.start, key_LGE, value_LGE)
         return self.documents.attend(layer, query_LHE, key_LGE, value_LGE, scale)
 
 
@@ -298,7 +306,7 @@ class _KernelSteps:
         )
 
 
-def _takes_kernels(like: Tensor) -> bool:
+def takes_kernels(like: Tensor) -> bool:
     """Whether keys of this kind are for the kernels: heads of a power of two, in a precision that they know."""
     known = like.dtype in (torch.float16, torch.bfloat16, torch.float32)
     width = like.shape[-1]

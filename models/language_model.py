@@ -199,6 +199,10 @@ class LanguageModel(nn.Module):
         """From now on packed rows go through fused_block.py; the model must be on its device, its base frozen."""
         self.fused = FusedBlocks(self.decoder)
 
+    def settled(self) -> AbstractContextManager[object]:
+        """Fused blocks keep to the adapter that is active at the beginning of the block, for decoding."""
+        return nullcontext() if self.fused is None else self.fused.settled()
+
     def uncompiled(self) -> AbstractContextManager[object]:
         """Run compiled blocks of the decoder as they are, for decoding, where shapes change with every few tokens."""
         return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()

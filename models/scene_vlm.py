@@ -198,7 +198,8 @@ class SceneVLM(ScenePrompter):
             raise ValueError(f"A situation goes with the task situated, and with no other; the task is {task}.")
         if history and task != "dialogue":
             raise ValueError(f"Only a dialogue has a history, not the task {task}; leave one of them out.")
-        self.eval()
+        if self.training or self.language.training:
+            self.eval()
         if isinstance(scene, (str, Path)):
             scene = read_scene(scene)
         observation = scene if isinstance(scene, Observation) else self.observe(scene)
