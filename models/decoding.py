@@ -230,10 +230,11 @@ class Decoder:
         """Encode the prompts and set the rows out behind them; what their first tokens are chosen by, [R, V]."""
         language, device = self.language, prompts.inputs_embeds_BLD.device
         kind = _cache_kind(language, device, shared=group_size > 1)
-        if type(self._cache) is not kind or (self._cache.dtype, self._cache.device) != (language.dtype, device):
-            self.release()
-            self._cache = kind(language.num_layers, *language.attention_shape, dtype=language.dtype, device=device)
         cache = self._cache
+        if cache is None or (type(cache), cache.dtype, cache.device) != (kind, language.dtype, device):
+            self.release()
+            cache = kind(language.num_layers, *language.attention_shape, dtype=language.dtype, device=device)
+            self._cache = cache
         if cache.start(lengths, batch.num_rows, batch.max_new_tokens):
             self._rows = _Rows(*cache.room, device)
             self._graphs.clear()

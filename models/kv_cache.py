@@ -7,7 +7,8 @@ which is exact (Hydragen, arXiv 2402.05099, section 3.1).
 Both are plain products over padded prompts; or, on a GPU in half precision, the kernels of
 `decode_attention_triton.py`: nothing that a step does depends on what the host knows then, so that it can be captured
 as a CUDA graph. The environment variable THREEDR1_DECODING chooses: `torch` takes the products everywhere, `triton`
-the kernels, also in float32. On a CPU rows that share no prompt, as those of answers, have `row_cache.py` instead.
+the kernels, also in float32. Rows that share no prompt, as those of answers, have `row_cache.py` on a CPU, unless it
+says `triton`.
 
 Shapes: N prompts, P tokens of the longest (packed: of all), R rows, S tokens that a row may say, L tokens of a packed
 row; H query heads, G key and value heads, M = H / G query heads of one, E width of a head; Q rows of the prompt that
