@@ -26,6 +26,7 @@ from .language_model import LanguageModel
 from .row_cache import RowCache
 
 _TOGETHER = 16_384  # prompt tokens encoded at a time
+_TOGETHER_CPU = 2048  # on a CPU, whose caches do not hold what more of them need between two products
 _LOOK = 8  # a GPU is waited for so seldom, in tokens
 # numbers of rows that graphs are made for, besides that of all rows
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -252,9 +253,10 @@ class Decoder:
     def _encode(self, prompts: ModelInputs, lengths: Sequence[int], cache: KVCache | RowCache) -> Iterator[Tensor]:
         """Run the prompts, some at a time; hidden states of the last tokens of these, [some, D]."""
         first, start = 0, 0
+        most = _TOGETHER_CPU if cache.device.type == "cpu" else _TOGETHER
         while first < len(lengths):
             last, end = first + 1, start + lengths[first]
-            while last < len(lengths) and end + lengths[last] - start <= _TOGETHER:
+            while last < len(lengths) and end + lengths[last] - start <= most:
                 end, last = end + lengths[last], last + 1
             documents = Documents.of(lengths[first:last], cache.device)
             some = replace(

@@ -190,7 +190,7 @@ def test_groups_batches_and_reuse_change_nothing(language, monkeypatch):
     decoder = Decoder(language)
     options = {"max_new_tokens": 10, "temperature": 1.0}
     together = decoder(inputs, lengths, group_size=2, generators=generators(6), **options)
-    monkeypatch.setattr("threedr1.models.decoding._TOGETHER", 20)  # prompts are encoded one by one
+    monkeypatch.setattr("threedr1.models.decoding._TOGETHER_CPU", 20)  # prompts are encoded one by one
     assert decoder(inputs, lengths, group_size=2, generators=generators(6), **options).token_ids == together.token_ids
     # a smaller batch with the same buffers, then a larger one
     _, _, _, two = prompts(language, TEXTS[:2])
