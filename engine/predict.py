@@ -1,6 +1,5 @@
 """From samples to predictions: greedy answers, boxes resolved to the world frame."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..datasets.readers import check_there, read_scene
 from ..datasets.scene import TASKS, Sample, Scene
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
+from ..utils.files import replacing
 from ..utils.metrics.dense_caption import filter_proposals
 from ..utils.predictions import Prediction, write_predictions
 from ..utils.view_cameras import write_camera
@@ -76,9 +76,8 @@ def save_views(rollouts: Sequence[Rollout], folder: Path) -> None:
         assert observation.pool is not None
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # processes may share a scene
-        Image.fromarray(observation.pool.images_VHW3[index]).save(partial, format="JPEG")
-        os.replace(partial, path)
+        with replacing(path) as partial:  # processes may share a scene
+            Image.fromarray(observation.pool.images_VHW3[index]).save(partial, format="JPEG")
         write_camera(path, observation.pool.cameras[index])
 
 
