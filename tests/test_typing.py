@@ -22,6 +22,7 @@ def checkout(tmp_path: Path) -> Path:
     target = tmp_path / "checkout"
     for name in (
         "script",
+        "utils/files.py",
         "utils/text.py",
         "utils/__init__.py",
         "datasets/__init__.py",
