@@ -13,7 +13,8 @@ from .sft_log import TaskSums
 from .sft_loss import sft_loss
 
 METRIC = "eval/loss"  # which makes a model the best where the configuration names none
-_TOGETHER = 64  # samples of a rank whose rows are in memory at a time
+_TOGETHER = 64  # samples of a rank whose rows are in memory, or which are answered, at a time
+_TOKEN_BUDGET = 65_536  # tokens of prompts and answers decoded together at most
 
 
 class SftHeldOut(HeldOut):
@@ -70,6 +71,8 @@ class SftHeldOut(HeldOut):
             self.observations,
             modes=self.config.eval_modes,
             max_new_tokens=self.config.eval_new_tokens,
+            batch_size=_TOGETHER,
+            token_budget=_TOKEN_BUDGET,
         )
         self.model.decoder.release()  # its memory is for training again
         return score_answers([entry for part in self.runtime.gather(made) for entry in part])

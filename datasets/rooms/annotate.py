@@ -2,7 +2,8 @@
 
 `write_annotations(root, {"train": rooms, "val": rooms}, seed)` writes root/annotations/: ScanRefer, Nr3D (csv),
 ScanQA, SQA3D, 3D-LLM's dialogue, planning and scene description, and Scene-30K (train rooms only) with its scene
-captions. Everything follows from the rooms and the seed. `ANNOTATION_VERSION` changes whenever the questions would.
+captions. Everything follows from the rooms and the seed. `ANNOTATION_VERSION` changes whenever the questions
+or their answers would.
 """
 
 import zlib
@@ -232,9 +233,7 @@ def _write_scene30k(folder: Path, split: _Split, rng: np.random.Generator) -> di
         own: list[dict[str, Any]] = []
         for source, utterances in (("scanrefer", split.scanrefer[scene_id]), ("nr3d", split.nr3d[scene_id])):
             for k in sorted(rng.permutation(len(utterances))[: SCENE30K_PER_ROOM[source]]):
-                own.append(
-                    grounding_record(facts, utterances[k].description, utterances[k].phrase, utterances[k].text)
-                )
+                own.append(grounding_record(facts, utterances[k].description, utterances[k].text))
         own += [question_record(facts, question) for question in picked if question.scene_id == scene_id]
         for number, record in enumerate(own):
             rows.append({"scene_id": scene_id, "question_id": f"train-{scene_id.split('_')[0]}-{number}"} | record)

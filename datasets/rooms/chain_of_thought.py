@@ -11,7 +11,6 @@ from ...utils.text import format_box, format_response
 from .descriptions import Description
 from .questions import Question
 from .relations import RoomFacts
-from .words import sentence
 
 
 def render_thought(steps: Sequence[str]) -> str:
@@ -26,10 +25,14 @@ def model_box(facts: RoomFacts, object_id: int) -> str:
     return format_box([box[a] - facts.origin_3[a] for a in range(3)] + list(box[3:6]))
 
 
-def grounding_record(facts: RoomFacts, chosen: Description, phrase: str, question: str) -> dict[str, Any]:
-    """A record for finding one object: the question is the description, the answer its phrase with the box."""
+def grounding_record(facts: RoomFacts, chosen: Description, question: str) -> dict[str, Any]:
+    """A record for finding one object: the question is the description, the answer the object with its box.
+
+    The box stands right behind the object's own name. Behind the whole phrase, as in "the book nearest to the cabinet", it
+    would stand behind another object's: a model that has learned which name goes with which kind points at that one.
+    """
     color, label = facts.color(chosen.target), facts.label(chosen.target)
-    words = sentence(phrase)
+    words = f"The {color} {label}"
     last = f"this {color} {label} is the target"
     return {
         "scene_id": facts.room.scene_id,

@@ -537,6 +537,16 @@ def test_scene30k_is_well_formed_and_its_boxes_are_the_targets(rooms, splits, sc
     assert 15 <= len(scene30k) / len(splits["train"]) <= 24
 
 
+def test_a_grounding_answer_points_right_behind_the_name_of_its_object(rooms, scene30k):
+    found = [row for row in scene30k if row["task"] == "grounding"]
+    for row in found:
+        target = rooms[row["scene_id"]].by_id(row["object_ids"][0])
+        words = f"The {target.color} {target.label}"
+        assert parse_response(row["cot"]).answer.partition(" <box>")[0] == words
+        assert row["gold_answer"] == f"{words}."
+    assert len(found) > 100
+
+
 def test_thoughts_are_short_in_three_steps_and_name_the_target(rooms, scene30k):
     lengths = []
     for row in scene30k:
