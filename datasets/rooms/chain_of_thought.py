@@ -28,8 +28,8 @@ def model_box(facts: RoomFacts, object_id: int) -> str:
 def grounding_record(facts: RoomFacts, chosen: Description, question: str) -> dict[str, Any]:
     """A record for finding one object: the question is the description, the answer the object with its box.
 
-    The box stands right behind the object's own name. Behind the whole phrase, as in "the book nearest to the cabinet", it
-    would stand behind another object's: a model that has learned which name goes with which kind points at that one.
+    The box stands right behind the object's own name. Behind a whole phrase, as in "the book nearest to the cabinet",
+    it would stand behind another object's, and a model that goes from a kind to its name would point at that one.
     """
     color, label = facts.color(chosen.target), facts.label(chosen.target)
     words = f"The {color} {label}"
@@ -47,11 +47,15 @@ def grounding_record(facts: RoomFacts, chosen: Description, question: str) -> di
 
 
 def question_record(facts: RoomFacts, question: Question) -> dict[str, Any]:
-    """A record for any other question: a short answer, with the box where there is one target."""
+    """A record for any other question: a short answer, with the box where it ends with its one target's name.
+
+    Behind other words (`gray`, `on the desk`) a box would say that another thing, or none, is the one.
+    """
     answer = question.answers[0]
-    box = f" {model_box(facts, question.targets[0])}" if len(question.targets) == 1 else ""
     # A sentence keeps its full stop at the end, after the box.
     stem, stop = (answer[:-1], ".") if answer.endswith(".") else (answer, "")
+    named = len(question.targets) == 1 and f" {stem}".endswith(f" {facts.label(question.targets[0])}")
+    box = f" {model_box(facts, question.targets[0])}" if named else ""
     return {
         "scene_id": facts.room.scene_id,
         "question": f"{question.situation} {question.question}".strip(),

@@ -520,7 +520,8 @@ def test_scene_descriptions_count_right(rooms, written):
 # ---- Scene-30K
 
 
-def test_scene30k_is_well_formed_and_its_boxes_are_the_targets(rooms, splits, scene30k):
+def test_scene30k_is_well_formed_and_its_boxes_stand_behind_their_targets_names(rooms, splits, scene30k):
+    pointing = set()
     for row in scene30k:
         room = rooms[row["scene_id"]]
         assert row["scene_id"] in scene_ids(splits, "train")
@@ -528,10 +529,13 @@ def test_scene30k_is_well_formed_and_its_boxes_are_the_targets(rooms, splits, sc
         assert response.well_formed
         assert strip_pointers(response.answer) == row["gold_answer"]
         assert usable(room, *row["object_ids"]) or row["task"] == "planning"
-        if len(row["object_ids"]) == 1:
-            box = room.by_id(row["object_ids"][0]).box_7.astype(float).copy()
+        if "<box>" in response.answer:
+            target = room.by_id(*row["object_ids"])
+            box = target.box_7.astype(float).copy()
             box[:3] -= np.asarray(room.floor_centre_3, dtype=float)
-            assert format_box(box.tolist()) in response.answer
+            assert f"{target.label} {format_box(box.tolist())}" in response.answer
+            pointing.add(row["task"])
+    assert pointing == {"grounding", "qa", "situated_qa", "planning"}
     assert {row["task"] for row in scene30k} == {"grounding", "qa", "situated_qa", "dialogue", "planning"}
     assert len({row["question_id"] for row in scene30k}) == len(scene30k)
     assert 15 <= len(scene30k) / len(splits["train"]) <= 24
