@@ -1,9 +1,9 @@
 """Annotation files of generated rooms, in the official schemas of the benchmarks.
 
 `write_annotations(root, {"train": rooms, "val": rooms}, seed)` writes root/annotations/: ScanRefer, Nr3D (csv),
-ScanQA, SQA3D, 3D-LLM's dialogue, planning and scene description, and Scene-30K (train rooms only) with its scene
-captions. Everything follows from the rooms and the seed. `ANNOTATION_VERSION` changes whenever the questions
-or their answers would.
+ScanQA, SQA3D, 3D-LLM's dialogue, planning and scene description, Scene-30K (train rooms only) with its scene captions,
+and the objects' colours, for inventories. Everything follows from the rooms and the seed. `ANNOTATION_VERSION` changes
+whenever the questions or their answers would.
 """
 
 import zlib
@@ -116,7 +116,10 @@ def write_annotations(
         if name == "train":
             counts |= _write_scene30k(folder, split, np.random.default_rng([seed, 2]))
     write_csv(folder / "nr3d.csv", nr3d, NR3D_COLUMNS)
-    counts["nr3d.csv"] = len(nr3d)
+    rooms = [room for its in rooms_by_split.values() for room in its]
+    colors = {room.scene_id: {str(thing.object_id): thing.color for thing in room.objects} for room in rooms}
+    write_json(folder / "object_colors.json", colors)
+    counts |= {"nr3d.csv": len(nr3d), "object_colors.json": len(colors)}
     return {"version": ANNOTATION_VERSION, "counts": counts, "question_types": types}
 
 

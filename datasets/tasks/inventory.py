@@ -1,14 +1,17 @@
-"""Inventories of prepared scenes: every object with its kind, out of the scenes' own labels.
+"""Inventories of prepared scenes: every object with its kind, out of the scenes' own labels, and with its colour.
 
 No benchmark, and nothing to be scored on: it teaches which token of the prompt a name goes with. A description of one
 object teaches that once a sample, an inventory some thirty times, in both directions: from a name to what it is, and
 from a kind to the names of its objects. Without it a model of random weights reads `<obj12>` as noise for long.
+
+Colours are in `annotations/object_colors.json`, which generated rooms have: by scene id, by objectId, a colour word.
 """
 
 import zlib
 from pathlib import Path
 
 import numpy as np
+import orjson
 
 from ...utils.text import format_box
 from ..scannet import read_split
@@ -22,33 +25,57 @@ ORDERS = 2  # samples of each direction and training scene, each in an order of 
 MOST = 40  # objects of a sample
 BY_NAME = "Name the objects one by one, each with its kind."
 BY_KIND = "Name the objects of each kind."
+COLOR_BY_NAME = "Name the objects one by one, each with its color."
+BY_COLOR = "Name the objects of each color."
+COLORS = "annotations/object_colors.json"
 
 
 def load(root: Path, split: str, index: Index, report: Report) -> list[Sample]:
-    """Samples of both directions for each scene of a split that has objects; one order alone of held-out scenes."""
+    """Samples of both directions for each scene of a split that has objects, of kinds and, where they are known, of
+    colours; one order alone of held-out scenes.
+
+    Raises:
+        ValueError: the file of colours is not a table of colours by scene and object.
+    """
+    colors = _read_colors(root / COLORS)
     path = root / f"scannetv2_{split}.txt"
     rows = [Row(path, number, {"scene_id": name}) for number, name in enumerate(read_split(root, split), 1)]
 
     def read(row: Row) -> list[Sample]:
         info = scene_of(index, str(row.record["scene_id"]), row)
-        return _samples(info, report.dataset, ORDERS if split == "train" else 1) if len(info.boxes_K7) else []
+        its = colors.get(info.scene_id, {})
+        return _samples(info, its, report.dataset, ORDERS if split == "train" else 1) if len(info.boxes_K7) else []
 
     return [sample for group in report.keep(rows, read) for sample in group]
 
 
-def _samples(info: SceneInfo, dataset: str, orders: int) -> list[Sample]:
+def _read_colors(path: Path) -> dict[str, dict[int, str]]:
+    """Colour words by scene id and objectId; none where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        rows = orjson.loads(path.read_bytes())
+        return {scene: {int(number): str(color) for number, color in its.items()} for scene, its in rows.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a table of colors by scene and object ({error}); make it anew, or take it away."
+        ) from None
+
+
+def _samples(info: SceneInfo, colors: dict[int, str], dataset: str, orders: int) -> list[Sample]:
     rng = np.random.default_rng(zlib.crc32(info.scene_id.encode()))
     pointers = [format_box(box.tolist()) for box in info.to_model(info.boxes_K7)]
+    color_of = {row: colors[int(number)] for row, number in enumerate(info.object_ids_K) if int(number) in colors}
     samples = []
     for _ in range(orders):
         chosen = rng.permutation(len(pointers))[:MOST].tolist()
-        kinds: dict[str, list[str]] = {}
-        for row in chosen:
-            kinds.setdefault(info.object_labels[row], []).append(pointers[row])
         answers = {
             BY_NAME: ", ".join(f"{pointers[row]} {info.object_labels[row]}" for row in chosen),
-            BY_KIND: ", ".join(f"{kind} {' '.join(named)}" for kind, named in kinds.items()),
+            BY_KIND: _grouped(chosen, dict(enumerate(info.object_labels)), pointers),
         }
+        if known := [row for row in chosen if row in color_of]:
+            answers[COLOR_BY_NAME] = ", ".join(f"{pointers[row]} {color_of[row]}" for row in known)
+            answers[BY_COLOR] = _grouped(known, color_of, pointers)
         for question, answer in answers.items():
             samples.append(
                 Sample(
@@ -66,4 +93,12 @@ def _samples(info: SceneInfo, dataset: str, orders: int) -> list[Sample]:
     return samples
 
 
-BENCHMARK = Benchmark(load, lambda split: Inputs((f"scannetv2_{split}.txt",)))
+def _grouped(rows: list[int], words: dict[int, str], pointers: list[str]) -> str:
+    """`door <box> <box>, window <box>`: each word once, behind it all its objects."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(words[row], []).append(pointers[row])
+    return ", ".join(f"{word} {' '.join(named)}" for word, named in groups.items())
+
+
+BENCHMARK = Benchmark(load, lambda split: Inputs((f"scannetv2_{split}.txt",), (COLORS,)))

@@ -1,5 +1,6 @@
 """Inventories: every object once in each direction, at its own box, in orders that a scene alone decides."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -53,6 +54,28 @@ def test_both_directions_name_every_object_at_its_box(root):
             chairs = [POINTERS[row - 10] for row in sample.target_object_ids if row != 11]
             parts = {f"chair {' '.join(chairs)}", f"table {POINTERS[1]}"}
             assert sample.answer in {", ".join(order) for order in (sorted(parts), sorted(parts, reverse=True))}
+
+
+def test_colors_are_told_in_both_directions_where_they_are_known(root):
+    folder = root / "annotations"
+    folder.mkdir()
+    # object 12 has no colour, and the second scene none at all
+    (folder / "object_colors.json").write_text(json.dumps({"scene0000_00": {"10": "red", "11": "light blue"}}))
+    samples = load_samples(root, "train", ["inventory"], scenes=SCENES)
+    told = {sample.question: sample.answer for sample in samples if sample.scene_id == "scene0000_00"}
+    assert len(samples) == (4 + 2) * inventory.ORDERS and len(told) == 4
+    parts = [f"{POINTERS[0]} red", f"{POINTERS[1]} light blue"]
+    assert told[inventory.COLOR_BY_NAME] in {", ".join(parts), ", ".join(parts[::-1])}
+    parts = [f"red {POINTERS[0]}", f"light blue {POINTERS[1]}"]
+    assert told[inventory.BY_COLOR] in {", ".join(parts), ", ".join(parts[::-1])}
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"scene0000_00": {"door": "red"}}', '{"scene0000_00": ["red"]}'])
+def test_a_broken_table_of_colors_is_refused(root, content):
+    (root / "annotations").mkdir()
+    (root / "annotations" / "object_colors.json").write_text(content)
+    with pytest.raises(ValueError, match="is not a table of colors by scene and object"):
+        load_samples(root, "train", ["inventory"], scenes=SCENES)
 
 
 def test_orders_differ_and_come_again(root):

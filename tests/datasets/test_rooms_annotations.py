@@ -594,6 +594,13 @@ def test_scene_captions_belong_to_train_rooms(splits, written):
 # ---- the whole
 
 
+def test_object_colors_are_those_of_every_room(rooms, written):
+    told = read(written[0], "object_colors.json")
+    assert told == {
+        name: {str(thing.object_id): thing.color for thing in room.objects} for name, room in rooms.items()
+    }
+
+
 def test_summary_counts_the_files(splits, written):
     num_train = len(splits["train"])
     folder, summary = written
