@@ -38,5 +38,7 @@ def _is_well_formed(completion: str) -> bool:
 
 def _plain(text: str) -> str:
     """A text in lower case, with compatible forms made one and invisible format characters (Cf) taken out."""
+    if text.isascii():  # nearly all are: nothing to fold but the case
+        return text.lower()
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(letter for letter in folded if unicodedata.category(letter) != "Cf")

@@ -59,11 +59,20 @@ class PerceptionReward:
         proposals: Sequence[np.ndarray],
         **columns: Any,  # noqa: ARG002
     ) -> list[float | None]:
-        return [
-            None if target_M7 is None or not len(target_M7) else self._score(completion, target_M7, proposals_K7)
-            for completion, target_M7, proposals_K7 in zip(completions, target_boxes, proposals, strict=True)
-        ]
+        # completions of one prompt share its arrays, and many of them their answer: each is scored once
+        known: dict[tuple[str, int, int], float] = {}
+        rewards: list[float | None] = []
+        for completion, target_M7, proposals_K7 in zip(completions, target_boxes, proposals, strict=True):
+            if target_M7 is None or not len(target_M7):
+                rewards.append(None)
+                continue
+            answer = parse_response(completion).answer
+            key = (answer, id(target_M7), id(proposals_K7))
+            if key not in known:
+                known[key] = self._score(answer, target_M7, proposals_K7)
+            rewards.append(known[key])
+        return rewards
 
-    def _score(self, completion: str, target_M7: np.ndarray, proposals_K7: np.ndarray) -> float:
-        boxes = resolve_boxes(parse_response(completion).answer, np.asarray(proposals_K7).tolist())
+    def _score(self, answer: str, target_M7: np.ndarray, proposals_K7: np.ndarray) -> float:
+        boxes = resolve_boxes(answer, np.asarray(proposals_K7).tolist())
         return box_set_score(np.array(boxes), target_M7, self.shape)

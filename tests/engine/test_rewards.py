@@ -127,6 +127,20 @@ def test_missing_and_surplus_boxes_cost_the_same():
     assert perceive("<obj0> <obj1>", [UNIT], proposals) == pytest.approx(0.5)
 
 
+def test_equal_answers_of_one_prompt_are_scored_once_and_of_others_apart(monkeypatch):
+    scored = []
+    monkeypatch.setattr(
+        "threedr1.engine.rewards.perception.box_set_score",
+        lambda boxes, targets, _shape: scored.append(len(boxes)) or float(targets[0, 0]),
+    )
+    prompts = [(np.array([[k, 0, 0, 1, 1, 1, 0.0]]), np.array([UNIT])) for k in (1, 2)]
+    texts = [respond("<obj0>"), respond("<obj0>"), respond("<obj9>"), respond("<obj0>")]
+    targets, proposals = zip(*(prompts[k] for k in (0, 0, 0, 1)), strict=True)
+    rewards = PerceptionReward()(texts, target_boxes=targets, proposals=proposals)
+    assert rewards == [1.0, 1.0, 1.0, 2.0]
+    assert scored == [1, 0, 1]
+
+
 def test_perception_without_boxes():
     assert perceive("red", [UNIT]) == 0.0
     assert perceive("red", NO_BOXES) is None
