@@ -61,8 +61,8 @@ def check_annotations(place: Place) -> tuple[list[DataRow], list[Finding]]:
 def _check(place: Place, dataset: str, split: str, found: _Found) -> DataRow | None:
     """Look at one data set in one split; None where it is not to be expected."""
     inputs = inputs_of(dataset, split)
-    if not any(name.startswith(_FOLDER) for name in inputs.all):
-        return None  # made of the scenes alone
+    if not any(name.startswith(_FOLDER) for name in (*inputs.needed, *inputs.either)):
+        return None  # made of the scenes
     missing = tuple(inputs.absent(place.root))
     wanted = dataset not in _REPACKAGED
     if place.generated:
