@@ -21,14 +21,23 @@ def collect_all(run: Path, folder: Path) -> list[Path]:
 
     written = []
     for label, trained in (("detect-0", "detect"), ("real-detect-0", "real-detect")):
-        if (run / trained / "metrics.jsonl").exists():
+        if finished(run, trained):
             written.append(write_run(collect(label, run / "eval" / label, run / trained), folder))
     for evaluated in sorted((run / "eval").glob("*")):
-        if (evaluated / "results.json").exists():
-            written.append(write_run(collect(evaluated.name, evaluated, run / evaluated.name), folder))
+        label, trained, scored = evaluated.name, *(finished(run, f"{part}{evaluated.name}") for part in ("", "eval-"))
+        if trained is None or scored is None or scored < trained:
+            print(f"left out: {label} is not trained and scored to the end; run its stage again")
+            continue
+        written.append(write_run(collect(label, evaluated, run / label), folder))
     if not written:
         raise ValueError(f"{run} has no evaluated runs; `bash script/proof.sh sft,blind` makes some.")
     return written
+
+
+def finished(run: Path, stage: str) -> int | None:
+    """When a stage of script/proof.sh was finished, in seconds; None where it was not, or is being done again."""
+    stamp = run / "stages" / f"{stage}.done"
+    return int(stamp.read_text(encoding="utf-8").split()[-1]) if stamp.exists() else None
 
 
 def page(docs: Path) -> str:
@@ -52,14 +61,16 @@ def main(argv: Sequence[str] = ()) -> int:
     from ._proof_runs import read_runs
 
     folder = arguments.docs / "proof" / "runs"
+    readme = arguments.docs.parent / "README.md"
+    introduction = readme.read_text(encoding="utf-8")
+    with_headline(introduction, [])  # that it lacks the marks is said before anything is written
     if arguments.collect:
         for path in collect_all(arguments.collect, folder):
             print(f"wrote {path}")
     runs = read_runs(folder)
     pictures = draw(runs, folder.parent)
     write_whole(arguments.docs / "proof.md", page(arguments.docs))
-    readme = arguments.docs.parent / "README.md"
-    write_whole(readme, with_headline(readme.read_text(encoding="utf-8"), runs))
+    write_whole(readme, with_headline(introduction, runs))
     print(f"wrote {arguments.docs / 'proof.md'} of {len(runs)} runs with {len(pictures)} pictures\n")
     print(headline(runs) or "Not measured yet.")
     return 0

@@ -176,10 +176,12 @@ class GroupSampler:
         everyone = gather_scores(scored, self.runtime)
         advantages_PG = self._advantages(everyone).float()
         resampled, longer = self.runtime.total(replaced, too_long)
+        informative_P = self._informative(everyone)
         metrics = group_statistics(self._by_group(everyone.combined_N)) | everyone.statistics(group_size)
+        metrics["frac_reward_zero_std"] = 1.0 - informative_P.float().mean().item()
         metrics |= length_statistics(rollouts, self.runtime) | {"resampled": resampled, "too_long": longer}
         own = slice(self.runtime.rank * len(rollouts), (self.runtime.rank + 1) * len(rollouts))
-        informative = int(self._informative(everyone).sum())
+        informative = int(informative_P.sum())
         return Experience(rollouts, scored, advantages_PG[own], metrics, informative)
 
     def _advantages(self, scored: RewardResult) -> torch.Tensor:

@@ -28,6 +28,9 @@ recipe() {
     if [[ -n "$base" ]]; then recipe "$(dirname "$1")/$base"; fi
 }
 
+# rooms_version: what `previous` is for stages that make rooms: the same command of another version makes others.
+rooms_version() { grep -hE '^(ROOMS|ANNOTATION)_VERSION = ' datasets/rooms/version.py datasets/rooms/annotate.py; }
+
 # stage NAME RESULT COMMAND…: run `main.py COMMAND…` unless RESULT is there and this very command made it.
 # A stamp in the folder `stamps` is "key time": the key covers the command, its recipe and `previous`, the stamps of what
 # it builds on, and `previous` is then its own. `RUN` holds what stages make, `of` is "1/12" or nothing.

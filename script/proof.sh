@@ -12,10 +12,10 @@
 #   bash script/proof.sh table8               views: selected, best coverage, ring, top-down, none
 #   bash script/proof.sh table10              encoders one by one (text and image: table8's selected views)
 #   bash script/proof.sh real                 the same question of real scans: data, encoder, models (REAL=)
-#   bash script/proof.sh page                 docs/proof.md from what is evaluated
+#   bash script/proof.sh page                 docs/proof.md, and its headline in README.md, from what is scored
 #   bash script/proof.sh pack sft             trained models as files of at most 15 MB in RUN/packed: weights in half
 #                                             precision, logs and scores, no optimizer
-#   bash script/proof.sh unpack               puts them back, on another machine
+#   bash script/proof.sh data unpack          on another machine: makes the rooms again, puts the models back
 #
 # A stage trains its model for every seed and scores it on the held-out rooms. Models joined by commas, rows of a table
 # by their names too (grpo.format,views.ring), are trained side by side: AT_ONCE on each GPU.
@@ -92,10 +92,12 @@ side_by_side() {
 }
 
 data() {
-    previous=""
+    previous="$(rooms_version)"
     stage rooms "$DATA/rooms.json" rooms --out "$DATA" --train "${ROOMS:-2500}" --val "${HELD_OUT:-200}" \
         --seed 0 --points-only
     stage prepare "$DATA/prepared" prepare --root "$DATA"
+    # by what the rooms are, not by when they were made: an unpacked model was made of the same
+    previous="$(cksum <"$DATA/rooms.json")"
     stage model "$RUN/model" tiny --out "$RUN/model" --corpus "$DATA" --shape "${SHAPE:-small}"
 }
 
@@ -181,7 +183,8 @@ evaluate() {
 
 # packed_files LABEL: what travels of a run, relative to RUN: its newest checkpoint without the optimizer, logs, scores.
 packed_files() {
-    local path paths=(model encoder detect/{metrics,starts}.jsonl stages/{model,encoder}.done)
+    local path paths=({,real-}{model,encoder} {,real-}detect/{metrics,starts}.jsonl)
+    paths+=(stages/{,real-}{model,detect,encoder}.done)
     if [[ "$1" != base ]]; then
         path="$(cd "$RUN" && printf '%s\n' "$1"/checkpoints/step-* | tail -n 1)"
         paths=("$path"/{config.yaml,model} "$1"/{metrics,speed,starts,completions}.jsonl "eval/$1" stages/{,eval-}"$1".done)
@@ -196,7 +199,9 @@ pack() {
     local name seed labels=() out="$RUN/packed"
     for name; do
         for seed in "${seeds[@]}"; do
-            [[ -f "$stamps/$name-$seed.done" ]] || fail "proof: $name-$seed is not trained; nothing was packed."
+            if [[ ! -f "$stamps/$name-$seed.done" || ("$name" != align && ! -f "$stamps/eval-$name-$seed.done") ]]; then
+                fail "proof: $name-$seed is not trained and scored; nothing was packed."
+            fi
             labels+=("$name-$seed")
         done
     done
@@ -242,8 +247,8 @@ for name in "${stages[@]}"; do
         ;;
     unpack) unpack ;;
     *)
-        if [[ "$name" == real ]]; then real_data; fi
         mapfile -t models < <(group "$name")
+        if [[ " ${models[*]}" == *" real"* ]]; then real_data; fi
         side_by_side "${models[@]}"
         ;;
     esac

@@ -23,7 +23,7 @@ fi
 stamps="$RUN/stages"
 number=0
 total=12
-previous="" # stamp of the stage before
+previous="$(rooms_version)" # stamp of the stage before
 
 # numbered NAME RESULT COMMAND…: the next of all stages; each builds on all before it.
 numbered() {

@@ -55,6 +55,9 @@ def test_every_stage_parses_and_is_done_once(shell: Shell):  # noqa: F811
         assert kind == "grpo" or values["model.encoder.pretrained"] == f"{RUN}/encoder"
     assert proof(shell, "sft", "blind", "grpo") == []
     assert names(proof(shell, "page")) == ["bench"]
+    rooms = shell.root / "datasets" / "rooms" / "annotate.py"
+    rooms.write_text(rooms.read_text().replace('ANNOTATION_VERSION = "', 'ANNOTATION_VERSION = "newer-'))
+    assert names(proof(shell, "data"))[0] == "rooms"  # the same command of other code
 
 
 def test_tables_train_and_evaluate_their_rows(shell: Shell):  # noqa: F811
@@ -117,23 +120,50 @@ def test_trained_models_travel_without_their_optimizers(shell: Shell):  # noqa: 
     (run / "detect" / "metrics.jsonl").touch()
     (run / "sft-0" / "metrics.jsonl").touch()
     missing = shell.run("proof.sh", "pack", "sft", SEEDS="0,1,2")
-    assert missing.returncode == 1 and "sft-2 is not trained" in missing.stderr
+    assert missing.returncode == 1 and "sft-2 is not trained and scored" in missing.stderr
+    (run / "stages" / "eval-sft-1.done").rename(run / "away")
+    assert "sft-1 is not trained and scored" in shell.run("proof.sh", "pack", "sft", SEEDS="1").stderr
+    (run / "away").rename(run / "stages" / "eval-sft-1.done")
     assert "name the models" in shell.run("proof.sh", "pack").stderr
     assert "nothing in" in shell.run("proof.sh", "unpack").stderr
     proof(shell, "pack", "sft", SEEDS="0")
     packed = sorted((run / "packed").iterdir())
     assert [path.name for path in packed] == ["base.tar.gz.aa", "sft-0.tar.gz.aa", "sft-0.tar.gz.ab"]
     assert all(path.stat().st_size <= 15_000_000 for path in packed)
-    other = shell.root / "runs" / "other"
-    shutil.copytree(run / "packed", other / "packed")
-    proof(shell, "unpack", RUN="runs/other")
-    found = {str(path.relative_to(other)) for path in other.rglob("*") if path.is_file()}
+    shutil.move(run / "packed", shell.root / "packed")  # to another machine
+    shutil.rmtree(run)
+    shutil.rmtree(shell.root / "data" / "proof")
+    shutil.move(shell.root / "packed", run / "packed")
+    proof(shell, "unpack")
+    found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     newest = "sft-0/checkpoints/step-000012"
     assert {f"{newest}/config.yaml", f"{newest}/model/model.safetensors", "sft-0/metrics.jsonl"} <= found
-    assert {"stages/sft-0.done", "stages/encoder.done", "eval/sft-0/begun", "detect/metrics.jsonl"} <= found
+    assert {
+        "stages/sft-0.done",
+        "stages/encoder.done",
+        "stages/model.done",
+        "stages/detect.done",
+        "eval/sft-0/begun",
+        "detect/metrics.jsonl",
+    } <= found
     assert not [name for name in found if "state" in name or "step-000001" in name or "sft-1" in name]
-    assert (other / newest / "model" / "model.safetensors").read_bytes() == contents
-    assert made(proof(shell, "grpo", RUN="runs/other", SEEDS="0")) == ["runs/other/eval/grpo-0", "runs/other/grpo-0"]
+    assert (run / newest / "model" / "model.safetensors").read_bytes() == contents
+    # the rooms are the same, made again, so what was unpacked stays
+    assert names(proof(shell, "data")) == ["rooms", "prepare"]
+    assert made(proof(shell, "grpo", SEEDS="0")) == ["eval/grpo-0", "grpo-0"]
+    assert (run / newest / "model" / "model.safetensors").exists()
+
+
+def test_real_rows_can_be_asked_for_by_name(shell: Shell, tmp_path: Path):  # noqa: F811
+    commands = proof(shell, "real.blind", SEEDS="0", REAL=str(tmp_path))
+    assert names(commands) == ["bench", "prepare", "tiny", "detect", "export", "sft", "eval"]
+    assert settings(commands[-2])["model.encoder.pretrained"] == f"{RUN}/real-encoder"
+    assert "set REAL" in shell.run("proof.sh", "real", SEEDS="0").stderr
+    proof(shell, "pack", "real.blind", SEEDS="0")
+    other = shell.root / "runs" / "other"
+    shutil.copytree(shell.root / RUN / "packed", other / "packed")
+    proof(shell, "unpack", RUN="runs/other")
+    assert (other / "real-encoder").is_dir() and (other / "stages" / "real-model.done").exists()
 
 
 def test_a_stage_goes_on_after_a_failure_and_is_done_again_after_a_change(shell: Shell):  # noqa: F811

@@ -100,8 +100,12 @@ class Shell:
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
-    """A checkout that holds only the scripts."""
+    """A checkout that holds little but the scripts."""
     shutil.copytree(ROOT / "script", tmp_path / "checkout" / "script")
+    for name in ("version.py", "annotate.py"):  # which say what the scripts' rooms are
+        target = tmp_path / "checkout" / "datasets" / "rooms" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "datasets" / "rooms" / name, target)
     return Shell(tmp_path / "checkout", tmp_path)
 
 

@@ -115,7 +115,7 @@ def started(commit: str) -> str:
     return json.dumps({"step": 0, **facts, "versions": {"python": "3.12", "torch": "2.11"}}) + "\n"
 
 
-def test_runs_are_collected_from_predictions_and_metrics(tmp_path):
+def test_runs_are_collected_from_predictions_and_metrics(tmp_path, capsys):
     box, far = [[0.0, 0, 0, 1, 1, 1, 0]], [[9.0, 0, 0, 1, 1, 1, 0]]
     folder = tmp_path / "eval" / "sft-1"
     folder.mkdir(parents=True)
@@ -145,6 +145,16 @@ def test_runs_are_collected_from_predictions_and_metrics(tmp_path):
     with pytest.raises(ValueError, match="README lacks the marks"):
         proof.main(["--collect", str(tmp_path), "--docs", str(docs)])
     readme.write_text(f"# It\n\n{proof_page.BEGIN}\nold\n{proof_page.END}\n\n## More\n")
+    stages = tmp_path / "stages"
+    stages.mkdir()
+    (stages / "sft-1.done").write_text("key 5 100\n")
+    for scored in (None, "key 7 99\n"):  # not at all, or before it was trained again
+        if scored:
+            (stages / "eval-sft-1.done").write_text(scored)
+        with pytest.raises(ValueError, match="has no evaluated runs"):
+            proof.main(["--collect", str(tmp_path), "--docs", str(docs)])
+        assert "left out: sft-1" in capsys.readouterr().out
+    (stages / "eval-sft-1.done").write_text("key 7 100\n")
     assert proof.main(["--collect", str(tmp_path), "--docs", str(docs)]) == 0
     shown = readme.read_text()
     assert "old" not in shown and shown.startswith("# It\n\n<!-- proof:begin") and shown.endswith("-->\n\n## More\n")

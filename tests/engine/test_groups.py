@@ -241,7 +241,8 @@ def test_a_group_is_flat_where_every_reward_with_a_weight_is(stand_ins):
     wide, narrow = [(1, 2), (1, 1), (3, 3), (4, 4)], [(2, 1), (0, 1), (2, 2), (None, None)]
     more = "reward.aggregation=normalize_then_sum"
     both = make_groups(samples(4), None, more, rewards=two_rewards(wide, narrow, wide=1.0, narrow=1.0))
-    assert both.collect(0, Phases(CPU)).num_informative == 2
+    experience = both.collect(0, Phases(CPU))
+    assert experience.num_informative == 2 and experience.metrics["frac_reward_zero_std"] == 0.5
     one = make_groups(samples(4), None, more, rewards=two_rewards(wide, narrow, wide=1.0, narrow=0.0))
     assert one.collect(0, Phases(CPU)).num_informative == 1
     summed = make_groups(samples(4), None, rewards=two_rewards(wide, narrow, wide=1.0, narrow=1.0))
