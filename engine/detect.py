@@ -21,7 +21,7 @@ from .optim import Optimizer, update_average
 from .run_folder import open_run
 from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything, stream
 from .saving import Checkpoints
-from .tracking import Tracker
+from .tracking import Tracker, track
 
 SCORES = "detection.json"
 _EVAL_STREAM = 22  # name of a random stream
@@ -59,15 +59,7 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
     best = Best(checkpoints, seconds=state.get("seconds", 0.0))
     num_trained = sum(parameter.numel() for parameter in encoder.parameters())
     log.info("%d scenes, %.2f M parameters, %s", len(scenes), num_trained / 1e6, runtime.device)
-    tracker = Tracker(
-        run.dir,
-        "detect",
-        run.steps,
-        first_step=state["step"],
-        sinks=run.trackers,
-        device=str(runtime.device),
-        enabled=runtime.is_main,
-    )
+    tracker = track(run, "detect", runtime, first_step=state["step"])
     precision = "high" if config.precision == "bfloat16" else "highest"
     with tracker, checkpoints, scenes.loader, matmul_precision(precision):
         for step in range(state["step"], run.steps):

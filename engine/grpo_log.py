@@ -9,7 +9,7 @@ from .config import GrpoConfig
 from .groups import Experience
 from .runtime import Runtime
 from .throughput import Phases
-from .tracking import Tracker, append_rows, drop_steps_from
+from .tracking import append_rows, drop_steps_from, track
 
 COMPLETIONS = "completions.jsonl"
 
@@ -27,15 +27,7 @@ class GrpoLog:
         self._decoded = self._seen = 0.0
         if runtime.is_main and self.path.exists():
             drop_steps_from(self.path, first_step)
-        self.tracker = Tracker(
-            run.dir,
-            "grpo",
-            run.steps,
-            first_step=first_step,
-            sinks=run.trackers,
-            device=str(runtime.device),
-            enabled=runtime.is_main,
-        )
+        self.tracker = track(run, "grpo", runtime, first_step=first_step)
 
     def __enter__(self) -> "GrpoLog":
         return self

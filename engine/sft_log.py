@@ -12,7 +12,7 @@ from .config import RunConfig
 from .runtime import Runtime
 from .sft_data import Taught
 from .throughput import Meter, training_flops
-from .tracking import Tracker
+from .tracking import track
 
 
 class TaskSums:
@@ -85,15 +85,7 @@ class SftLog:
         self.runtime = runtime
         self.means = TaskMeans(self.tasks, since)
         self.meter = Meter(training_flops(model), runtime)
-        self.tracker = Tracker(
-            run.dir,
-            "sft",
-            run.steps,
-            first_step=first_step,
-            sinks=run.trackers,
-            device=str(runtime.device),
-            enabled=runtime.is_main,
-        )
+        self.tracker = track(run, "sft", runtime, first_step=first_step)
 
     def __enter__(self) -> "SftLog":
         return self

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from ..utils.files import read_log, write_whole
 from .background import advice
+from .config import RunConfig
 from .environment import describe_start
-from .runtime import log
+from .runtime import Runtime, log
 
 SPEED = "speed.jsonl"
 STARTS = "starts.jsonl"
@@ -130,6 +131,19 @@ class Tracker:
         for sink in self.sinks:
             everything = {**metrics, **(speed or {})}
             sink.log(step, {name: value for name, value in everything.items() if math.isfinite(value)})
+
+
+def track(run: RunConfig, title: str, runtime: Runtime, *, first_step: int) -> Tracker:
+    """The tracker of a training run, which goes on at `first_step`."""
+    return Tracker(
+        run.dir,
+        title,
+        run.steps,
+        first_step=first_step,
+        sinks=run.trackers,
+        device=str(runtime.device),
+        enabled=runtime.is_main,
+    )
 
 
 def _short(value: float) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import psutil  # comes with accelerate
 import pytest
 
-from threedr1.engine import grpo, grpo_log, sft, sft_log
+from threedr1.engine import grpo, sft, tracking
 from threedr1.engine.checkpoint import list_checkpoints
 from threedr1.engine.tracking import Tracker, read_metrics
 
@@ -40,8 +40,7 @@ class WatchedTracker(Tracker):
 def held(monkeypatch):
     """What was held after each step; start a loop's list anew with .clear()."""
     WatchedTracker.held = []
-    monkeypatch.setattr(sft_log, "Tracker", WatchedTracker)
-    monkeypatch.setattr(grpo_log, "Tracker", WatchedTracker)
+    monkeypatch.setattr(tracking, "Tracker", WatchedTracker)
     return WatchedTracker.held
 
 
