@@ -68,6 +68,9 @@ def test_sft_grpo_and_evaluation_in_bfloat16(rooms_root, tmp_path, train_encoder
                 "run.device=cuda",
                 f"data.root={rooms_root}",
                 "data.num_points=2048",
+                "reward.names=format,semantic",
+                "reward.weights=[0.3,0.7]",
+                "reward.gate_by_format=false",  # so small a model keeps no form: gated, no reward would differ
                 "reward.semantic_encoder=all-MiniLM-L6-v2",
                 "rollout.group_size=4",
                 "rollout.max_new_tokens=24",
