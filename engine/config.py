@@ -209,6 +209,8 @@ class SftConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     init: str = ""  # model folder to start from; "" builds the model from `model`
     pointers: str = "name"  # name: boxes covered by a proposal are taught as <obj12>; box: always as numbers
+    fewest_proposals: int = 0  # that a sample is shown, a number drawn between it and all; 0: always all
+    all_proposals_from: int = 0  # step from which it may be all of them; before, it grows with the steps
     token_budget: int = 8192  # tokens of samples packed into one forward pass
     blocks: str = "auto"  # plain; compiled; fused: LoRA in fewer products. auto: plain on a CPU or cut, else fastest
     eval_datasets: tuple[str, ...] = ()  # that are evaluated on; () takes those that have held-out samples
@@ -220,6 +222,7 @@ class SftConfig:
     def __post_init__(self):
         one_of(self, pointers=("name", "box"), blocks=("auto", "plain", "compiled", "fused"))
         at_least(self, token_budget=1, eval_samples=1, eval_answers=0, eval_new_tokens=1)
+        at_least(self, fewest_proposals=0, all_proposals_from=0)
         if "loss" in self.run.best_metric and self.run.best_mode == "max":
             raise ValueError(f"run.best_metric is {self.run.best_metric}, best where low; set run.best_mode=min.")
 

@@ -1,6 +1,7 @@
 """What supervised fine-tuning trains on: rows with their targets, batch by batch, made while the GPU computes."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -8,10 +9,12 @@ import numpy as np
 
 from ..datasets.prompts import build_target, training_mode
 from ..datasets.scene import Sample
+from ..datasets.tasks import inventory
 from ..models.inputs import Row
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
 from ..utils.streams import stream
+from ..utils.text import find_pointers
 from .ahead import Ahead
 from .data import ObservationCache
 from .runtime import Runtime, batch_positions
@@ -40,25 +43,89 @@ def write_targets(
     *,
     pointers: str,
     naming: Callable[[int], np.random.Generator] | None = None,
+    shown: "ShownPart | None" = None,
 ) -> list[Taught]:
-    """Rows with the targets that the samples teach.
+    """Rows with the targets that the samples teach. Of an inventory that is what proposals cover.
 
     Args:
         observations: the samples' scenes, encoded.
         pointers: "name" teaches `<obj12>` for a box that a proposal covers; "box" always teaches numbers.
         naming: gives, by a sample's place, the generator that draws the names of its proposals, where the model has a
             pool of them; None: 0, 1, 2 …
+        shown: how many proposals a sample is shown, drawn by the same generator; None: all.
     """
     model.expect(samples)
     rows = []
     for place, (sample, observation) in enumerate(zip(samples, observations, strict=True)):
-        mode = training_mode(sample)
+        mode, rng = training_mode(sample), None if naming is None else naming(place)
+        if shown is not None and rng is not None:
+            observation = show_part(model, sample, observation, shown, rng)
+        if pointers == "name" and sample.dataset == inventory.NAME:
+            sample = listing_named(model, sample, observation)
         target = build_target(sample, mode)
-        names = None if naming is None else model.draw_names(observation, naming(place))
+        names = None if rng is None else model.draw_names(observation, rng)
         if pointers == "name":
             target = model.with_names(target, observation, names)
         rows.append(Taught(sample, observation, *model.write_row(sample, observation, mode, target, names)))
     return rows
+
+
+class ShownPart(NamedTuple):
+    """How many of its proposals a sample is shown, a number drawn anew each time.
+
+    To tell few things apart is learned sooner than to tell fifty, and what was learned of few holds for more.
+    """
+
+    fewest: int
+    most: float  # of those above `fewest` the share that may be shown besides
+
+    @classmethod
+    def at(cls, step: int, fewest: int, until: int) -> "ShownPart | None":
+        """At a step of a run: as many as all from step `until` on, before it ever more; None where `fewest` is 0."""
+        return cls(fewest, min(1.0, step / until) if until else 1.0) if fewest else None
+
+    def draw(self, count: int, rng: np.random.Generator) -> int:
+        """How many of `count`."""
+        fewest = min(self.fewest, count)
+        return int(rng.integers(fewest, fewest + round(self.most * (count - fewest)) + 1))
+
+
+def show_part(
+    model: SceneVLM, sample: Sample, observation: Observation, shown: ShownPart, rng: np.random.Generator
+) -> Observation:
+    """A scene as a sample is shown it, with a part of its proposals drawn by `rng`.
+
+    What the sample points at stays, of an inventory one of its objects; what it only speaks of may be missing.
+    """
+    (encoded,) = model.encode([observation])
+    model.choose_views(sample, observation)  # of the whole scene, where they are kept
+    count = len(encoded.named)
+    pointed = {row for row in encoded.covering(_boxes_of(sample, observation)) if row is not None}
+    if sample.dataset == inventory.NAME:
+        pointed = set(rng.permutation(sorted(pointed))[:1].tolist())
+    others = [row for row in rng.permutation(count).tolist() if row not in pointed]
+    rows = sorted([*pointed, *others[: max(shown.draw(count, rng) - len(pointed), 0)]])
+    return replace(observation, encoded=encoded.showing(rows))
+
+
+def _boxes_of(sample: Sample, observation: Observation) -> list[list[float]]:
+    """What a sample points at, model frame."""
+    texts = f"{sample.question} {sample.think} {sample.answer}"
+    boxes = [box for box in find_pointers(texts) if not isinstance(box, int)]
+    if sample.query_box_7 is not None:
+        boxes.append(observation.scene.to_model(sample.query_box_7).tolist())
+    return boxes
+
+
+def listing_named(model: SceneVLM, sample: Sample, observation: Observation) -> Sample:
+    """An inventory without the objects that no proposal covers: nothing in the prompt tells of them.
+
+    One of which nothing would be left stays as it is.
+    """
+    (encoded,) = model.encode([observation])
+    boxes = [box for box in find_pointers(sample.answer) if not isinstance(box, int)]
+    kept = [row is not None for row in encoded.covering(boxes)]
+    return replace(sample, answer=inventory.leave_out(sample.answer, kept)) if any(kept) else sample
 
 
 def name_streams(seed: int, batch_size: int, runtime: Runtime) -> Callable[[int, int], np.random.Generator]:
@@ -75,6 +142,7 @@ class Batches(Ahead[list[Taught]]):
         choose: the samples of a step.
         num_steps: of the run.
         naming: as in `write_targets`, by step and place; None: proposals are called in order.
+        shown: as in `write_targets`, by step.
         ahead: whether the thread is used; None decides.
     """
 
@@ -87,6 +155,7 @@ class Batches(Ahead[list[Taught]]):
         pointers: str,
         num_steps: int,
         naming: Callable[[int, int], np.random.Generator] | None = None,
+        shown: Callable[[int], ShownPart | None] | None = None,
         ahead: bool | None = None,
     ):
         self.model = model
@@ -94,6 +163,7 @@ class Batches(Ahead[list[Taught]]):
         self.observations = observations
         self.pointers = pointers
         self.naming = naming
+        self.shown = shown
         selector = model.view_selector
         moved = model.train_scene_encoder or (selector is not None and selector.learns)
         if ahead is None:
@@ -108,4 +178,6 @@ class Batches(Ahead[list[Taught]]):
         else:
             seen = self.observations.of(samples)
         naming = None if self.naming is None else partial(self.naming, step)
-        return write_targets(model, samples, seen, pointers=self.pointers, naming=naming)
+        return write_targets(
+            model, samples, seen, pointers=self.pointers, naming=naming, shown=self.shown(step) if self.shown else None
+        )

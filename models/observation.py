@@ -4,7 +4,7 @@ Shapes: B boxes, K proposals, T encoder tokens, E encoder width, C classes, N po
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..datasets.scene import Scene
 from ..utils.boxes import box3d_iou
 from ..utils.text import format_box, format_name
 from .scene_encoder.object_query import QueriedObjects, click_boxes, query_boxes
+from .view_pixels import to_device
 from .view_pool import ViewPool
 
 # A box is spoken of by a proposal's name where the proposal covers it at least this much.
@@ -79,6 +80,22 @@ class EncodedScene:
         for row, index in zip(new, best_proposals(boxes_M7[new], self.named), strict=True):
             self.covered[keys[row]] = index
         return [self.covered[key] for key in keys]
+
+    def showing(self, rows: Sequence[int]) -> "EncodedScene":
+        """The same scene with these of its valid proposals alone, in their order.
+
+        A box that `covering` was asked about keeps its proposal or, where that is not among them, has none.
+        """
+        place = {row: number for number, row in enumerate(rows)}
+        valid_n = self.valid_n[to_device(torch.tensor(rows, dtype=torch.int64), self.valid_n.device)]
+        part = replace(
+            self,
+            valid_n=valid_n,
+            valid_K=torch.zeros_like(self.valid_K).index_fill_(0, valid_n, True),
+            covered={box: None if row is None else place.get(row) for box, row in self.covered.items()},
+        )
+        part.__dict__["proposals"] = self.proposals[list(rows)]  # or it would be fetched from the device once more
+        return part
 
 
 @dataclass

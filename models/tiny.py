@@ -43,6 +43,9 @@ SPECIAL_TOKENS = (
 )
 PATCH_SIZE = 14
 _PROMPT_REPEATS = 100
+# of attentions that start as look-ups: what is left of their random weights, and how much is taken over
+_RANDOM_SHARE = 0.3
+_TAKEN_OVER = 2.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class TinySize:
     tied: bool = True  # whether the LM head is the embedding
     theta: float = 10_000.0  # of the rotary embedding
     spread: float = 0.02  # standard deviation of the decoder's random weights
+    look_up: bool = False  # whether its attentions start as look-ups (`_start_as_look_ups`)
 
 
 _VISION = {"vision_width": 1280, "vision_layers": 32, "vision_heads": 16, "vision_mlp_width": 3420}
@@ -75,18 +79,21 @@ SHAPES = {
     "tiny": TinySize(),
     # some 15 million weights: what one GPU trains from nothing in minutes (script/proof.sh). Their spread is the root
     # of 1 / width: with the published models' 0.02 so narrow a model is slow to find what refers to what. A name is
-    # one token right behind the word it goes with: to look up in two steps (door, <obj, 12) is a long plateau
+    # one token right behind the word it goes with: to look up in two steps (door, <obj, 12) is a long plateau. So is
+    # to look up at all among fifty things, for attentions that are random, of few heads, and turned by their distance
     "small": TinySize(
         vocab_size=4000,
         names=100,
         width=384,
         layers=8,
         heads=6,
-        kv_heads=2,
+        kv_heads=6,
         mlp_width=1024,
         vision_width=96,
         vision_layers=4,
+        theta=1_000_000.0,
         spread=0.05,
+        look_up=True,
     ),
     "3b": TinySize(embeddings=151_936, width=2048, layers=36, heads=16, kv_heads=2, mlp_width=11_008, **_PUBLISHED),
     "7b": TinySize(
@@ -157,6 +164,32 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, names: int = 0) -> Qw
     return tokenizer
 
 
+@torch.no_grad()
+def _start_as_look_ups(model: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Let tokens attend to tokens like themselves, and add what those hold, from the first step on.
+
+    Each head's W_Q and W_K are the same rows of a random rotation, its W_O the transpose of its W_V, likewise, so
+    W_Q^T W_K and W_O W_V are parts of the identity; some of the random weights stays. After Trockman and Kolter,
+    "Mimetic Initialization of Self-Attention Layers" (2023), who take minus the identity for values; here a name is
+    to be copied.
+    """
+    layers: Any = model.model.language_model.layers
+    for layer in layers:
+        attention = layer.self_attn
+        width, head = attention.o_proj.weight.shape[0], attention.head_dim
+        queries = attention.q_proj.weight.shape[0] // attention.k_proj.weight.shape[0]
+        rotations = (torch.linalg.qr(torch.randn(width, width)).Q[: len(attention.k_proj.weight)] for _ in range(2))
+        keys, values = (rows.unflatten(0, (-1, head)) for rows in rotations)
+        asked, taken = (rows.repeat_interleave(queries, 0).flatten(0, 1) for rows in (keys, values))
+        for projection, start in (
+            (attention.q_proj, asked),
+            (attention.k_proj, keys.flatten(0, 1)),
+            (attention.v_proj, _TAKEN_OVER * values.flatten(0, 1)),
+            (attention.o_proj, _TAKEN_OVER / queries * taken.T),
+        ):
+            projection.weight.mul_(_RANDOM_SHARE).add_(start)
+
+
 def build_tiny(
     out: str | Path,
     texts: Iterable[str],
@@ -224,6 +257,8 @@ def build_tiny(
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(seed)
             model = Qwen2_5_VLForConditionalGeneration(config)
+            if size.look_up:
+                _start_as_look_ups(model)
     finally:
         torch.set_default_dtype(before)
     model.generation_config.eos_token_id = token_id("<|im_end|>")

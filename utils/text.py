@@ -112,6 +112,11 @@ def replace_boxes(text: str, replace: Callable[[list[float]], str]) -> str:
     return _BOX.sub(lambda match: replace(parse_box(match.group(1))), text)
 
 
+def split_at_boxes(text: str) -> tuple[list[str], list[str]]:
+    """What stands between the `<box>…</box>` of a text, one piece more than there are boxes, and these as written."""
+    return _BOX.sub("\0", text).split("\0"), [match[0] for match in _BOX.finditer(text)]
+
+
 def strip_pointers(text: str) -> str:
     """The words of an answer: pointers removed, white space folded. This is what the text metrics score."""
     return _SPACED_STOP.sub(r"\1", " ".join(_POINTER.sub(" ", text).split()))

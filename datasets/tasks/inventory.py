@@ -8,12 +8,13 @@ Colours are in `annotations/object_colors.json`, which generated rooms have: by 
 """
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import orjson
 
-from ...utils.text import format_box
+from ...utils.text import format_box, split_at_boxes
 from ..scannet import read_split
 from ..scene import Sample
 from ..scene_store import SceneInfo
@@ -21,6 +22,7 @@ from .common import Benchmark, Index, Inputs, scene_of
 from .problems import Report
 from .rows import Row
 
+NAME = "inventory"
 ORDERS = 2  # samples of each direction and training scene, each in an order of its own
 MOST = 40  # objects of a sample
 BY_NAME = "Name the objects one by one, each with its kind."
@@ -47,6 +49,26 @@ def load(root: Path, split: str, index: Index, report: Report) -> list[Sample]:
         return _samples(info, its, report.dataset, ORDERS if split == "train" else 1) if len(info.boxes_K7) else []
 
     return [sample for group in report.keep(rows, read) for sample in group]
+
+
+def leave_out(answer: str, kept: Sequence[bool]) -> str:
+    """An inventory, in either direction, without some of its objects.
+
+    Args:
+        answer: of a sample of this data set, its objects as boxes.
+        kept: for each of its boxes, in their order, whether it stays.
+    """
+    texts, boxes = split_at_boxes(answer)
+    by_name = not texts[0]
+    groups: list[tuple[str, list[str]]] = []  # a word as it stands before or behind its objects, and these
+    for before, box, after, stays in zip(texts[:-1], boxes, texts[1:], kept, strict=True):
+        word = after.partition(", ")[0] if by_name else before.rpartition(", ")[2]
+        if by_name or word.strip():
+            groups.append((word, []))
+        if stays:
+            groups[-1][1].append(box)
+    order = "{1}{0}" if by_name else "{0}{1}"
+    return ", ".join(order.format(word, " ".join(its)) for word, its in groups if its)
 
 
 def _read_colors(path: Path) -> dict[str, dict[int, str]]:

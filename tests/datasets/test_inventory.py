@@ -8,7 +8,7 @@ import pytest
 
 from threedr1.datasets.scene_store import SceneInfo
 from threedr1.datasets.tasks import inventory, load_samples
-from threedr1.utils.text import format_box
+from threedr1.utils.text import find_pointers, format_box
 
 LABELS = ["chair", "table", "chair"]
 
@@ -93,3 +93,19 @@ def test_a_crowded_scene_is_cut_and_an_empty_one_left_out(root):
     samples = load_samples(root, "train", ["inventory"], scenes=scenes)
     assert {sample.scene_id for sample in samples} == {"scene0000_00"}
     assert all(len(set(sample.target_object_ids)) == inventory.MOST for sample in samples)
+
+
+def test_objects_that_are_left_out(root):
+    for sample in load_samples(root, "train", ["inventory"], scenes=SCENES):
+        boxes = [format_box(box) for box in find_pointers(sample.answer)]
+        assert inventory.leave_out(sample.answer, [True] * 3) == sample.answer
+        assert inventory.leave_out(sample.answer, [False] * 3) == ""
+        left = inventory.leave_out(sample.answer, [True, False, True])
+        assert [format_box(box) for box in find_pointers(left)] == [boxes[0], boxes[2]]
+        words = dict(zip(POINTERS, LABELS, strict=True))
+        if sample.question == inventory.BY_NAME:
+            assert left == f"{boxes[0]} {words[boxes[0]]}, {boxes[2]} {words[boxes[2]]}"
+        elif words[boxes[0]] == words[boxes[2]]:
+            assert left == f"chair {boxes[0]} {boxes[2]}"
+        else:
+            assert left == f"{words[boxes[0]]} {boxes[0]}, {words[boxes[2]]} {boxes[2]}"

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from threedr1.models.inputs import RowWriter
 from threedr1.models.language_model import load_language_model
@@ -45,6 +46,24 @@ def test_other_names_and_control_tokens_in_a_text_stay_text(language):
 
 def test_weights_spread_as_the_shape_says(language):
     assert float(language.embedding.weight.detach().std()) == pytest.approx(0.05, rel=0.05)
+
+
+def test_its_attentions_start_as_look_ups(language):
+    width = SMALLER["width"]
+    for layer in language.base.model.language_model.layers:
+        attention = layer.self_attn
+        head, (half, rest) = attention.head_dim, (width // 2, width - width // 2)
+        keys, values = (part.weight.detach().double() for part in (attention.k_proj, attention.v_proj))
+        queries, out = attention.q_proj.weight.detach().double(), attention.o_proj.weight.detach().double()
+        alike = queries.unflatten(0, (-1, head)).transpose(1, 2) @ keys.unflatten(0, (-1, head)).repeat_interleave(
+            2, 0
+        )
+        for matrix in alike:  # of rank `head`: a token alike in all of its directions
+            assert float(matrix.trace()) == pytest.approx(head, rel=0.2)
+        taken = out @ values.unflatten(0, (-1, head)).repeat_interleave(2, 0).flatten(0, 1)
+        # heads that share their values add up to four times a projection on half of all directions
+        eigenvalues = torch.linalg.eigvals(taken).real.sort().values
+        assert eigenvalues[rest:].mean() == pytest.approx(4, rel=0.1) and eigenvalues[:half].abs().mean() < 0.5
 
 
 def test_the_quickstarts_model_has_no_such_tokens(tmp_path):

@@ -1,0 +1,85 @@
+"""Samples that are shown a part of their proposals: what they point at stays, names and targets agree."""
+
+import re
+from collections import Counter
+
+import numpy as np
+
+from threedr1.engine.data import load_split
+from threedr1.engine.sft_data import ShownPart, listing_named, show_part, write_targets
+from threedr1.utils.streams import stream
+from threedr1.utils.text import find_pointers
+
+from .test_names import caption, model, observation, settings  # noqa: F401
+
+
+def test_the_part_grows_with_the_steps_up_to_all():
+    assert ShownPart.at(5, 0, 100) is None
+    rng = np.random.default_rng(0)
+    for step, most in ((0, 4), (50, 27), (100, 50), (1000, 50)):
+        part = ShownPart.at(step, 4, 100)
+        assert part is not None
+        drawn = {part.draw(50, rng) for _ in range(2000)}
+        assert (min(drawn), max(drawn)) == (4, most)
+    whole = ShownPart.at(3, 4, 0)
+    assert whole is not None
+    assert {whole.draw(6, rng) for _ in range(100)} == {4, 5, 6} and {whole.draw(3, rng) for _ in range(9)} == {3}
+
+
+def test_what_a_sample_points_at_stays_and_is_called_alike(model, observation):  # noqa: F811
+    boxes = observation.encoded.named
+    sample = caption(observation.scene.to_world(boxes)[2])
+    sizes = Counter()
+    for place in range(20):
+        shown = show_part(model, sample, observation, ShownPart(2, 1.0), stream(place))
+        part = shown.encoded.named
+        (row_of_it,) = shown.encoded.covering(boxes[2:3])
+        assert (part[row_of_it] == boxes[2]).all()
+        assert (shown.encoded.boxes_K7[shown.encoded.valid_K].numpy() == part).all()
+        sizes[len(part)] += 1
+        (taught,) = write_targets(
+            model,
+            [sample],
+            [observation],
+            pointers="name",
+            naming=lambda _, of=place: stream(of),
+            shown=ShownPart(2, 1),
+        )
+        text = model.language.decode(taught.row.token_ids).partition("Objects: ")[2]
+        said = re.findall(r"<obj(\d+)>", text)
+        assert len(said) == len(part) + 1 and said[-1] == said[row_of_it]
+        assert model.embed_rows([taught.row], [taught.observation], [[]]).inputs_embeds_BLD.isfinite().all()
+    assert len(sizes) > 2 and min(sizes) == 2
+    assert len(observation.encoded.named) == len(boxes), "the scene itself is as it was"
+
+
+def test_an_inventory_lists_what_is_shown_and_covered(model, observation, rooms_root):  # noqa: F811
+    config = settings(rooms_root, "data.datasets=inventory")
+    samples, _ = load_split(config.data, "train", 0)
+    its = [sample for sample in samples if sample.scene_id == observation.scene.scene_id]
+    assert its
+    for place, sample in enumerate(its):
+        covered = [row is not None for row in observation.encoded.covering(find_pointers(sample.answer))]
+        whole = listing_named(model, sample, observation)
+        assert find_pointers(whole.answer) == [
+            box for box, kept in zip(find_pointers(sample.answer), covered, strict=True) if kept
+        ] or not any(covered)
+        if not any(covered):
+            assert whole is sample
+            continue
+        shown = show_part(model, sample, observation, ShownPart(2, 0.0), stream(place))
+        part = listing_named(model, sample, shown)
+        assert len(shown.encoded.named) == 2
+        assert 1 <= len(find_pointers(part.answer)) <= sum(covered)
+        assert "<box>" not in model.with_names(part.answer, shown)
+        (taught,) = write_targets(
+            model,
+            [sample],
+            [observation],
+            pointers="name",
+            naming=lambda _, of=place: stream(of),
+            shown=ShownPart(2, 0),
+        )
+        assert len(taught.observation.encoded.named) == 2 and "<box>" not in taught.sample.answer.replace(
+            part.answer, ""
+        )
