@@ -95,26 +95,28 @@ def show_part(
 ) -> Observation:
     """A scene as a sample is shown it, with a part of its proposals drawn by `rng`.
 
-    What the sample points at stays, of an inventory one of its objects; what it only speaks of may be missing.
+    What the sample points at stays, of the objects that an inventory lists one; what it only speaks of may be missing.
     """
     (encoded,) = model.encode([observation])
     model.choose_views(sample, observation)  # of the whole scene, where they are kept
     count = len(encoded.named)
-    pointed = {row for row in encoded.covering(_boxes_of(sample, observation)) if row is not None}
-    if sample.dataset == inventory.NAME:
-        pointed = set(rng.permutation(sorted(pointed))[:1].tolist())
+    asked, listed = _boxes_of(sample, observation)
+    pointed, named = ({row for row in encoded.covering(boxes) if row is not None} for boxes in (asked, listed))
+    pointed |= set(rng.permutation(sorted(named))[:1].tolist()) if sample.dataset == inventory.NAME else named
     others = [row for row in rng.permutation(count).tolist() if row not in pointed]
     rows = sorted([*pointed, *others[: max(shown.draw(count, rng) - len(pointed), 0)]])
     return replace(observation, encoded=encoded.showing(rows))
 
 
-def _boxes_of(sample: Sample, observation: Observation) -> list[list[float]]:
-    """What a sample points at, model frame."""
-    texts = f"{sample.question} {sample.think} {sample.answer}"
-    boxes = [box for box in find_pointers(texts) if not isinstance(box, int)]
+def _boxes_of(sample: Sample, observation: Observation) -> tuple[list[list[float]], list[list[float]]]:
+    """What a sample's question points at, and its thought and answer, model frame."""
+    asked, listed = (
+        [box for box in find_pointers(text) if not isinstance(box, int)]
+        for text in (sample.question, f"{sample.think} {sample.answer}")
+    )
     if sample.query_box_7 is not None:
-        boxes.append(observation.scene.to_model(sample.query_box_7).tolist())
-    return boxes
+        asked.append(observation.scene.to_model(sample.query_box_7).tolist())
+    return asked, listed
 
 
 def listing_named(model: SceneVLM, sample: Sample, observation: Observation) -> Sample:

@@ -16,7 +16,7 @@ advance all three axes by one, as text does: they are few, and their place in th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -167,8 +167,11 @@ class RowWriter:
         if num_proposals:
             put(self._fixed("Objects: "))
             for name in range(num_proposals) if names is None else names:
-                put(self._fixed(format_name(name)))
-                put([self.scene_pad], SCENE)
+                called = self._fixed(format_name(name))
+                ids += called
+                ids.append(self.scene_pad)
+                kinds += [TEXT] * len(called)
+                kinds.append(SCENE)
             put(self._fixed("\n"))
         if num_layout_tokens:
             put(self._fixed("Layout: "))
@@ -201,6 +204,8 @@ def mrope_positions(kinds: Sequence[int], grids: Sequence[tuple[int, int, int]],
     Raises:
         ValueError: two images touch, or tokens and grids disagree.
     """
+    if not grids and IMAGE not in kinds:
+        return torch.arange(len(kinds)).expand(3, -1)
     chunks: list[Tensor] = []
     position, start, images = 0, 0, iter(grids)
     while start < len(kinds):
@@ -247,12 +252,17 @@ def _lay_out(
         attention_mask_BL=torch.zeros(shape, dtype=torch.long),
         position_ids_4BL=torch.zeros(4, *shape, dtype=torch.long),
     )
-    for row, (index, start) in zip(rows, starts, strict=True):
-        length = len(row.token_ids)
+    # all rows' lists become one tensor each, and a few hundred small ones are saved
+    lengths = [len(row.token_ids) for row in rows]
+    columns = [
+        torch.tensor(list(chain.from_iterable(its))).split(lengths)
+        for its in ((row.token_ids for row in rows), (row.kinds for row in rows), (row.labels for row in rows))
+    ]
+    for row, length, (index, start), ids, kinds, labels in zip(rows, lengths, starts, *columns, strict=True):
         where = slice(start, start + length)
-        layout.token_ids_BL[index, where] = torch.tensor(row.token_ids)
-        layout.kinds_BL[index, where] = torch.tensor(row.kinds)
-        layout.labels_BL[index, where] = torch.tensor(row.labels)
+        layout.token_ids_BL[index, where] = ids
+        layout.kinds_BL[index, where] = kinds
+        layout.labels_BL[index, where] = labels
         layout.attention_mask_BL[index, where] = 1
         layout.position_ids_4BL[0, index, where] = torch.arange(length)
         layout.position_ids_4BL[1:, index, where] = mrope_positions(row.kinds, row.grids, merge_size)

@@ -2,7 +2,8 @@
 
 No benchmark, and nothing to be scored on: it teaches which token of the prompt a name goes with. A description of one
 object teaches that once a sample, an inventory some thirty times, in both directions: from a name to what it is, and
-from a kind to the names of its objects. Without it a model of random weights reads `<obj12>` as noise for long.
+from a kind to the names of its objects. Without it a model of random weights reads `<obj12>` as noise for long. So it
+is with distances: a thought has one or two, an inventory those of all objects from one, and which are the nearest.
 
 Colours are in `annotations/object_colors.json`, which generated rooms have: by scene id, by objectId, a colour word.
 """
@@ -25,16 +26,19 @@ from .rows import Row
 NAME = "inventory"
 ORDERS = 2  # samples of each direction and training scene, each in an order of its own
 MOST = 40  # objects of a sample
+NEAREST = 10  # of one asked for what is nearest
 BY_NAME = "Name the objects one by one, each with its kind."
 BY_KIND = "Name the objects of each kind."
 COLOR_BY_NAME = "Name the objects one by one, each with its color."
 BY_COLOR = "Name the objects of each color."
+DISTANCES = "Name the objects one by one, each with its distance in meters from the {label} {object}."
+BY_DISTANCE = "Name the objects nearest to the {label} {object}, the nearest first, each with its distance in meters."
 COLORS = "annotations/object_colors.json"
 
 
 def load(root: Path, split: str, index: Index, report: Report) -> list[Sample]:
     """Samples of both directions for each scene of a split that has objects, of kinds and, where they are known, of
-    colours; one order alone of held-out scenes.
+    colours, and of distances from one of them; one order alone of held-out scenes.
 
     Raises:
         ValueError: the file of colours is not a table of colours by scene and object.
@@ -89,6 +93,23 @@ def _samples(info: SceneInfo, colors: dict[int, str], dataset: str, orders: int)
     pointers = [format_box(box.tolist()) for box in info.to_model(info.boxes_K7)]
     color_of = {row: colors[int(number)] for row, number in enumerate(info.object_ids_K) if int(number) in colors}
     samples = []
+
+    def add(question: str, answer: str, rows: list[int], asked_of: int | None = None) -> None:
+        samples.append(
+            Sample(
+                sample_id=f"{dataset}-{info.scene_id}-{len(samples)}",
+                task="dialogue",
+                dataset=dataset,
+                scene_id=info.scene_id,
+                question=question,
+                answer=answer,
+                references=[answer],
+                target_object_ids=[int(info.object_ids_K[row]) for row in rows],
+                target_boxes_K7=info.boxes_K7[rows],
+                query_box_7=None if asked_of is None else info.boxes_K7[asked_of],
+            )
+        )
+
     for _ in range(orders):
         chosen = rng.permutation(len(pointers))[:MOST].tolist()
         answers = {
@@ -99,19 +120,14 @@ def _samples(info: SceneInfo, colors: dict[int, str], dataset: str, orders: int)
             answers[COLOR_BY_NAME] = ", ".join(f"{pointers[row]} {color_of[row]}" for row in known)
             answers[BY_COLOR] = _grouped(known, color_of, pointers)
         for question, answer in answers.items():
-            samples.append(
-                Sample(
-                    sample_id=f"{dataset}-{info.scene_id}-{len(samples)}",
-                    task="dialogue",
-                    dataset=dataset,
-                    scene_id=info.scene_id,
-                    question=question,
-                    answer=answer,
-                    references=[answer],
-                    target_object_ids=[int(info.object_ids_K[row]) for row in chosen],
-                    target_boxes_K7=info.boxes_K7[chosen],
-                )
-            )
+            add(question, answer, chosen)
+    for _ in range(orders if len(pointers) > 1 else 0):
+        start, *others = rng.permutation(len(pointers))[:MOST].tolist()
+        apart_K = np.hypot(*(info.boxes_K7[:, :2] - info.boxes_K7[start, :2]).T)
+        nearest = sorted(others, key=lambda row: apart_K[row])[:NEAREST]
+        for template, rows in ((DISTANCES, others), (BY_DISTANCE, nearest)):
+            question = template.replace("{label}", info.object_labels[start])
+            add(question, ", ".join(f"{pointers[row]} {apart_K[row]:.1f}" for row in rows), rows, start)
     return samples
 
 

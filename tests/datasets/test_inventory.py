@@ -36,11 +36,19 @@ def root(tmp_path):
 
 
 SCENES = {name: info(name) for name in ("scene0000_00", "scene0001_00", "scene0002_00")}
+
+
+def listed(root, scenes=SCENES, split="train"):
+    """Inventories of kinds and colours."""
+    samples = load_samples(root, split, ["inventory"], scenes=scenes)
+    return [sample for sample in samples if sample.query_box_7 is None]
+
+
 POINTERS = [format_box([k, 0.0, 0.5, 0.4, 0.4, 1.0, 0.0]) for k in range(3)]  # model frame
 
 
 def test_both_directions_name_every_object_at_its_box(root):
-    samples = load_samples(root, "train", ["inventory"], scenes=SCENES)
+    samples = listed(root)
     assert len(samples) == 2 * 2 * inventory.ORDERS
     assert len({sample.sample_id for sample in samples}) == len(samples)
     assert {sample.scene_id for sample in samples} == {"scene0000_00", "scene0001_00"}
@@ -61,7 +69,7 @@ def test_colors_are_told_in_both_directions_where_they_are_known(root):
     folder.mkdir()
     # object 12 has no colour, and the second scene none at all
     (folder / "object_colors.json").write_text(json.dumps({"scene0000_00": {"10": "red", "11": "light blue"}}))
-    samples = load_samples(root, "train", ["inventory"], scenes=SCENES)
+    samples = listed(root)
     told = {sample.question: sample.answer for sample in samples if sample.scene_id == "scene0000_00"}
     assert len(samples) == (4 + 2) * inventory.ORDERS and len(told) == 4
     parts = [f"{POINTERS[0]} red", f"{POINTERS[1]} light blue"]
@@ -80,23 +88,23 @@ def test_a_broken_table_of_colors_is_refused(root, content):
 
 def test_orders_differ_and_come_again(root):
     many = {name: info(name, [f"kind{number}" for number in range(30)]) for name in SCENES}
-    first, again = (load_samples(root, "train", ["inventory"], scenes=many) for _ in range(2))
+    first, again = (listed(root, many) for _ in range(2))
     assert [sample.answer for sample in first] == [sample.answer for sample in again]
     orders = {tuple(sample.target_object_ids) for sample in first}
     assert len(orders) == 2 * inventory.ORDERS  # both directions of one number share an order
-    assert len(load_samples(root, "val", ["inventory"], scenes=many)) == 2
+    assert len(listed(root, many, "val")) == 2
 
 
 def test_a_crowded_scene_is_cut_and_an_empty_one_left_out(root):
     crowded = info("scene0000_00", ["box"] * (inventory.MOST + 7))
     scenes = {"scene0000_00": crowded, "scene0001_00": replace(info("scene0001_00", []), object_labels=[])}
-    samples = load_samples(root, "train", ["inventory"], scenes=scenes)
+    samples = listed(root, scenes)
     assert {sample.scene_id for sample in samples} == {"scene0000_00"}
     assert all(len(set(sample.target_object_ids)) == inventory.MOST for sample in samples)
 
 
 def test_objects_that_are_left_out(root):
-    for sample in load_samples(root, "train", ["inventory"], scenes=SCENES):
+    for sample in listed(root):
         boxes = [format_box(box) for box in find_pointers(sample.answer)]
         assert inventory.leave_out(sample.answer, [True] * 3) == sample.answer
         assert inventory.leave_out(sample.answer, [False] * 3) == ""
@@ -109,3 +117,36 @@ def test_objects_that_are_left_out(root):
             assert left == f"chair {boxes[0]} {boxes[2]}"
         else:
             assert left == f"{words[boxes[0]]} {boxes[0]}, {words[boxes[2]]} {boxes[2]}"
+
+
+def test_distances_are_those_on_the_floor_from_the_object_asked_about(root):
+    many = {name: info(name, [f"kind{number}" for number in range(30)]) for name in SCENES}
+    samples = load_samples(root, "train", ["inventory"], scenes=many)
+    asked = [sample for sample in samples if sample.query_box_7 is not None]
+    assert len(asked) == 2 * 2 * inventory.ORDERS
+    for sample in asked:
+        start = int(sample.query_box_7[0])  # object k stands at x = k
+        name = {"{label}": f"kind{start}"}
+        nearest = sample.question == inventory.BY_DISTANCE.replace(*name.popitem())
+        assert nearest or sample.question == inventory.DISTANCES.replace("{label}", f"kind{start}")
+        found = [
+            (box[0], part.rpartition(" ")[2])
+            for box, part in zip(find_pointers(sample.answer), sample.answer.split("</box>")[1:], strict=True)
+            for part in [part.partition(",")[0]]
+        ]
+        assert all(written == f"{abs(x - start):.1f}" for x, written in found)
+        assert [number - 10 for number in sample.target_object_ids] == [x for x, _ in found]
+        others = [k for k in range(30) if k != start]
+        if nearest:
+            apart = [abs(x - start) for x, _ in found]
+            assert apart == sorted(abs(k - start) for k in others)[: inventory.NEAREST]
+        else:
+            assert sorted(x for x, _ in found) == others
+        left = inventory.leave_out(sample.answer, [k % 2 == 0 for k in range(len(found))])
+        assert find_pointers(left) == find_pointers(sample.answer)[::2]
+        assert left.split("</box> ")[1].split(", ")[0] == found[0][1]
+
+
+def test_a_single_object_is_far_from_nothing(root):
+    alone = {name: info(name, ["chair"]) for name in SCENES}
+    assert all(sample.query_box_7 is None for sample in load_samples(root, "train", ["inventory"], scenes=alone))
