@@ -182,9 +182,9 @@ evaluate() {
 }
 
 # packed_files LABEL: what travels of a run, relative to RUN: its newest checkpoint without the optimizer, logs, scores.
+# The untrained model does not: its seed and the rooms make it again.
 packed_files() {
-    local path paths=({,real-}{model,encoder} {,real-}detect/{metrics,starts}.jsonl)
-    paths+=(stages/{,real-}{model,detect,encoder}.done)
+    local path paths=({,real-}encoder {,real-}detect/{metrics,starts}.jsonl stages/{,real-}{detect,encoder}.done)
     if [[ "$1" != base ]]; then
         path="$(cd "$RUN" && printf '%s\n' "$1"/checkpoints/step-* | tail -n 1)"
         paths=("$path"/{config.yaml,model} "$1"/{metrics,speed,starts,completions}.jsonl "eval/$1" stages/{,eval-}"$1".done)

@@ -141,15 +141,15 @@ def test_trained_models_travel_without_their_optimizers(shell: Shell):  # noqa: 
     assert {
         "stages/sft-0.done",
         "stages/encoder.done",
-        "stages/model.done",
         "stages/detect.done",
         "eval/sft-0/begun",
         "detect/metrics.jsonl",
     } <= found
     assert not [name for name in found if "state" in name or "step-000001" in name or "sft-1" in name]
+    assert not (run / "model").exists()
     assert (run / newest / "model" / "model.safetensors").read_bytes() == contents
-    # the rooms are the same, made again, so what was unpacked stays
-    assert names(proof(shell, "data")) == ["rooms", "prepare"]
+    # rooms and untrained model are the same, made again, so what was unpacked stays
+    assert names(proof(shell, "data")) == ["rooms", "prepare", "tiny"]
     assert made(proof(shell, "grpo", SEEDS="0")) == ["eval/grpo-0", "grpo-0"]
     assert (run / newest / "model" / "model.safetensors").exists()
 
@@ -163,7 +163,7 @@ def test_real_rows_can_be_asked_for_by_name(shell: Shell, tmp_path: Path):  # no
     other = shell.root / "runs" / "other"
     shutil.copytree(shell.root / RUN / "packed", other / "packed")
     proof(shell, "unpack", RUN="runs/other")
-    assert (other / "real-encoder").is_dir() and (other / "stages" / "real-model.done").exists()
+    assert (other / "real-encoder").is_dir() and (other / "stages" / "real-encoder.done").exists()
 
 
 def test_a_stage_goes_on_after_a_failure_and_is_done_again_after_a_change(shell: Shell):  # noqa: F811

@@ -26,6 +26,14 @@ def test_the_part_grows_with_the_steps_up_to_all():
     assert {whole.draw(6, rng) for _ in range(100)} == {4, 5, 6} and {whole.draw(3, rng) for _ in range(9)} == {3}
 
 
+def taught_by(model, sample, observation, shown, place):  # noqa: F811
+    """What a sample teaches, drawn by the stream of its place."""
+    (taught,) = write_targets(
+        model, [sample], [observation], pointers="name", naming=lambda _: stream(place), shown=shown
+    )
+    return taught
+
+
 def test_what_a_sample_points_at_stays_and_is_called_alike(model, observation):  # noqa: F811
     boxes = observation.encoded.named
     sample = caption(observation.scene.to_world(boxes)[2])
@@ -37,14 +45,7 @@ def test_what_a_sample_points_at_stays_and_is_called_alike(model, observation): 
         assert (part[row_of_it] == boxes[2]).all()
         assert (shown.encoded.boxes_K7[shown.encoded.valid_K].numpy() == part).all()
         sizes[len(part)] += 1
-        (taught,) = write_targets(
-            model,
-            [sample],
-            [observation],
-            pointers="name",
-            naming=lambda _, of=place: stream(of),
-            shown=ShownPart(2, 1),
-        )
+        taught = taught_by(model, sample, observation, ShownPart(2, 1.0), place)
         text = model.language.decode(taught.row.token_ids).partition("Objects: ")[2]
         said = re.findall(r"<obj(\d+)>", text)
         assert len(said) == len(part) + 1 and said[-1] == said[row_of_it]
@@ -72,14 +73,7 @@ def test_an_inventory_lists_what_is_shown_and_covered(model, observation, rooms_
         assert len(shown.encoded.named) == 2
         assert 1 <= len(find_pointers(part.answer)) <= sum(covered)
         assert "<box>" not in model.with_names(part.answer, shown)
-        (taught,) = write_targets(
-            model,
-            [sample],
-            [observation],
-            pointers="name",
-            naming=lambda _, of=place: stream(of),
-            shown=ShownPart(2, 0),
-        )
-        assert len(taught.observation.encoded.named) == 2 and "<box>" not in taught.sample.answer.replace(
-            part.answer, ""
-        )
+        taught = taught_by(model, sample, observation, ShownPart(2, 0.0), place)
+        said = model.language.decode(taught.row.token_ids).rpartition("assistant")[2]
+        assert len(taught.observation.encoded.named) == 2
+        assert "<box>" not in said and len(find_pointers(said)) == len(find_pointers(part.answer))
