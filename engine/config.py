@@ -223,6 +223,8 @@ class SftConfig:
         one_of(self, pointers=("name", "box"), blocks=("auto", "plain", "compiled", "fused"))
         at_least(self, token_budget=1, eval_samples=1, eval_answers=0, eval_new_tokens=1)
         at_least(self, fewest_proposals=0, all_proposals_from=0)
+        if self.fewest_proposals and self.model.views.weights == "learned":
+            raise ValueError("Weights of views are learned of whole scenes; set fewest_proposals=0.")
         if "loss" in self.run.best_metric and self.run.best_mode == "max":
             raise ValueError(f"run.best_metric is {self.run.best_metric}, best where low; set run.best_mode=min.")
 

@@ -45,7 +45,7 @@ def write_targets(
     naming: Callable[[int], np.random.Generator] | None = None,
     shown: "ShownPart | None" = None,
 ) -> list[Taught]:
-    """Rows with the targets that the samples teach. Of an inventory that is what proposals cover.
+    """Rows with the targets that the samples teach. Of an inventory that is, by name, what proposals cover.
 
     Args:
         observations: the samples' scenes, encoded.
@@ -98,8 +98,10 @@ def show_part(
     What the sample points at stays, of the objects that an inventory lists one; what it only speaks of may be missing.
     """
     (encoded,) = model.encode([observation])
-    model.choose_views(sample, observation)  # of the whole scene, where they are kept
     count = len(encoded.named)
+    if not count:
+        return observation
+    model.choose_views(sample, observation)  # of the whole scene, where they are kept
     asked, listed = _boxes_of(sample, observation)
     pointed, named = ({row for row in encoded.covering(boxes) if row is not None} for boxes in (asked, listed))
     pointed |= set(rng.permutation(sorted(named))[:1].tolist()) if sample.dataset == inventory.NAME else named

@@ -178,7 +178,8 @@ def _start_as_look_ups(model: Qwen2_5_VLForConditionalGeneration) -> None:
         attention = layer.self_attn
         width, head = attention.o_proj.weight.shape[0], attention.head_dim
         queries = attention.q_proj.weight.shape[0] // attention.k_proj.weight.shape[0]
-        rotations = (torch.linalg.qr(torch.randn(width, width)).Q[: len(attention.k_proj.weight)] for _ in range(2))
+        drawn = (torch.randn(width, width, dtype=torch.float32) for _ in range(2))
+        rotations = (torch.linalg.qr(matrix).Q[: len(attention.k_proj.weight)] for matrix in drawn)
         keys, values = (rows.unflatten(0, (-1, head)) for rows in rotations)
         asked, taken = (rows.repeat_interleave(queries, 0).flatten(0, 1) for rows in (keys, values))
         for projection, start in (

@@ -57,13 +57,15 @@ typed() {
     echo "${words}bash script/proof.sh $1"
 }
 
-# after NAME…: what the next stage builds on.
+# after NAME…: what the next stage builds on; of an untrained model not when it was made, since it is made again alike.
 after() {
-    local name
+    local name stamp
     previous=""
     for name; do
         [[ -f "$stamps/$name.done" ]] || fail "proof: stage $name comes first; run it with the same RUN and DATA."
-        previous+="$(cat "$stamps/$name.done")"
+        stamp="$(cat "$stamps/$name.done")"
+        case "$name" in *model) stamp="${stamp% *}" ;; esac
+        previous+="$stamp"
     done
 }
 

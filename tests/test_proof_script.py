@@ -117,6 +117,8 @@ def test_trained_models_travel_without_their_optimizers(shell: Shell):  # noqa: 
         (kept / "model" / "model.safetensors").write_bytes(contents)
         (kept / "config.yaml").touch()
         (kept / "state.safetensors").touch()
+    (run / "align-0" / "checkpoints" / "step-000003").mkdir(parents=True)
+    (run / "align-0" / "checkpoints" / "step-000003" / "config.yaml").touch()
     (run / "detect" / "metrics.jsonl").touch()
     (run / "sft-0" / "metrics.jsonl").touch()
     missing = shell.run("proof.sh", "pack", "sft", SEEDS="0,1,2")
@@ -126,9 +128,14 @@ def test_trained_models_travel_without_their_optimizers(shell: Shell):  # noqa: 
     (run / "away").rename(run / "stages" / "eval-sft-1.done")
     assert "name the models" in shell.run("proof.sh", "pack").stderr
     assert "nothing in" in shell.run("proof.sh", "unpack").stderr
-    proof(shell, "pack", "sft", SEEDS="0")
+    proof(shell, "pack", "align", "sft", SEEDS="0")
     packed = sorted((run / "packed").iterdir())
-    assert [path.name for path in packed] == ["base.tar.gz.aa", "sft-0.tar.gz.aa", "sft-0.tar.gz.ab"]
+    assert [path.name for path in packed] == [
+        "align-0.tar.gz.aa",
+        "base.tar.gz.aa",
+        "sft-0.tar.gz.aa",
+        "sft-0.tar.gz.ab",
+    ]
     assert all(path.stat().st_size <= 15_000_000 for path in packed)
     shutil.move(run / "packed", shell.root / "packed")  # to another machine
     shutil.rmtree(run)
@@ -150,6 +157,7 @@ def test_trained_models_travel_without_their_optimizers(shell: Shell):  # noqa: 
     assert (run / newest / "model" / "model.safetensors").read_bytes() == contents
     # rooms and untrained model are the same, made again, so what was unpacked stays
     assert names(proof(shell, "data")) == ["rooms", "prepare", "tiny"]
+    assert made(proof(shell, "sft", SEEDS="0")) == []
     assert made(proof(shell, "grpo", SEEDS="0")) == ["eval/grpo-0", "grpo-0"]
     assert (run / newest / "model" / "model.safetensors").exists()
 

@@ -3,7 +3,7 @@
 No benchmark, and nothing to be scored on: it teaches which token of the prompt a name goes with. A description of one
 object teaches that once a sample, an inventory some thirty times, in both directions: from a name to what it is, and
 from a kind to the names of its objects. Without it a model of random weights reads `<obj12>` as noise for long. So it
-is with distances: a thought has one or two, an inventory those of all objects from one, and which are the nearest.
+is with distances: a thought has one or two, an inventory those of all objects from one, in any order or by distance.
 
 Colours are in `annotations/object_colors.json`, which generated rooms have: by scene id, by objectId, a colour word.
 """
@@ -26,13 +26,14 @@ from .rows import Row
 NAME = "inventory"
 ORDERS = 2  # samples of each direction and training scene, each in an order of its own
 MOST = 40  # objects of a sample
-NEAREST = 10  # of one asked for what is nearest
 BY_NAME = "Name the objects one by one, each with its kind."
 BY_KIND = "Name the objects of each kind."
 COLOR_BY_NAME = "Name the objects one by one, each with its color."
 BY_COLOR = "Name the objects of each color."
 DISTANCES = "Name the objects one by one, each with its distance in meters from the {label} {object}."
-BY_DISTANCE = "Name the objects nearest to the {label} {object}, the nearest first, each with its distance in meters."
+BY_DISTANCE = (
+    "Name the objects from the nearest to the farthest from the {label} {object}, each with its distance in meters."
+)
 COLORS = "annotations/object_colors.json"
 
 
@@ -66,9 +67,8 @@ def leave_out(answer: str, kept: Sequence[bool]) -> str:
     by_name = not texts[0]
     groups: list[tuple[str, list[str]]] = []  # a word as it stands before or behind its objects, and these
     for before, box, after, stays in zip(texts[:-1], boxes, texts[1:], kept, strict=True):
-        word = after.partition(", ")[0] if by_name else before.rpartition(", ")[2]
-        if by_name or word.strip():
-            groups.append((word, []))
+        if by_name or before != " " or not groups:
+            groups.append((after.removesuffix(", ") if by_name else before.removeprefix(", "), []))
         if stays:
             groups[-1][1].append(box)
     order = "{1}{0}" if by_name else "{0}{1}"
@@ -122,11 +122,10 @@ def _samples(info: SceneInfo, colors: dict[int, str], dataset: str, orders: int)
         for question, answer in answers.items():
             add(question, answer, chosen)
     for _ in range(orders if len(pointers) > 1 else 0):
-        start, *others = rng.permutation(len(pointers))[:MOST].tolist()
+        start, *others = rng.permutation(len(pointers)).tolist()
         apart_K = np.hypot(*(info.boxes_K7[:, :2] - info.boxes_K7[start, :2]).T)
-        nearest = sorted(others, key=lambda row: apart_K[row])[:NEAREST]
-        for template, rows in ((DISTANCES, others), (BY_DISTANCE, nearest)):
-            question = template.replace("{label}", info.object_labels[start])
+        for template, rows in ((DISTANCES, others), (BY_DISTANCE, sorted(others, key=lambda row: apart_K[row]))):
+            question, rows = template.replace("{label}", info.object_labels[start]), rows[:MOST]
             add(question, ", ".join(f"{pointers[row]} {apart_K[row]:.1f}" for row in rows), rows, start)
     return samples
 

@@ -139,12 +139,27 @@ def test_distances_are_those_on_the_floor_from_the_object_asked_about(root):
         others = [k for k in range(30) if k != start]
         if nearest:
             apart = [abs(x - start) for x, _ in found]
-            assert apart == sorted(abs(k - start) for k in others)[: inventory.NEAREST]
+            assert apart == sorted(abs(k - start) for k in others)
         else:
             assert sorted(x for x, _ in found) == others
         left = inventory.leave_out(sample.answer, [k % 2 == 0 for k in range(len(found))])
         assert find_pointers(left) == find_pointers(sample.answer)[::2]
         assert left.split("</box> ")[1].split(", ")[0] == found[0][1]
+
+
+def test_of_many_objects_the_nearest_are_listed(root):
+    many = {name: info(name, ["box"] * 60) for name in SCENES}
+    samples = load_samples(root, "train", ["inventory"], scenes=many)
+    (first,) = [s for s in samples if s.scene_id == "scene0000_00" and "nearest" in s.question][:1]
+    start = int(first.query_box_7[0])
+    apart = [abs(box[0] - start) for box in find_pointers(first.answer)]
+    assert apart == sorted(abs(k - start) for k in range(60))[1 : inventory.MOST + 1]
+
+
+def test_odd_labels_stay_as_they_are(root):
+    odd = {name: info(name, ["sofa, leather", "", "3d printer"]) for name in SCENES}
+    for sample in listed(root, odd):
+        assert inventory.leave_out(sample.answer, [True] * 3) == sample.answer
 
 
 def test_a_single_object_is_far_from_nothing(root):

@@ -102,7 +102,7 @@ def test_grpo(scale, rooms_root, tmp_path):
 
 # Once, in the third step, the second rank is killed while its reward is computed. (Two processes take turns.)
 DEADLY = """
-import os, signal
+import os, signal, time
 from pathlib import Path
 
 died = Path(__file__).with_name("died")
@@ -111,6 +111,10 @@ calls = []
 def reward(completions, **columns):
     calls.append(1)
     if os.environ.get("RANK") == "1" and len(calls) == 2 and not died.exists():
+        # checkpoints are written beside the loop; what is killed half-way through one goes on from the one before
+        until = time.monotonic() + 20
+        while not died.with_name("pair").joinpath("checkpoints", "step-000002").exists() and time.monotonic() < until:
+            time.sleep(0.05)
         died.touch()
         os.kill(os.getppid(), signal.SIGKILL)
     return [text.count("e") / (1 + len(text)) for text in completions]
