@@ -14,7 +14,7 @@ from ..models.inputs import Row
 from ..models.observation import Observation
 from ..models.scene_vlm import SceneVLM
 from ..utils.streams import stream
-from ..utils.text import find_pointers
+from ..utils.text import find_boxes
 from .ahead import Ahead
 from .data import ObservationCache
 from .runtime import Runtime, batch_positions
@@ -112,10 +112,7 @@ def show_part(
 
 def _boxes_of(sample: Sample, observation: Observation) -> tuple[list[list[float]], list[list[float]]]:
     """What a sample's question points at, and its thought and answer, model frame."""
-    asked, listed = (
-        [box for box in find_pointers(text) if not isinstance(box, int)]
-        for text in (sample.question, f"{sample.think} {sample.answer}")
-    )
+    asked, listed = find_boxes(sample.question), find_boxes(f"{sample.think} {sample.answer}")
     if sample.query_box_7 is not None:
         asked.append(observation.scene.to_model(sample.query_box_7).tolist())
     return asked, listed
@@ -127,9 +124,10 @@ def listing_named(model: SceneVLM, sample: Sample, observation: Observation) -> 
     One of which nothing would be left stays as it is.
     """
     (encoded,) = model.encode([observation])
-    boxes = [box for box in find_pointers(sample.answer) if not isinstance(box, int)]
-    kept = [row is not None for row in encoded.covering(boxes)]
-    return replace(sample, answer=inventory.leave_out(sample.answer, kept)) if any(kept) else sample
+    kept = [row is not None for row in encoded.covering(find_boxes(sample.answer))]
+    if all(kept) or not any(kept):
+        return sample
+    return replace(sample, answer=inventory.leave_out(sample.answer, kept))
 
 
 def name_streams(seed: int, batch_size: int, runtime: Runtime) -> Callable[[int, int], np.random.Generator]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..datasets.prompts import OBJECT_PLACEHOLDER, SYSTEM_PROMPT, build_question
 from ..datasets.scene import Sample
-from ..utils.text import find_pointers, replace_boxes
+from ..utils.text import find_boxes, replace_boxes
 from .connector import Connector
 from .inputs import ModelInputs, Row, RowWriter, assemble
 from .language_model import LanguageModel
@@ -197,7 +197,7 @@ class ScenePrompter(SceneObserver):
         `names` are as in `pointer_to`.
         """
         (encoded,) = self.encode([observation])
-        found = iter(encoded.covering([box for box in find_pointers(text) if not isinstance(box, int)]))
+        found = iter(encoded.covering(find_boxes(text)))
         return replace_boxes(text, lambda box: pointer_to(box, next(found), names))
 
     def embed_rows(

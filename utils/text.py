@@ -89,6 +89,11 @@ def find_pointers(text: str) -> list[int | list[float]]:
     ]
 
 
+def find_boxes(text: str) -> list[list[float]]:
+    """All `<box>…</box>` of a text in order, as 7 floats each; names are passed over."""
+    return [parse_box(match[1]) for match in _BOX.finditer(text)]
+
+
 def resolve_boxes(text: str, proposals: Sequence[Sequence[float]]) -> list[list[float]]:
     """Boxes a text points at, in order and without repeats, in the frame of `proposals` (model frame).
 

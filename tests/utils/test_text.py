@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from threedr1.utils.text import (
+    find_boxes,
     find_pointers,
     format_box,
     format_name,
@@ -14,6 +15,7 @@ from threedr1.utils.text import (
     parse_response,
     replace_boxes,
     resolve_boxes,
+    split_at_boxes,
     strip_pointers,
 )
 
@@ -107,3 +109,13 @@ def test_rewriting_boxes_to_names():
 
 def test_words_without_pointers():
     assert strip_pointers(f"The chair {format_box(CHAIR)} , and the desk <obj4>.") == "The chair, and the desk."
+
+
+def test_boxes_are_the_pointers_that_are_no_names_and_a_text_is_split_at_them():
+    text = f"the chair {format_box(CHAIR)} by <obj3>, <box>1, 2</box> and {format_box(DESK)}{format_box(CHAIR)}"
+    assert find_boxes(text) == [CHAIR, DESK, CHAIR]
+    assert find_boxes(text) == [pointer for pointer in find_pointers(text) if not isinstance(pointer, int)]
+    between, boxes = split_at_boxes(text)
+    assert boxes == [format_box(CHAIR), format_box(DESK), format_box(CHAIR)]
+    assert between == ["the chair ", " by <obj3>, <box>1, 2</box> and ", "", ""]
+    assert split_at_boxes("none") == (["none"], [])
