@@ -45,7 +45,10 @@ def write_targets(
     naming: Callable[[int], np.random.Generator] | None = None,
     shown: "ShownPart | None" = None,
 ) -> list[Taught]:
-    """Rows with the targets that the samples teach. Of an inventory that is, by name, what proposals cover.
+    """Rows with the targets that the samples teach.
+
+    By name, an inventory teaches what proposals cover, and a thought points at nothing else: a box in numbers costs it
+    some forty tokens, of which nothing follows.
 
     Args:
         observations: the samples' scenes, encoded.
@@ -62,10 +65,13 @@ def write_targets(
             observation = show_part(model, sample, observation, shown, rng)
         if pointers == "name" and sample.dataset == inventory.NAME:
             sample = listing_named(model, sample, observation)
-        target = build_target(sample, mode)
         names = None if rng is None else model.draw_names(observation, rng)
         if pointers == "name":
-            target = model.with_names(target, observation, names)
+            think = model.with_names(sample.think, observation, names, only=True)
+            told = replace(sample, think=think or sample.think)
+            target = model.with_names(build_target(told, mode), observation, names)
+        else:
+            target = build_target(sample, mode)
         rows.append(Taught(sample, observation, *model.write_row(sample, observation, mode, target, names)))
     return rows
 

@@ -191,14 +191,21 @@ class ScenePrompter(SceneObserver):
         )
         return row, views
 
-    def with_names(self, text: str, observation: Observation, names: Sequence[int] | None = None) -> str:
+    def with_names(
+        self, text: str, observation: Observation, names: Sequence[int] | None = None, *, only: bool = False
+    ) -> str:
         """Replace each `<box>` (model frame) by the name of the proposal that covers it, where one does.
 
-        `names` are as in `pointer_to`.
+        `names` are as in `pointer_to`; `only` leaves out boxes that have no name.
         """
         (encoded,) = self.encode([observation])
         found = iter(encoded.covering(find_boxes(text)))
-        return replace_boxes(text, lambda box: pointer_to(box, next(found), names))
+
+        def pointer(box: list[float]) -> str:
+            index = next(found)
+            return "" if only and index is None else pointer_to(box, index, names)
+
+        return replace_boxes(text, pointer)
 
     def embed_rows(
         self,

@@ -5,7 +5,8 @@
 #
 #   bash script/proof.sh data                 rooms, prepared scenes, the untrained model
 #   bash script/proof.sh detect               scene encoder
-#   bash script/proof.sh align,blind          what names stand for; and a model that sees nothing of the scene
+#   bash script/proof.sh blind                a model that sees nothing of the scene, at any time after data
+#   bash script/proof.sh align                what names stand for
 #   bash script/proof.sh sft                  the model of the scene, from what align left
 #   bash script/proof.sh grpo                 reinforcement learning from sft, all three rewards
 #   bash script/proof.sh table7               rewards alone and in pairs
@@ -139,7 +140,7 @@ make() {
     case "$1" in
     align) train "$@" align ;;
     sft) train "$@" sft "init=$RUN/align-$2" ;;
-    blind) train "$@" sft.blind ;;
+    blind) train "$@" sft.blind model.encoder.pretrained= ;; # it is shown nothing that an encoder finds
     grpo) reinforce "$@" ;;
     grpo.*)
         mapfile -t given < <(of_rewards "$1")
@@ -160,9 +161,12 @@ make() {
 
 # train NAME SEED RECIPE [KEY=VALUE…]
 train() {
-    local from=()
-    case "$1" in sft) from=("align-$2") ;; esac
-    after "${part}model" "${part}encoder" "${from[@]}"
+    local needed=("${part}model" "${part}encoder")
+    case "$1" in
+    sft) needed+=("align-$2") ;;
+    blind) needed=(model) ;;
+    esac
+    after "${needed[@]}"
     stage "$1-$2" "$RUN/$1-$2" sft --config "$recipes/$3.yaml" --resume \
         --set "run.dir=$RUN/$1-$2" "run.seed=$2" "data.root=$root" "model.language.model=$RUN/${part}model" \
         "model.encoder.pretrained=$RUN/${part}encoder" "${@:4}" "${overrides[@]}"

@@ -19,6 +19,7 @@ _LAYOUT = ["<think>", "</think>", "<answer>", "</answer>"]
 # bounded, and with one way only to match a text: longer runs of digits made the search quadratic
 _NUMBER = r"[-+]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})"
 _BOX = re.compile(rf"<box>\s*({_NUMBER}(?:\s*,\s*{_NUMBER}){{5,6}})\s*</box>")
+_SPACED_BOX = re.compile(rf"( ?){_BOX.pattern}")
 _NAME = re.compile(r"<obj(\d{1,4})>")
 _POINTER = re.compile(rf"{_BOX.pattern}|{_NAME.pattern}")
 _SPACED_STOP = re.compile(r" ([.,;:?!])")
@@ -113,8 +114,16 @@ def resolve_boxes(text: str, proposals: Sequence[Sequence[float]]) -> list[list[
 
 
 def replace_boxes(text: str, replace: Callable[[list[float]], str]) -> str:
-    """Rewrite every `<box>…</box>` of a text, for instance to the name of the proposal that covers it."""
-    return _BOX.sub(lambda match: replace(parse_box(match.group(1))), text)
+    """Rewrite every `<box>…</box>` of a text, for instance to the name of the proposal that covers it.
+
+    One that becomes nothing takes the space before it along.
+    """
+
+    def rewrite(match: re.Match[str]) -> str:
+        written = replace(parse_box(match[2]))
+        return match[1] + written if written else ""
+
+    return _SPACED_BOX.sub(rewrite, text)
 
 
 def split_at_boxes(text: str) -> tuple[list[str], list[str]]:

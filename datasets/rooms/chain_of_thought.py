@@ -1,7 +1,9 @@
 """Scene-30K records: questions with a true chain of thought and an answer that carries the target's box.
 
-A thought has three steps, `First`, `Next`, `Last`; the last one names the target. Boxes are in the model frame (world
-frame minus the floor centre), written by the answer grammar (utils/text.py).
+A thought has three steps, `First`, `Next`, `Last`; the last one names the target. It points at each object that it
+names, right behind the object's own name, so that what it says next (a distance, a colour) is said of a thing that has
+been found. Boxes are in the model frame (world frame minus the floor centre), written by the answer grammar
+(utils/text.py).
 """
 
 from collections.abc import Sequence
@@ -11,11 +13,12 @@ from ...utils.text import format_box, format_response
 from .descriptions import Description
 from .questions import Question
 from .relations import RoomFacts
+from .words import POINTING, pointing
 
 
-def render_thought(steps: Sequence[str]) -> str:
-    """The three steps as sentences with their cues."""
-    first, following, last = steps
+def render_thought(facts: RoomFacts, steps: Sequence[str]) -> str:
+    """The three steps as sentences with their cues, marks as boxes."""
+    first, following, last = (POINTING.sub(lambda mark: model_box(facts, int(mark[1])), step) for step in steps)
     return f"First, {first}. Next, {following}. Last, {last}."
 
 
@@ -33,11 +36,13 @@ def grounding_record(facts: RoomFacts, chosen: Description, question: str) -> di
     """
     color, label = facts.color(chosen.target), facts.label(chosen.target)
     words = f"The {color} {label}"
-    last = f"this {color} {label} is the target"
+    thought = render_thought(
+        facts, (*chosen.steps, f"{pointing(f'this {color} {label}', chosen.target)} is the target")
+    )
     return {
         "scene_id": facts.room.scene_id,
         "question": question,
-        "cot": format_response(render_thought((*chosen.steps, last)), f"{words} {model_box(facts, chosen.target)}."),
+        "cot": format_response(thought, f"{words} {model_box(facts, chosen.target)}."),
         "task": "grounding",
         "object_ids": [chosen.target],
         "gold_answer": f"{words}.",
@@ -59,7 +64,7 @@ def question_record(facts: RoomFacts, question: Question) -> dict[str, Any]:
     return {
         "scene_id": facts.room.scene_id,
         "question": f"{question.situation} {question.question}".strip(),
-        "cot": format_response(render_thought(question.steps), f"{stem}{box}{stop}"),
+        "cot": format_response(render_thought(facts, question.steps), f"{stem}{box}{stop}"),
         "task": question.task,
         "object_ids": list(question.targets),
         "gold_answer": answer,

@@ -4,7 +4,6 @@
 the target's label (`RoomFacts.rivals`); an adjective narrows them, a relation picks one of those that remain.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +31,7 @@ from .words import (
     metres,
     number_word,
     ordinal_word,
+    pointing,
     with_article,
 )
 
@@ -40,7 +40,8 @@ FROM_MIDDLE = "as seen from the middle of the room"
 
 @dataclass(frozen=True)
 class Description:
-    """One way to name exactly one object. `wordings` say the same; `steps` are First and Next of the reasoning."""
+    """One way to name exactly one object. `wordings` say the same; `steps` are First and Next of the reasoning, with
+    marks behind the objects that they name (`words.pointing`)."""
 
     target: int
     label: str
@@ -55,8 +56,8 @@ class Description:
 
     @property
     def this(self) -> str:
-        """What the reasoning calls the target once it is found: "this chair"."""
-        return f"this {self.label}"
+        """What the reasoning calls the target once it is found: "this chair", with its mark."""
+        return pointing(f"this {self.label}", self.target)
 
     @property
     def phrase(self) -> str:
@@ -86,11 +87,14 @@ def candidate_step(facts: RoomFacts, target: int) -> str:
     rivals = facts.rivals(target)
     noun = facts.family_noun(target)
     if len(rivals) == 1:
-        return f"the room has only one {noun}, {with_article(facts.color(target))} one"
+        return f"the room has only one {pointing(noun, target)}, {with_article(facts.color(target))} one"
     if not facts.is_one_kind(target):
-        labels = Counter(facts.label(i) for i in rivals)
-        return f"the room has {joined([counted(labels[label], label) for label in sorted(labels)])}"
-    return f"the room has {counted(len(rivals), noun)}, {colour_census([facts.color(i) for i in rivals])}"
+        kinds: dict[str, list[int]] = {}
+        for i in sorted(rivals, key=facts.label):
+            kinds.setdefault(facts.label(i), []).append(i)
+        return f"the room has {joined([pointing(counted(len(its), label), *its) for label, its in kinds.items()])}"
+    everyone = pointing(counted(len(rivals), noun), *rivals)
+    return f"the room has {everyone}, {colour_census([facts.color(i) for i in rivals])}"
 
 
 def describe(facts: RoomFacts, target: int) -> list[Description]:
@@ -202,26 +206,29 @@ def _supports(facts: RoomFacts, pool: _Pool) -> Iterator[Description]:
         thing = with_article(label)
         wordings = (f"the {pool.head} with {thing} on it", f"the {pool.head} that has {thing} on it")
         carried = next(i for i in facts.supported[pool.target] if facts.label(i) == label)
-        reason = f"looking at what stands on them, {thing} is on one and on none of the others"
+        reason = f"looking at what stands on them, {pointing(thing, carried)} is on one and on none of the others"
         yield _make(facts, pool, "carries", wordings, reason, anchors=(carried,))
 
 
 def _near(facts: RoomFacts, pool: _Pool, anchor: int) -> Iterator[Description]:
     """Closest to, farthest from, next to an anchor."""
-    name = facts.anchors[anchor]
-    distances = sorted(facts.planar[i][anchor] for i in pool.members)
-    shown = joined([metres(value) for value in distances[:4]]) + (" or more" if len(distances) > 4 else "")
+    name, pointed = facts.anchors[anchor], facts.pointed(anchor)
+    away = {i: facts.planar[i][anchor] for i in sorted(pool.members, key=lambda i: facts.planar[i][anchor])}
+    listed = [f"{pointing(f'the {facts.label(i)}', i)} {metres(value)}" for i, value in away.items()]
     if is_closest(facts, pool.target, pool.rest, anchor):
         wordings = (f"the {pool.head} closest to {name}", f"the {pool.head} nearest to {name}")
-        reason = f"their distances to {name} are {shown} meters"
+        shown = joined([*listed[:4], *(["the others more"] if len(listed) > 4 else [])])
+        reason = f"in meters from {pointed}, from the nearest on, {shown}"
         yield _make(facts, pool, "closest", wordings, reason, anchors=(anchor,))
     if is_farthest(facts, pool.target, pool.rest, anchor):
         wordings = (f"the {pool.head} farthest from {name}", f"the {pool.head} that is farthest away from {name}")
-        reason = f"the farthest is {metres(distances[-1])} meters from {name}, the others at most {distances[-2]:.1f}"
+        shown = joined([*listed[:-5:-1], *(["the others less"] if len(listed) > 4 else [])])
+        reason = f"in meters from {pointed}, from the farthest on, {shown}"
         yield _make(facts, pool, "farthest", wordings, reason, anchors=(anchor,))
     if is_beside(facts, pool.target, pool.rest, anchor):
         wordings = (f"the {pool.head} next to {name}", f"the {pool.head} beside {name}")
-        reason = f"one is right beside {name}, the others are {metres(distances[1])} meters or more away from it"
+        others = metres([*away.values()][1])
+        reason = f"one is right beside {pointed}, the others are {others} meters or more away from it"
         yield _make(facts, pool, "next to", wordings, reason, anchors=(anchor,))
 
 
@@ -233,7 +240,7 @@ def _sides(facts: RoomFacts, pool: _Pool, anchor: int) -> Iterator[Description]:
                 f"the {pool.head} {word} of {name} {FROM_MIDDLE}",
                 f"the {pool.head} to the {word} of {name} {FROM_MIDDLE}",
             )
-            reason = f"facing {name} from the middle of the room, just one of them is on its {word} side"
+            reason = f"facing {facts.pointed(anchor)} from the middle of the room, just one is on its {word} side"
             yield _make(facts, pool, f"{word} of", wordings, reason, anchors=(anchor,))
 
 
@@ -241,18 +248,18 @@ def _vertical(facts: RoomFacts, pool: _Pool, anchor: int) -> Iterator[Descriptio
     name = facts.anchors[anchor]
     if is_on(facts, pool.target, pool.rest, anchor):
         wordings = (f"the {pool.head} on {name}", f"the {pool.head} that is on {name}")
-        reason = f"looking at {name}, one of them is on it and the others are elsewhere"
+        reason = f"looking at {facts.pointed(anchor)}, one of them is on it and the others are elsewhere"
         yield _make(facts, pool, "on", wordings, reason, anchors=(anchor,))
     if is_above(facts, pool.target, pool.rest, anchor):
         wordings = (f"the {pool.head} above {name}", f"the {pool.head} that hangs above {name}")
-        reason = f"looking up from {name}, one of them is above it and the others are elsewhere"
+        reason = f"looking up from {facts.pointed(anchor)}, one of them is above it and the others are elsewhere"
         yield _make(facts, pool, "above", wordings, reason, anchors=(anchor,))
 
 
 def _between(facts: RoomFacts, pool: _Pool, start: int, end: int) -> Description:
     names = f"{facts.anchors[start]} and {facts.anchors[end]}"
     wordings = (f"the {pool.head} between {names}", f"the {pool.head} in between {names}")
-    reason = f"on the line from {facts.anchors[start]} to {facts.anchors[end]} there is just one of them"
+    reason = f"on the line from {facts.pointed(start)} to {facts.pointed(end)} there is just one of them"
     return _make(facts, pool, "between", wordings, reason, anchors=(start, end))
 
 
@@ -272,6 +279,6 @@ def _ordinal(facts: RoomFacts, pool: _Pool, anchor: int) -> Iterator[Description
     else:
         word, place = ("left", rank) if rank <= from_right else ("right", from_right)
         wordings = (f"the {ordinal_word(place)} {pool.head} from the {word} {view}",)
-    colors = joined([facts.color(i) for i in order])
-    reason = f"facing {name} from the middle of the room, they stand from left to right: {colors}"
+    shown = joined([pointing(f"{facts.color(i)} {facts.label(i)}", i) for i in order])
+    reason = f"facing {facts.pointed(anchor)} from the middle of the room, they stand from left to right: {shown}"
     yield _make(facts, pool, "ordinal", wordings, reason, anchors=(anchor,))

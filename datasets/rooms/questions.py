@@ -22,6 +22,7 @@ from .words import (
     metres,
     number_word,
     plural,
+    pointing,
 )
 
 
@@ -36,7 +37,9 @@ class Pose:
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its accepted answers (the first is the one to learn) and First, Next, Last of the thought."""
+    """One question with its accepted answers (the first is the one to learn) and First, Next, Last of the thought.
+
+    The thought has marks behind the objects that it names (`words.pointing`)."""
 
     scene_id: str
     task: str  # qa, situated_qa, dialogue, planning
@@ -177,10 +180,12 @@ def support_questions(facts: RoomFacts, rng: np.random.Generator, known: Describ
             continue
         upper = facts.supported[lower][0]
         answers = (facts.label(upper), f"{facts.color(upper)} {facts.label(upper)}")
+        found, height = pointing(facts.label(upper), upper), metres(facts.bottom(upper) - facts.origin_3[2])
         steps = (
-            f"I look for {name}, it is {metres(facts.from_middle(lower))} meters from the middle of the room",
-            f"one thing stands on it at a height of {metres(facts.bottom(upper) - facts.origin_3[2])} meters",
-            f"{name} carries the {facts.color(upper)} {facts.label(upper)}",
+            f"I look for {facts.pointed(lower)}, it is {metres(facts.from_middle(lower))} meters from the middle of"
+            " the room",
+            f"the {found} stands on it, alone, at a height of {height} meters",
+            f"{facts.pointed(lower)} carries the {facts.color(upper)} {found}",
         )
         asked.append(_ask(facts, "on", f"What is on {name}?", answers, (upper,), steps))
     for upper, options in known.items():
@@ -189,7 +194,7 @@ def support_questions(facts: RoomFacts, rng: np.random.Generator, known: Describ
         if lower is None or chosen is None or not facts.stands_on(upper, lower):
             continue
         answers = (facts.label(lower), f"{facts.color(lower)} {facts.label(lower)}")
-        steps = (*chosen.steps, f"{chosen.this} stands on the {facts.label(lower)}")
+        steps = (*chosen.steps, f"{chosen.this} stands on the {pointing(facts.label(lower), lower)}")
         asked.append(_ask(facts, "stands on", f"What is {chosen.phrase} standing on?", answers, (upper,), steps))
     return asked
 
@@ -201,7 +206,7 @@ def count_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer
             continue
         count, colors = len(members), [facts.color(i) for i in members]
         steps = (
-            f"I look for every {noun} in the room, on the floor, on furniture and on the walls",
+            f"I look for every {pointing(noun, *members)} in the room",
             f"by color I find {colour_census(colors)}",
             f"that makes {counted(count, noun)} in all",
         )
@@ -212,9 +217,9 @@ def count_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer
             if count < 3 or not facts.hidden(*alike):
                 continue
             steps = (
-                f"the room has {counted(count, noun)}",
+                f"the room has {pointing(counted(count, noun), *members)}",
                 f"by color they are {colour_census(colors)}",
-                f"so {counted(len(alike), f'{color} {noun}')} can be counted",
+                f"so {pointing(counted(len(alike), f'{color} {noun}'), *alike)} can be counted",
             )
             question = f"How many {color} {plural(noun)} are there?"
             answers = (number_word(len(alike)), str(len(alike)))
@@ -237,10 +242,10 @@ def closer_questions(facts: RoomFacts, rng: np.random.Generator, known: Describe
             options = f"{facts.anchors[first]} or {facts.anchors[second]}"
             distances = [metres(facts.planar[i][anchor]) for i in (first, second)]
             steps = (
-                f"I look for {joined([facts.anchors[i] for i in (anchor, first, second)])}",
-                f"{facts.anchors[first]} is {distances[0]} and {facts.anchors[second]} {distances[1]} meters away"
-                f" from {facts.anchors[anchor]}",
-                f"the closer one is {facts.anchors[near]}",
+                f"I look for {joined([facts.pointed(i) for i in (anchor, first, second)])}",
+                f"{facts.pointed(first)} is {distances[0]} and {facts.pointed(second)} {distances[1]} meters away"
+                f" from {facts.pointed(anchor)}",
+                f"the closer one is {facts.pointed(near)}",
             )
             question = f"Which is closer to {facts.anchors[anchor]}, {options}?"
             asked.append(_ask(facts, "closer", question, _short(facts, near), (near,), steps))
@@ -249,10 +254,11 @@ def closer_questions(facts: RoomFacts, rng: np.random.Generator, known: Describe
             if target == anchor or not facts.hidden(target) or not is_closest(facts, target, rest, anchor):
                 continue
             reach = metres(min(facts.planar[i][anchor] for i in rest)) if rest else "more"
+            found, away = pointing(facts.label(target), target), metres(facts.planar[target][anchor])
             steps = (
-                f"I look for {facts.anchors[anchor]} and for what stands on the floor around it",
-                f"one thing is {metres(facts.planar[target][anchor])} meters away, all the others {reach} or more",
-                f"the closest one is the {facts.color(target)} {facts.label(target)}",
+                f"I look for {facts.pointed(anchor)} and for what stands on the floor around it",
+                f"the {found} is {away} meters away, all the others {reach} or more",
+                f"the closest one is the {facts.color(target)} {found}",
             )
             question = f"What on the floor is closest to {facts.anchors[anchor]}?"
             answers = (facts.label(target), f"{facts.color(target)} {facts.label(target)}")
@@ -277,10 +283,14 @@ def between_questions(facts: RoomFacts, rng: np.random.Generator, known: Describ
                 if not facts.hidden(target) or not is_between(facts, target, rest, start, end):
                     continue
                 pair = f"{facts.anchors[start]} and {facts.anchors[end]}"
+                both, found = (
+                    f"{facts.pointed(start)} and {facts.pointed(end)}",
+                    pointing(facts.label(target), target),
+                )
                 steps = (
-                    f"I look for {pair}, they are {metres(facts.planar[start][end])} meters apart",
-                    "of all things on the floor just one is near the line between them",
-                    f"between them is the {facts.color(target)} {facts.label(target)}",
+                    f"I look for {both}, they are {metres(facts.planar[start][end])} meters apart",
+                    f"of all things on the floor just the {found} is near the line between them",
+                    f"between them is the {facts.color(target)} {found}",
                 )
                 answers = (facts.label(target), f"{facts.color(target)} {facts.label(target)}")
                 question = f"What on the floor is between {pair}?"
@@ -302,8 +312,8 @@ def compare_questions(facts: RoomFacts, rng: np.random.Generator, known: Describ
             counts = len(groups[first]), len(groups[second])
             answer = "more" if counts[0] > counts[1] else "fewer" if counts[0] < counts[1] else "the same"
             steps = (
-                f"I count {counted(counts[0], first)}",
-                f"I count {counted(counts[1], second)}",
+                f"I count {pointing(counted(counts[0], first), *groups[first])}",
+                f"I count {pointing(counted(counts[1], second), *groups[second])}",
                 f"comparing {counts[0]} with {counts[1]}, the number of {plural(first)} is {_COMPARED[answer]}",
             )
             question = f"Are there more {plural(first)} than {plural(second)}, fewer, or the same number?"
@@ -318,9 +328,9 @@ def compare_questions(facts: RoomFacts, rng: np.random.Generator, known: Describ
         if heights[tall] < 1.15 * heights[next_one] or not facts.hidden(tall):
             continue
         steps = (
-            f"I look for {joined([facts.anchors[i] for i in three])}",
-            f"their heights are {joined([metres(heights[i]) for i in three])} meters",
-            f"the tallest one is {facts.anchors[tall]}",
+            f"I look for {joined([facts.pointed(i) for i in three])}",
+            f"{joined([f'{facts.pointed(i)} is {metres(heights[i])}' for i in three])} meters high",
+            f"the tallest one is {facts.pointed(tall)}",
         )
         question = f"Which is the tallest, {joined([facts.anchors[i] for i in three], 'or')}?"
         asked.append(_ask(facts, "tallest", question, _short(facts, tall), (tall,), steps))

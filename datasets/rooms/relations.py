@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ...utils.labels import DETECTION_CLASSES, OTHERS
 from ..scene import floor_centre
 from .room import Room, RoomObject
-from .words import colour_fits, colours_overlap
+from .words import colour_fits, colours_overlap, pointing
 
 # A target is usable where at most this share of the candidate views shows it.
 MAX_VISIBLE_SHARE = 0.30
@@ -118,6 +118,10 @@ class RoomFacts:
         if not any(colours_overlap(self.color(object_id), self.color(i)) for i in others):
             return f"the {self.color(object_id)} {self.label(object_id)}"
         return ""
+
+    def pointed(self, object_id: int) -> str:
+        """An anchor's phrase with the mark of its object, as thoughts name it."""
+        return pointing(self.anchors[object_id], object_id)
 
     def hidden(self, *object_ids: int) -> bool:
         """Whether some candidate view shows each object, but at most MAX_VISIBLE_SHARE of them can show all."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from .questions import Pose, Question, named_groups
 from .relations import RoomFacts, bearing
-from .words import colour_answers, counted, joined, metres, number_word, plural, with_article
+from .words import colour_answers, counted, joined, metres, number_word, plural, pointing, with_article
 
 DIRECTIONS = ("front", "left", "right", "behind")
 _CENTRES = {"front": 0.0, "left": 90.0, "right": -90.0, "behind": 180.0}
@@ -108,7 +108,7 @@ def _ask(
     targets: Sequence[int],
     reason: tuple[str, str],
 ) -> Question:
-    faced = situation.facts.anchors[situation.faced]
+    faced = situation.facts.pointed(situation.faced)
     return Question(
         scene_id=situation.facts.room.scene_id,
         task="situated_qa",
@@ -139,7 +139,8 @@ def direction_questions(situation: Situation) -> list[Question]:
         direction = situation.direction_of(target)
         if direction is None or target in situation.mentioned or not facts.hidden(target):
             continue
-        reason = (f"{name} is {_turned(situation, target)}", f"so {name} is {_PLACE[direction]}")
+        pointed = facts.pointed(target)
+        reason = (f"{pointed} is {_turned(situation, target)}", f"so {pointed} is {_PLACE[direction]}")
         forms = (
             ("is side", f"Is {name} in front of me, on my left, on my right or behind me?", direction),
             ("which way", f"Which direction should I go to reach {name}?", _MOVE[direction]),
@@ -167,10 +168,11 @@ def what_questions(situation: Situation) -> list[Question]:
         if not facts.hidden(target):
             continue
         label, color = facts.label(target), facts.color(target)
+        found = pointing(label, target)
         further = "nothing else stands there" if alone else f"the next one is {metres(situation.distances[near[1]])}"
         reason = (
-            f"{place} the nearest thing is {metres(situation.distances[target])} meters away and {further}",
-            f"the nearest thing {place} is the {color} {label}",
+            f"{place} the {found} is {metres(situation.distances[target])} meters away and {further}",
+            f"the nearest thing {place} is the {color} {found}",
         )
         question = f"What is the nearest thing standing on the floor {place}?"
         asked.append(_ask(situation, "what", question, (label, f"{color} {label}"), (target,), reason))
@@ -192,8 +194,8 @@ def count_questions(situation: Situation) -> list[Question]:
                 continue
             place = _PLACE[direction]
             reason = (
-                f"the room has {counted(len(members), noun)}, I look at the direction of each of them",
-                f"{counted(len(there), noun)} can be found {place}",
+                f"the room has {pointing(counted(len(members), noun), *members)}, I look at the direction of each",
+                f"{pointing(counted(len(there), noun), *there)} can be found {place}",
             )
             question = f"How many {plural(noun)} are {place}?"
             answers = (number_word(len(there)), str(len(there)))
@@ -206,7 +208,8 @@ def count_questions(situation: Situation) -> list[Question]:
         if answer != "same":
             said = f"there are more {plural(noun)} on my {answer}"
         reason = (
-            f"there are {number_word(len(left))} on my left and {number_word(len(right))} on my right",
+            f"looking at every {pointing(noun, *members)}, there are {number_word(len(left))} on my left and"
+            f" {number_word(len(right))} on my right",
             f"so {said}",
         )
         question = f"Are there more {plural(noun)} on my left, on my right, or the same number on both sides?"
@@ -234,9 +237,8 @@ def closest_questions(situation: Situation, rng: np.random.Generator) -> list[Qu
         if situation.distances[second] < situation.distances[near] + 0.4 or not facts.hidden(near):
             continue
         reason = (
-            f"{joined([facts.anchors[i] for i in three])} are "
-            f"{joined([metres(situation.distances[i]) for i in three])} meters away",
-            f"the closest one to me is {facts.anchors[near]}",
+            f"{joined([f'{facts.pointed(i)} is {metres(situation.distances[i])}' for i in three])} meters away",
+            f"the closest one to me is {facts.pointed(near)}",
         )
         question = f"Which is closest to me, {joined([facts.anchors[i] for i in three], 'or')}?"
         answers = (facts.label(near), facts.anchors[near].removeprefix("the "))

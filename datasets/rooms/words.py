@@ -12,6 +12,9 @@ _NUMBERS = (
 # fmt: on
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
+# A mark of an object in a thought, which becomes its box where the thought is written down.
+POINTING = re.compile(r"<#(\d+)>")
+
 # Adjective of a material to the noun that answers "What is it made of?"
 _MATERIAL_NOUNS = {"wooden": "wood", "metallic": "metal"}
 
@@ -87,6 +90,11 @@ def colour_census(colors: Sequence[str]) -> str:
         return f"{'both' if len(colors) == 2 else 'all'} {colors[0]}"
     counts = sorted(Counter(colors).items(), key=lambda item: (-item[1], item[0]))
     return joined([f"{number_word(count)} {color}" for color, count in counts])
+
+
+def pointing(words: str, *object_ids: int) -> str:
+    """Words with the marks of the objects that they name, such as "the bed <#3>"; `POINTING` finds a mark."""
+    return " ".join([words, *(f"<#{object_id}>" for object_id in object_ids)])
 
 
 def sentence(text: str) -> str:

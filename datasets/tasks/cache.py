@@ -1,11 +1,12 @@
 """Samples read once and kept: `prepared/annotations/<dataset>-<split>.npz`, an index of a data set's annotations.
 
-What is kept depends on every file that the reader reads (size and time), on the scenes' index (its content) and on
-READER_VERSION; where one of them differs, the annotations are read anew. Text is JSON, numbers are plain arrays.
+What is kept depends on every file that the reader reads (size and time), on the scenes' index (its content) and on the
+readers' own code; where one of them differs, the annotations are read anew. Text is JSON, numbers are plain arrays.
 
 Shapes: S samples, M boxes of all samples, Q samples with a query box, P samples with a pose.
 """
 
+import functools
 import hashlib
 import io
 import logging
@@ -23,7 +24,6 @@ from ..scene_store import SceneStore, as_index
 from .common import Benchmark, Index, Scenes
 from .problems import Problem, Report
 
-READER_VERSION = 2  # raise it when a reader gives other samples for the same files
 FOLDER = "annotations"
 _COLUMNS = (
     "sample_id",
@@ -79,7 +79,18 @@ def _key(benchmark: Benchmark, root: Path, split: str, index: Index) -> dict[str
             stamps[name] = [status.st_size, status.st_mtime_ns]
         except FileNotFoundError:
             stamps[name] = None
-    return {"version": READER_VERSION, "root": str(root.resolve()), "inputs": stamps, "scenes": _digest(index)}
+    return {"code": code_hash(), "root": str(root.resolve()), "inputs": stamps, "scenes": _digest(index)}
+
+
+@functools.cache
+def code_hash() -> str:
+    """Hash of the source of all readers, and of the text and labels that they build on: other code, other samples."""
+    package = Path(__file__).resolve().parents[2]
+    files = [*(package / "datasets").rglob("*.py"), package / "utils" / "text.py", package / "utils" / "labels.py"]
+    content = hashlib.sha256()
+    for path in sorted(files):
+        content.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return content.hexdigest()
 
 
 def _digest(index: Index) -> str:

@@ -23,8 +23,8 @@ from threedr1.datasets.rooms.relations import RoomFacts
 from threedr1.datasets.rooms.room import Room, RoomObject
 from threedr1.datasets.rooms.words import counted, plural, tokenize, with_article
 from threedr1.datasets.tasks.sqa3d import facing, to_world_pose
-from threedr1.utils.labels import NYU40_TO_CLASS, OTHERS
-from threedr1.utils.text import format_box, parse_response, strip_pointers
+from threedr1.utils.labels import DETECTION_CLASSES, NYU40_TO_CLASS, OTHERS
+from threedr1.utils.text import find_boxes, format_box, parse_response, split_at_boxes, strip_pointers
 
 from .room_answers import agent_pose, angle_to, answer_scanqa, answer_sqa3d, candidates, counted_ids, place_of
 from .room_reader import (
@@ -554,7 +554,7 @@ def test_a_grounding_answer_points_right_behind_the_name_of_its_object(rooms, sc
 def test_thoughts_are_short_in_three_steps_and_name_the_target(rooms, scene30k):
     lengths = []
     for row in scene30k:
-        think = parse_response(row["cot"]).think
+        think = strip_pointers(parse_response(row["cot"]).think)
         match = re.fullmatch(r"First, (.+)\. Next, (.+)\. Last, (.+)\.", think)
         assert match, think
         lengths.append(len(think.split()))
@@ -569,20 +569,70 @@ def test_thoughts_are_short_in_three_steps_and_name_the_target(rooms, scene30k):
 def test_counts_and_distances_in_thoughts_are_true(rooms, scene30k):
     numbers = distances = 0
     for row in scene30k:
-        room, think = rooms[row["scene_id"]], parse_response(row["cot"]).think
+        room, think = rooms[row["scene_id"]], strip_pointers(parse_response(row["cot"]).think)
         match = re.match(r"First, the room has (\w+) ([a-z ]+?), ((?:\w+ )?\w+ [^.]*)\. Next", think)
         if match and match[1] in NUMBERS and NUMBERS[match[1]] > 1:
             assert len(counted_ids(room, match[2])) == NUMBERS[match[1]], think
             numbers += 1
-        match = re.search(r"their distances to (the [a-z ]+?) are ([0-9., and]+) meters", think)
+        match = re.search(
+            r"in meters from (the [a-z ]+?), from the (nearest|farthest) on, ([^.]+(?:\.\d[^.]*)+)\.", think
+        )
         if match:
             anchor = one(room, match[1]).box_7
             ids = candidates(room, think)
-            truth = sorted(ground_distance(room.by_id(i).box_7, anchor) for i in ids)
-            said = [float(value) for value in re.findall(r"\d+\.\d", match[2])]
-            assert np.allclose(said, truth, atol=0.051), think
+            truth = sorted((ground_distance(room.by_id(i).box_7, anchor) for i in ids), reverse=match[2] == "farthest")
+            said = [float(value) for value in re.findall(r"\d+\.\d", match[3])]
+            assert len(said) == min(len(truth), 4) and np.allclose(said, truth[:4], atol=0.051), think
+            assert ("the others" in match[3]) == (len(truth) > 4)
             distances += 1
     assert numbers > 50 and distances > 3
+
+
+def test_thoughts_point_right_behind_the_names_of_their_objects(rooms, scene30k):
+    """Such as "two chairs <box> <box>": between an object's name and its box are boxes of others alone."""
+    pointing = Counter()
+    for row in scene30k:
+        room, think = rooms[row["scene_id"]], parse_response(row["cot"]).think
+        model_boxes = {}
+        for thing in room.objects:
+            box = thing.box_7.astype(float).copy()
+            box[:3] -= np.asarray(room.floor_centre_3, dtype=float)
+            model_boxes[format_box(box.tolist())] = thing
+        texts, boxes = split_at_boxes(think)
+        before = ""
+        for text, written in zip(texts[:-1], boxes, strict=True):
+            before = text if text.strip() else before
+            thing = model_boxes[written]
+            # a chair may be counted among "chairs" with armchairs: the last word of its class or label
+            nouns = {thing.label, thing.label.split()[-1], DETECTION_CLASSES[thing.class_id].split()[-1]}
+            assert before.endswith(tuple(f"{form} " for noun in nouns for form in (noun, plural(noun)))), think
+            pointing[row["task"]] += 1
+        if row["task"] in ("grounding", "qa", "situated_qa"):
+            assert boxes, think
+        if row["task"] == "grounding":
+            assert model_boxes[boxes[-1]].object_id == row["object_ids"][0]
+    assert min(pointing[task] for task in ("grounding", "qa", "situated_qa")) > 50
+
+
+def test_numbers_behind_a_pointer_are_true_of_what_it_points_at(rooms, scene30k):
+    """Heights of the tallest of three, distances of the closer one: read by the boxes, not by the names."""
+    heights = distances = 0
+    for row in scene30k:
+        think = parse_response(row["cot"]).think
+        if row["question_type"] == "tallest":
+            step = think.partition("Next, ")[2].partition(" meters high")[0]
+            texts, boxes = split_at_boxes(step)
+            said = [float(re.match(r" is (\d\.\d)", text)[1]) for text in texts[1:]]
+            assert np.allclose(said, [box[5] for box in find_boxes(step)], atol=0.056), think
+            heights += 1
+        if row["question_type"] == "closer":
+            step = think.partition("Next, ")[2].partition(". Last")[0]
+            first, second, anchor = np.array(find_boxes(step))
+            said = [float(value) for value in re.findall(r"</box> (?:is )?(\d+\.\d)", step)]
+            truth = [np.hypot(*(box[:2] - anchor[:2])) for box in (first, second)]
+            assert np.allclose(said, truth, atol=0.056), think
+            distances += 1
+    assert heights > 3 and distances > 5
 
 
 def test_scene_captions_belong_to_train_rooms(splits, written):

@@ -52,6 +52,25 @@ def test_prompt_target_and_question_use_the_same_names(model, observation):
     assert target == f"It is <obj{names[1]}>."
 
 
+def test_a_thought_points_by_name_alone_and_an_answer_in_numbers_too(model, observation):
+    found, nowhere = (
+        format_box(observation.encoded.named[1].tolist()),
+        "<box>90.00, 0.00, 0.00, 1.00, 1.00, 1.00</box>",
+    )
+    sample = Sample(
+        "t-0", "qa", "own", "scene0000_00", "?", f"it {found} or {nowhere}.", think=f"A desk {found}, a bed {nowhere}."
+    )
+    (named,), (numbers,) = (
+        write_targets(model, [sample], [observation], pointers=pointers, naming=stream) for pointers in ("name", "box")
+    )
+    name = f"<obj{named.row.names[1]}>"
+    text = model.language.decode(named.row.token_ids)
+    assert f"<think>A desk {name}, a bed.</think><answer>it {name} or {nowhere}.</answer>" in text
+    said = model.language.decode(numbers.row.token_ids)
+    assert f"<think>{sample.think}</think><answer>{sample.answer}</answer>" in said
+    assert named.sample is sample
+
+
 @torch.no_grad()
 def test_a_token_carries_its_own_name_and_is_the_same_thing(model, observation):
     encoded = observation.encoded

@@ -107,6 +107,13 @@ def test_rewriting_boxes_to_names():
     assert replace_boxes(text, lambda box: format_name([CHAIR, DESK].index(box))) == "It is <obj0> or <obj1>."
 
 
+def test_a_box_that_becomes_nothing_leaves_no_space():
+    text = f"The chair {format_box(CHAIR)}, {format_box(DESK)} and the desk {format_box(DESK)}."
+    kept = replace_boxes(text, lambda box: "" if box == DESK else "<obj0>")
+    assert kept == "The chair <obj0>, and the desk."
+    assert replace_boxes("a  <box>1, 2</box>, b", lambda box: "") == "a  <box>1, 2</box>, b"
+
+
 def test_words_without_pointers():
     assert strip_pointers(f"The chair {format_box(CHAIR)} , and the desk <obj4>.") == "The chair, and the desk."
 
