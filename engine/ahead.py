@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from threading import Lock
 from typing import Generic, TypeVar
 
 import torch
+from torch._dynamo.callback import callback_handler
 
 from .runtime import beside, wait_for_beside
 
@@ -16,6 +19,9 @@ class Ahead(Generic[T]):
 
     A context manager that stops the thread. What was given out last must be kept until its step is done: the GPU reads
     it, and what is freed is used again at once.
+
+    While torch compiles, the thread pauses: to trace, torch.fx takes over the call of every module of the process, and
+    one that another thread calls meanwhile is "not installed as a submodule".
 
     Args:
         make: what a step needs; it may depend on nothing that a step moves.
@@ -29,10 +35,17 @@ class Ahead(Generic[T]):
         self.num_steps = num_steps
         self._thread = ThreadPoolExecutor(1) if on else None
         self._coming: tuple[int, Future[T]] | None = None
+        self._calling_modules = Lock()  # held by the thread while it makes something, or by a compilation
 
     def _beside(self, step: int) -> T:
-        with beside(self.device):
+        with self._calling_modules, beside(self.device):
             return self.make(step)
+
+    def _before_compiling(self, *_: object) -> None:
+        self._calling_modules.acquire()
+
+    def _after_compiling(self, *_: object) -> None:
+        self._calling_modules.release()
 
     def __getitem__(self, step: int) -> T:
         """What a step needs; steps are asked for in order."""
@@ -55,8 +68,14 @@ class Ahead(Generic[T]):
             wait_for_beside(self.device)
 
     def __enter__(self) -> "Ahead[T]":
+        if self._thread is not None:
+            callback_handler.register_start_callback(self._before_compiling)
+            callback_handler.register_end_callback(self._after_compiling)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
+            with suppress(ValueError):  # torch._dynamo.reset() has taken them away
+                callback_handler.remove_start_callback(self._before_compiling)
+                callback_handler.remove_end_callback(self._after_compiling)

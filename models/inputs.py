@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -245,28 +246,34 @@ def _lay_out(
     rows: Sequence[Row], starts: Sequence[tuple[int, int]], shape: tuple[int, int], pad_id: int, merge_size: int
 ) -> Layout:
     """Each row's tokens at (row, column) of a batch of padding."""
-    layout = Layout(
-        token_ids_BL=torch.full(shape, pad_id),
-        kinds_BL=torch.full(shape, TEXT),
-        labels_BL=torch.full(shape, IGNORE),
-        attention_mask_BL=torch.zeros(shape, dtype=torch.long),
-        position_ids_4BL=torch.zeros(4, *shape, dtype=torch.long),
-    )
-    # all rows' lists become one tensor each, and a few hundred small ones are saved
-    lengths = [len(row.token_ids) for row in rows]
-    columns = [
-        torch.tensor(list(chain.from_iterable(its))).split(lengths)
+    # all rows at once, T tokens
+    lengths = torch.tensor([len(row.token_ids) for row in rows])
+    ends = lengths.cumsum(0)
+    within_T = torch.arange(int(ends[-1])) - (ends - lengths).repeat_interleave(lengths)
+    firsts = torch.tensor([index * shape[1] + start for index, start in starts])
+    where_T = firsts.repeat_interleave(lengths) + within_T
+    positions_4T = within_T.repeat(4, 1)
+    for row, end, length in zip(rows, ends.tolist(), lengths.tolist(), strict=True):
+        if row.grids or IMAGE in row.kinds:
+            positions_4T[1:, end - length : end] = mrope_positions(row.kinds, row.grids, merge_size)
+
+    def placed(values_T: Tensor, filling: int) -> Tensor:
+        cells = torch.full((shape[0] * shape[1],), filling)
+        cells[where_T] = values_T
+        return cells.view(shape)
+
+    ids_T, kinds_T, labels_T = (
+        # torch.tensor of a list takes seven times as long
+        torch.from_numpy(np.fromiter(chain.from_iterable(its), dtype=np.int64, count=len(where_T)))
         for its in ((row.token_ids for row in rows), (row.kinds for row in rows), (row.labels for row in rows))
-    ]
-    for row, length, (index, start), ids, kinds, labels in zip(rows, lengths, starts, *columns, strict=True):
-        where = slice(start, start + length)
-        layout.token_ids_BL[index, where] = ids
-        layout.kinds_BL[index, where] = kinds
-        layout.labels_BL[index, where] = labels
-        layout.attention_mask_BL[index, where] = 1
-        layout.position_ids_4BL[0, index, where] = torch.arange(length)
-        layout.position_ids_4BL[1:, index, where] = mrope_positions(row.kinds, row.grids, merge_size)
-    return layout
+    )
+    return Layout(
+        token_ids_BL=placed(ids_T, pad_id),
+        kinds_BL=placed(kinds_T, TEXT),
+        labels_BL=placed(labels_T, IGNORE),
+        attention_mask_BL=placed(torch.ones_like(where_T), 0),
+        position_ids_4BL=torch.stack([placed(positions_T, 0) for positions_T in positions_4T]),
+    )
 
 
 def pad_rows(rows: Sequence[Row], pad_id: int, *, merge_size: int = 2) -> Layout:
