@@ -7,7 +7,7 @@ import numpy as np
 from .descriptions import Description
 from .questions import Describer, Question, choose_description, place_phrases
 from .relations import RoomFacts
-from .words import counted, joined, material_noun, metres, number_word, sentence
+from .words import counted, joined, metres, number_word, sentence
 
 # Goal -> steps in order; each names what it needs, the first label that the room has is used. "{}" is that thing.
 _SEATS = ("armchair", "couch", "office chair", "chair", "stool", "bench", "bed")
@@ -159,7 +159,7 @@ def dialogue_questions(facts: RoomFacts, rng: np.random.Generator, known: Descri
     for target, options in known.items():
         noun = facts.label(target)
         rivals = facts.rivals(target)
-        for topic in ("color", "place", "material"):
+        for topic in ("color", "place"):
             places = place_phrases(facts, target)
             leaning = [anchor for _, anchor in places if anchor is not None]
             chosen = choose_description(rng, options, without_color=True, avoid=leaning)
@@ -187,11 +187,6 @@ def _told(facts: RoomFacts, target: int, places: list[tuple[str, int | None]]) -
     told = {"color": ("what color is it?", f"It is {facts.color(target)}.")}
     if places:
         told["place"] = ("where is it?", f"It is {places[0][0]}.")
-    if facts.objects[target].material:
-        told["material"] = (
-            "what is it made of?",
-            f"It is made of {material_noun(facts.objects[target].material)}.",
-        )
     return told
 
 

@@ -24,12 +24,10 @@ from .relations import (
     order_from_left,
 )
 from .words import (
-    colour_census,
     colours_overlap,
     counted,
     joined,
     metres,
-    number_word,
     ordinal_word,
     pointing,
     with_article,
@@ -93,8 +91,7 @@ def candidate_step(facts: RoomFacts, target: int) -> str:
         for i in sorted(rivals, key=facts.label):
             kinds.setdefault(facts.label(i), []).append(i)
         return f"the room has {joined([pointing(counted(len(its), label), *its) for label, its in kinds.items()])}"
-    everyone = pointing(counted(len(rivals), noun), *rivals)
-    return f"the room has {everyone}, {colour_census([facts.color(i) for i in rivals])}"
+    return f"by color, the room has {joined([f'{pointing(noun, i)} {facts.color(i)}' for i in rivals])}"
 
 
 def describe(facts: RoomFacts, target: int) -> list[Description]:
@@ -108,7 +105,7 @@ def describe(facts: RoomFacts, target: int) -> list[Description]:
     alike = facts.coloured(rivals, color)
     # A colour that leaves everyone or only the target adds nothing to a relation.
     if 1 < len(alike) < len(rivals):
-        narrowed = f"{number_word(len(alike))} of them are {color}"
+        narrowed = f"those that are {color} are {joined([pointing(facts.label(i), i) for i in alike])}"
         pool = _Pool(target, f"{color} {label}", label, tuple(alike), tuple(rivals), everyone.first, narrowed, color)
         found += _relations(facts, pool)
     return found
@@ -148,18 +145,13 @@ def _unique(facts: RoomFacts, pool: _Pool) -> Iterator[Description]:
 
 
 def _attributes(facts: RoomFacts, pool: _Pool) -> Iterator[Description]:
-    """The only one of its colour or material."""
+    """The only one of its colour. Nothing in a scan tells what a thing is made of, so no description goes by that."""
     thing = facts.objects[pool.target]
     if not any(colours_overlap(thing.color, facts.color(i)) for i in pool.rest):
         reason = f"only one of them is {thing.color}, it is {metres(facts.from_middle(pool.target))} meters"
         reason += " from the middle of the room"
         wordings = (f"the {thing.color} {pool.noun}", f"the {pool.noun} that is {thing.color}")
         yield _make(facts, pool, "color", wordings, reason, uses_color=True)
-    materials = {facts.objects[i].material for i in pool.rest}
-    # An object without a stated material might be made of anything.
-    if thing.material and "" not in materials and thing.material not in materials:
-        reason = f"only one of them is {thing.material}, the rest is {joined(sorted(materials))}"
-        yield _make(facts, pool, "material", (f"the {thing.material} {pool.noun}",), reason)
 
 
 def _relations(facts: RoomFacts, pool: _Pool) -> list[Description]:

@@ -15,12 +15,11 @@ from .descriptions import Description, describe
 from .relations import RoomFacts, is_between, is_closest
 from .words import (
     colour_answers,
-    colour_census,
     counted,
     joined,
-    material_noun,
     metres,
     number_word,
+    numbered,
     plural,
     pointing,
 )
@@ -122,21 +121,6 @@ def colour_questions(facts: RoomFacts, rng: np.random.Generator, known: Describe
     return asked
 
 
-def material_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer) -> list[Question]:
-    asked = []
-    for target, options in known.items():
-        usable = [option for option in options if option.kind != "material"]
-        chosen = choose_description(rng, usable)
-        material = facts.objects[target].material
-        if not material or chosen is None:
-            continue
-        noun = material_noun(material)
-        steps = (*chosen.steps, f"{chosen.this} is made of {noun}")
-        question = f"What is {chosen.phrase} made of?"
-        asked.append(_ask(facts, "material", question, (noun, material), (target,), steps))
-    return asked
-
-
 def place_phrases(facts: RoomFacts, target: int) -> list[tuple[str, int | None]]:
     """True short answers to "where is it?", the most telling first, each with the object that it leans on."""
     places: list[tuple[str, int | None]] = []
@@ -206,8 +190,8 @@ def count_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer
             continue
         count, colors = len(members), [facts.color(i) for i in members]
         steps = (
-            f"I look for every {pointing(noun, *members)} in the room",
-            f"by color I find {colour_census(colors)}",
+            f"I look for every {noun} in the room",
+            f"one by one, that is {numbered(noun, members)}",
             f"that makes {counted(count, noun)} in all",
         )
         question = f"How many {plural(noun)} are in the room?"
@@ -217,9 +201,9 @@ def count_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer
             if count < 3 or not facts.hidden(*alike):
                 continue
             steps = (
-                f"the room has {pointing(counted(count, noun), *members)}",
-                f"by color they are {colour_census(colors)}",
-                f"so {pointing(counted(len(alike), f'{color} {noun}'), *alike)} can be counted",
+                f"by color, the room has {joined([f'{pointing(noun, i)} {facts.color(i)}' for i in members])}",
+                f"those that are {color} are {numbered(noun, alike)}",
+                f"so {counted(len(alike), f'{color} {noun}')} can be counted",
             )
             question = f"How many {color} {plural(noun)} are there?"
             answers = (number_word(len(alike)), str(len(alike)))
@@ -228,26 +212,25 @@ def count_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer
 
 
 def closer_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer) -> list[Question]:  # noqa: ARG001
-    """Which of two things is closer to a third, and what stands closest to a thing."""
+    """Which of three things is closest to a fourth, and what stands closest to a thing."""
     asked = []
     names = list(facts.anchors)
     floor = [i for i in facts.ids if facts.on_floor(i)]
     for anchor in names:
         others = [i for i in names if i != anchor]
-        for _ in range(min(3, len(others) // 2)):
-            first, second = (others[k] for k in rng.permutation(len(others))[:2])
-            near, far = sorted((first, second), key=lambda i: facts.planar[i][anchor])
-            if not facts.hidden(near) or not is_closest(facts, near, [far], anchor):
+        for _ in range(min(3, len(others) // 3)):
+            three = [others[k] for k in rng.permutation(len(others))[:3]]
+            near, *rest = sorted(three, key=lambda i: facts.planar[i][anchor])
+            if not facts.hidden(near) or not is_closest(facts, near, rest, anchor):
                 continue
-            options = f"{facts.anchors[first]} or {facts.anchors[second]}"
-            distances = [metres(facts.planar[i][anchor]) for i in (first, second)]
             steps = (
-                f"I look for {joined([facts.pointed(i) for i in (anchor, first, second)])}",
-                f"{facts.pointed(first)} is {distances[0]} and {facts.pointed(second)} {distances[1]} meters away"
-                f" from {facts.pointed(anchor)}",
-                f"the closer one is {facts.pointed(near)}",
+                f"I look for {joined([facts.pointed(i) for i in (anchor, *three)])}",
+                f"in meters from {facts.pointed(anchor)}, from the nearest on, "
+                + joined([f"{facts.pointed(i)} {metres(facts.planar[i][anchor])}" for i in (near, *rest)]),
+                f"the closest one is {facts.pointed(near)}",
             )
-            question = f"Which is closer to {facts.anchors[anchor]}, {options}?"
+            options = joined([facts.anchors[i] for i in three], "or")
+            question = f"Which is closest to {facts.anchors[anchor]}, {options}?"
             asked.append(_ask(facts, "closer", question, _short(facts, near), (near,), steps))
         for target in floor:
             rest = [i for i in floor if i not in (anchor, target)]
@@ -312,8 +295,8 @@ def compare_questions(facts: RoomFacts, rng: np.random.Generator, known: Describ
             counts = len(groups[first]), len(groups[second])
             answer = "more" if counts[0] > counts[1] else "fewer" if counts[0] < counts[1] else "the same"
             steps = (
-                f"I count {pointing(counted(counts[0], first), *groups[first])}",
-                f"I count {pointing(counted(counts[1], second), *groups[second])}",
+                f"I count {numbered(first, groups[first])}",
+                f"I count {numbered(second, groups[second])}",
                 f"comparing {counts[0]} with {counts[1]}, the number of {plural(first)} is {_COMPARED[answer]}",
             )
             question = f"Are there more {plural(first)} than {plural(second)}, fewer, or the same number?"
@@ -324,12 +307,13 @@ def compare_questions(facts: RoomFacts, rng: np.random.Generator, known: Describ
             break
         three = [floor[k] for k in rng.permutation(len(floor))[:3]]
         heights = {i: facts.boxes[i][5] for i in three}
-        tall, next_one, _low = sorted(three, key=lambda i: -heights[i])
+        tall, next_one, low = sorted(three, key=lambda i: -heights[i])
         if heights[tall] < 1.15 * heights[next_one] or not facts.hidden(tall):
             continue
         steps = (
             f"I look for {joined([facts.pointed(i) for i in three])}",
-            f"{joined([f'{facts.pointed(i)} is {metres(heights[i])}' for i in three])} meters high",
+            "in meters of height, from the tallest on, "
+            + joined([f"{facts.pointed(i)} {metres(heights[i])}" for i in (tall, next_one, low)]),
             f"the tallest one is {facts.pointed(tall)}",
         )
         question = f"Which is the tallest, {joined([facts.anchors[i] for i in three], 'or')}?"
@@ -340,7 +324,6 @@ def compare_questions(facts: RoomFacts, rng: np.random.Generator, known: Describ
 _COMPARED = {"more": "larger", "fewer": "smaller", "the same": "the same"}
 _FAMILIES = (
     colour_questions,
-    material_questions,
     where_questions,
     support_questions,
     count_questions,

@@ -11,7 +11,7 @@ import numpy as np
 
 from .questions import Pose, Question, named_groups
 from .relations import RoomFacts, bearing
-from .words import colour_answers, counted, joined, metres, number_word, plural, pointing, with_article
+from .words import colour_answers, counted, joined, metres, number_word, numbered, plural, pointing, with_article
 
 DIRECTIONS = ("front", "left", "right", "behind")
 _CENTRES = {"front": 0.0, "left": 90.0, "right": -90.0, "behind": 180.0}
@@ -194,7 +194,7 @@ def count_questions(situation: Situation) -> list[Question]:
                 continue
             place = _PLACE[direction]
             reason = (
-                f"the room has {pointing(counted(len(members), noun), *members)}, I look at the direction of each",
+                f"one by one, the room has {numbered(noun, members)}, I look at the direction of each",
                 f"{pointing(counted(len(there), noun), *there)} can be found {place}",
             )
             question = f"How many {plural(noun)} are {place}?"
@@ -233,11 +233,12 @@ def closest_questions(situation: Situation, rng: np.random.Generator) -> list[Qu
         if len(names) < 3:
             break
         three = [names[k] for k in rng.permutation(len(names))[:3]]
-        near, second, _far = sorted(three, key=situation.distances.__getitem__)
+        near, second, far = sorted(three, key=situation.distances.__getitem__)
         if situation.distances[second] < situation.distances[near] + 0.4 or not facts.hidden(near):
             continue
         reason = (
-            f"{joined([f'{facts.pointed(i)} is {metres(situation.distances[i])}' for i in three])} meters away",
+            "in meters from me, from the nearest on, "
+            + joined([f"{facts.pointed(i)} {metres(situation.distances[i])}" for i in (near, second, far)]),
             f"the closest one to me is {facts.pointed(near)}",
         )
         question = f"Which is closest to me, {joined([facts.anchors[i] for i in three], 'or')}?"

@@ -1,7 +1,6 @@
 """English for generated text: articles, plurals, numbers, lists, colour words."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 # fmt: off
@@ -84,17 +83,14 @@ def material_noun(material: str) -> str:
     return _MATERIAL_NOUNS.get(material, material)
 
 
-def colour_census(colors: Sequence[str]) -> str:
-    """Such as "two red and one blue", the most frequent first; "all red" or "both red"."""
-    if len(colors) > 1 and len(set(colors)) == 1:
-        return f"{'both' if len(colors) == 2 else 'all'} {colors[0]}"
-    counts = sorted(Counter(colors).items(), key=lambda item: (-item[1], item[0]))
-    return joined([f"{number_word(count)} {color}" for color, count in counts])
-
-
 def pointing(words: str, *object_ids: int) -> str:
     """Words with the marks of the objects that they name, such as "the bed <#3>"; `POINTING` finds a mark."""
     return " ".join([words, *(f"<#{object_id}>" for object_id in object_ids)])
+
+
+def numbered(noun: str, object_ids: Sequence[int]) -> str:
+    """Things counted one by one, such as "chair <#3> 1 and chair <#7> 2": the last number is how many there are."""
+    return joined([f"{pointing(noun, object_id)} {place}" for place, object_id in enumerate(object_ids, 1)])
 
 
 def sentence(text: str) -> str:

@@ -15,9 +15,6 @@ def answer_scanqa(room, question):
     if match := re.fullmatch(r"What color is (the .+)\?", question):
         (target,) = meant(room, match[1])
         return {room.by_id(target).color}
-    if match := re.fullmatch(r"What is (the .+) made of\?", question):
-        (target,) = meant(room, match[1])
-        return {room.by_id(target).material}
     if match := re.fullmatch(r"What is (the .+) standing on\?", question):
         (target,) = meant(room, match[1])
         return {room.by_id(room.by_id(target).support_id).label}
@@ -26,10 +23,10 @@ def answer_scanqa(room, question):
         return {thing.label for thing in room.objects if thing.support_id == base and not thing.on_wall}
     if match := re.fullmatch(r"How many (.+) (?:are in the room|are there)\?", question):
         return {str(len(counted_ids(room, match[1])))}
-    if match := re.fullmatch(r"Which is closer to (the .+), (the .+) or (the .+)\?", question):
-        anchor, *two = (one(room, phrase) for phrase in match.groups())
+    if match := re.fullmatch(r"Which is closest to (the .+), (the .+), (the .+) or (the .+)\?", question):
+        anchor, *three = (one(room, phrase) for phrase in match.groups())
         return {
-            min(two, key=lambda thing: distance(thing.box_7, anchor.box_7)).label
+            min(three, key=lambda thing: distance(thing.box_7, anchor.box_7)).label
             for distance in (ground_distance, surface_distance)
         }
     if match := re.fullmatch(r"Which is the tallest, (the .+), (the .+) or (the .+)\?", question):
@@ -126,8 +123,14 @@ def answer_sqa3d(room, pose, question):
 
 
 def candidates(room, think):
-    """Ids of those whose distances a thought lists: of the First step's name and, where it narrows, of one colour."""
-    narrowed = re.search(r"of them are ([a-z ]+) and", think)
-    noun = re.match(r"First, the room has \w+ ([a-z ]+?),", think)
-    ids = counted_ids(room, noun[1])
+    """Ids of those whose distances a thought lists: of the First step's name and, where it narrows, of one colour.
+
+    The name is what the colours stand behind: "by color, the room has chair red and chair blue".
+    """
+    narrowed = re.search(r"those that are ([a-z ]+?) are ", think)
+    listed = re.match(r"First, by color, the room has ([^.]+)\.", think)
+    first = re.split(r", | and ", listed[1])[0]
+    colors = sorted({thing.color for thing in room.objects}, key=len, reverse=True)
+    noun = next(first.removesuffix(f" {color}") for color in colors if first.endswith(f" {color}"))
+    ids = counted_ids(room, plural(noun))
     return {i for i in ids if not narrowed or (" " + room.by_id(i).color).endswith(" " + narrowed[1])}
