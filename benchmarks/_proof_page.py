@@ -155,6 +155,9 @@ def _called(metric: str) -> str:
     return (TASKS | REAL_TASKS)[metric]
 
 
+_LOSS = 2.0  # points of questions that GRPO may lose
+
+
 def demands(runs: Sequence[Run]) -> list[str]:
     """What must hold, each with the difference that was measured and whether it does."""
     checks = [
@@ -168,8 +171,9 @@ def demands(runs: Sequence[Run]) -> list[str]:
         holds = "-" if found is None else "yes" if (found.mean >= bound if bound else found.low > 0) else "**no**"
         lines.append(f"| {sentence} | {shown(found, signed=True)} | {holds} |")
     kept = gain(runs, "grpo", "sft", "scanqa/EM")
-    holds = "-" if kept is None else "yes" if kept.high >= 0 else "**no**"
-    lines.append(f"| GRPO does not lose questions | {shown(kept, signed=True)} | {holds} |")
+    # an interval so wide that it holds a loss does not say that nothing is lost
+    holds = "-" if kept is None else "**no**" if kept.high < 0 else "yes" if kept.low > -_LOSS else "**not shown**"
+    lines.append(f"| GRPO loses less than {_LOSS:.0f} points of questions | {shown(kept, signed=True)} | {holds} |")
     return lines
 
 

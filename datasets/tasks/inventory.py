@@ -3,7 +3,8 @@
 No benchmark, and nothing to be scored on: it teaches which token of the prompt a name goes with. A description of one
 object teaches that once a sample, an inventory some thirty times, in both directions: from a name to what it is, and
 from a kind to the names of its objects. Without it a model of random weights reads `<obj12>` as noise for long. So it
-is with distances: a thought has one or two, an inventory those of all objects from one, in any order or by distance.
+is with numbers: a thought has one or two, an inventory every height, and all distances from one of them, in any order
+or by distance.
 
 Colours are in `annotations/object_colors.json`, which generated rooms have: by scene id, by objectId, a colour word.
 """
@@ -30,6 +31,7 @@ BY_NAME = "Name the objects one by one, each with its kind."
 BY_KIND = "Name the objects of each kind."
 COLOR_BY_NAME = "Name the objects one by one, each with its color."
 BY_COLOR = "Name the objects of each color."
+HEIGHTS = "Name the objects one by one, each with its height in meters."
 DISTANCES = "Name the objects one by one, each with its distance in meters from the {label} {object}."
 BY_DISTANCE = (
     "Name the objects from the nearest to the farthest from the {label} {object}, each with its distance in meters."
@@ -39,7 +41,7 @@ COLORS = "annotations/object_colors.json"
 
 def load(root: Path, split: str, index: Index, report: Report) -> list[Sample]:
     """Samples of both directions for each scene of a split that has objects, of kinds and, where they are known, of
-    colours, and of distances from one of them; one order alone of held-out scenes.
+    colours; of heights, and of distances from one of them; one order alone of held-out scenes.
 
     Raises:
         ValueError: the file of colours is not a table of colours by scene and object.
@@ -115,6 +117,7 @@ def _samples(info: SceneInfo, colors: dict[int, str], dataset: str, orders: int)
         answers = {
             BY_NAME: ", ".join(f"{pointers[row]} {info.object_labels[row]}" for row in chosen),
             BY_KIND: _grouped(chosen, dict(enumerate(info.object_labels)), pointers),
+            HEIGHTS: ", ".join(f"{pointers[row]} {info.boxes_K7[row, 5]:.1f}" for row in chosen),
         }
         if known := [row for row in chosen if row in color_of]:
             answers[COLOR_BY_NAME] = ", ".join(f"{pointers[row]} {color_of[row]}" for row in known)

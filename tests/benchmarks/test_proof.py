@@ -1,6 +1,7 @@
 """The proof's page: what is kept of a run, what the tables say of known numbers, and that the page is the files'."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,12 @@ def test_what_does_not_hold_is_said():
     assert page.count("| **no** |") == 3 and "+0.0 (+0.0 to +0.0)" in page  # questions are not lost
     assert "No difference from *none (SFT)* lies beyond its interval." in page
     worse = [run("sft", 0, 0.9), run("grpo", 0, 0.1)]
-    assert "GRPO does not lose questions | -80.0" in proof_page.render(worse)
+    assert re.search(r"of questions \| -80\.0 \([^)]*\) \| \*\*no\*\* \|", proof_page.render(worse))
+
+
+def test_a_wide_interval_does_not_show_that_nothing_is_lost():
+    few = [run("sft", seed, 0.5) for seed in (0, 1)] + [run("grpo", 0, 0.4), run("grpo", 1, 0.6)]
+    assert "| **not shown** |" in proof_page.render(few)
 
 
 def test_differences_take_only_seeds_that_both_have(runs):

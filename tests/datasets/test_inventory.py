@@ -14,7 +14,7 @@ LABELS = ["chair", "table", "chair"]
 
 
 def info(scene_id: str, labels=LABELS) -> SceneInfo:
-    boxes = np.array([[k, 2.0, 0.5, 0.4, 0.4, 1.0, 0.0] for k in range(len(labels))], np.float32).reshape(-1, 7)
+    boxes = np.array([[k, 2.0, 0.5, 0.4, 0.4, 1 + k / 10, 0.0] for k in range(len(labels))], np.float32).reshape(-1, 7)
     return SceneInfo(
         scene_id=scene_id,
         object_ids_K=np.arange(10, 10 + len(labels), dtype=np.int32),
@@ -39,17 +39,17 @@ SCENES = {name: info(name) for name in ("scene0000_00", "scene0001_00", "scene00
 
 
 def listed(root, scenes=SCENES, split="train"):
-    """Inventories of kinds and colours."""
+    """Inventories of kinds, colours and heights."""
     samples = load_samples(root, split, ["inventory"], scenes=scenes)
     return [sample for sample in samples if sample.query_box_7 is None]
 
 
-POINTERS = [format_box([k, 0.0, 0.5, 0.4, 0.4, 1.0, 0.0]) for k in range(3)]  # model frame
+POINTERS = [format_box([k, 0.0, 0.5, 0.4, 0.4, 1 + k / 10, 0.0]) for k in range(3)]  # model frame
 
 
 def test_both_directions_name_every_object_at_its_box(root):
     samples = listed(root)
-    assert len(samples) == 2 * 2 * inventory.ORDERS
+    assert len(samples) == 2 * 3 * inventory.ORDERS
     assert len({sample.sample_id for sample in samples}) == len(samples)
     assert {sample.scene_id for sample in samples} == {"scene0000_00", "scene0001_00"}
     for sample in samples:
@@ -57,6 +57,9 @@ def test_both_directions_name_every_object_at_its_box(root):
         if sample.question == inventory.BY_NAME:
             named = [f"{POINTERS[row - 10]} {LABELS[row - 10]}" for row in sample.target_object_ids]
             assert sample.answer == ", ".join(named)
+        elif sample.question == inventory.HEIGHTS:
+            told = [f"{POINTERS[row - 10]} {row / 10:.1f}" for row in sample.target_object_ids]
+            assert sample.answer == ", ".join(told)
         else:
             assert sample.question == inventory.BY_KIND
             chairs = [POINTERS[row - 10] for row in sample.target_object_ids if row != 11]
@@ -71,7 +74,7 @@ def test_colors_are_told_in_both_directions_where_they_are_known(root):
     (folder / "object_colors.json").write_text(json.dumps({"scene0000_00": {"10": "red", "11": "light blue"}}))
     samples = listed(root)
     told = {sample.question: sample.answer for sample in samples if sample.scene_id == "scene0000_00"}
-    assert len(samples) == (4 + 2) * inventory.ORDERS and len(told) == 4
+    assert len(samples) == (5 + 3) * inventory.ORDERS and len(told) == 5
     parts = [f"{POINTERS[0]} red", f"{POINTERS[1]} light blue"]
     assert told[inventory.COLOR_BY_NAME] in {", ".join(parts), ", ".join(parts[::-1])}
     parts = [f"red {POINTERS[0]}", f"light blue {POINTERS[1]}"]
@@ -92,7 +95,7 @@ def test_orders_differ_and_come_again(root):
     assert [sample.answer for sample in first] == [sample.answer for sample in again]
     orders = {tuple(sample.target_object_ids) for sample in first}
     assert len(orders) == 2 * inventory.ORDERS  # both directions of one number share an order
-    assert len(listed(root, many, "val")) == 2
+    assert len(listed(root, many, "val")) == 3
 
 
 def test_a_crowded_scene_is_cut_and_an_empty_one_left_out(root):
@@ -113,6 +116,9 @@ def test_objects_that_are_left_out(root):
         words = dict(zip(POINTERS, LABELS, strict=True))
         if sample.question == inventory.BY_NAME:
             assert left == f"{boxes[0]} {words[boxes[0]]}, {boxes[2]} {words[boxes[2]]}"
+        elif sample.question == inventory.HEIGHTS:
+            heights = [f"{box} 1.{POINTERS.index(box)}" for box in (boxes[0], boxes[2])]
+            assert left == ", ".join(heights)
         elif words[boxes[0]] == words[boxes[2]]:
             assert left == f"chair {boxes[0]} {boxes[2]}"
         else:
