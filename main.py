@@ -139,7 +139,10 @@ def run_tiny(args: argparse.Namespace) -> int:
     from .models.tiny import SHAPES, build_tiny, corpus_texts
 
     size, published = SHAPES[args.shape], args.shape in ("3b", "7b")
-    size = dataclasses.replace(size, layers=args.layers or size.layers)
+    names = size.names if args.names is None else args.names
+    if names > size.vocab_size // 2:
+        raise ValueError(f"--names {names} leaves too few of {size.vocab_size} tokens to words; name fewer.")
+    size = dataclasses.replace(size, layers=args.layers or size.layers, names=names)
     build_tiny(
         args.out,
         corpus_texts(args.corpus),

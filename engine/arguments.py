@@ -116,6 +116,12 @@ def _add_loop_commands(add: AddCommand) -> None:
         "to measure with (default: %(default)s)",
     )
     tiny.add_argument("--layers", type=at_least(1), metavar="N", help="blocks of the decoder, if not the shape's own")
+    tiny.add_argument(
+        "--names",
+        type=at_least(0),
+        metavar="N",
+        help="names of detected objects, <obj0> and on, that are one token each, if not the shape's own",
+    )
     tiny.add_argument("--seed", type=at_least(0), default=0, help="of the random weights (default: %(default)s)")
 
     export = add("export", "write a trained model for others to use: as it is, or its adapter merged into the base")

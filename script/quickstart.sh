@@ -40,7 +40,7 @@ evaluate() {
 numbered rooms "$DATA/rooms.json" \
     rooms --out "$DATA" --train "${ROOMS:-40}" --val "${HELD_OUT:-10}" --seed "${SEED:-0}" --frames 6
 numbered prepare "$DATA/prepared" prepare --root "$DATA"
-numbered tiny "$RUN/tiny" tiny --out "$RUN/tiny" --corpus "$DATA"
+numbered tiny "$RUN/tiny" tiny --out "$RUN/tiny" --corpus "$DATA" --names 32
 numbered detect "$RUN/detect" detect --config script/recipes/tiny.detect.yaml --resume \
     --set "run.dir=$RUN/detect" "data.root=$DATA"
 numbered untrained "$RUN/untrained" sft --config script/recipes/tiny.sft.yaml --resume \

@@ -793,6 +793,7 @@ def test_missing_predictions(refused: Refused):
         (["rooms", "--out", "rooms", "--train", "0", "--val", "0"], "Ask for at least one room"),
         (["tiny", "--out", "file", "--corpus", "corpus"], "file is a file; name a folder to write the model to."),
         (["rooms", "--out", "file", "--train", "1", "--val", "0", "--workers", "1"], "but a file is in the way"),
+        (["tiny", "--out", "tiny", "--corpus", "corpus", "--names", "1001"], "--names 1001 leaves too few of 2000"),
         (["tiny", "--out", "tiny", "--corpus", "none"], "There are no annotation files under none/annotations"),
         (["tiny", "--out", "tiny", "--corpus", "corpus"], "broken.json is not whole JSON"),
         (["synthesize", "--root", "none", "--out", "chains.jsonl"], "There are no prepared scenes in none/prepared"),
