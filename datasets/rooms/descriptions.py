@@ -91,7 +91,7 @@ def candidate_step(facts: RoomFacts, target: int) -> str:
         for i in sorted(rivals, key=facts.label):
             kinds.setdefault(facts.label(i), []).append(i)
         return f"the room has {joined([pointing(counted(len(its), label), *its) for label, its in kinds.items()])}"
-    return f"by color, the room has {joined([f'{pointing(noun, i)} {facts.color(i)}' for i in rivals])}"
+    return f"by color, the room has {facts.by_color(noun, rivals)}"
 
 
 def describe(facts: RoomFacts, target: int) -> list[Description]:

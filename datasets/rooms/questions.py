@@ -201,7 +201,7 @@ def count_questions(facts: RoomFacts, rng: np.random.Generator, known: Describer
             if count < 3 or not facts.hidden(*alike):
                 continue
             steps = (
-                f"by color, the room has {joined([f'{pointing(noun, i)} {facts.color(i)}' for i in members])}",
+                f"by color, the room has {facts.by_color(noun, members)}",
                 f"those that are {color} are {numbered(noun, alike)}",
                 f"so {counted(len(alike), f'{color} {noun}')} can be counted",
             )
@@ -226,7 +226,7 @@ def closer_questions(facts: RoomFacts, rng: np.random.Generator, known: Describe
             steps = (
                 f"I look for {joined([facts.pointed(i) for i in (anchor, *three)])}",
                 f"in meters from {facts.pointed(anchor)}, from the nearest on, "
-                + joined([f"{facts.pointed(i)} {metres(facts.planar[i][anchor])}" for i in (near, *rest)]),
+                + facts.measured({i: facts.planar[i][anchor] for i in (near, *rest)}),
                 f"the closest one is {facts.pointed(near)}",
             )
             options = joined([facts.anchors[i] for i in three], "or")
@@ -266,10 +266,7 @@ def between_questions(facts: RoomFacts, rng: np.random.Generator, known: Describ
                 if not facts.hidden(target) or not is_between(facts, target, rest, start, end):
                     continue
                 pair = f"{facts.anchors[start]} and {facts.anchors[end]}"
-                both, found = (
-                    f"{facts.pointed(start)} and {facts.pointed(end)}",
-                    pointing(facts.label(target), target),
-                )
+                both, found = joined([facts.pointed(start), facts.pointed(end)]), pointing(facts.label(target), target)
                 steps = (
                     f"I look for {both}, they are {metres(facts.planar[start][end])} meters apart",
                     f"of all things on the floor just the {found} is near the line between them",
@@ -313,7 +310,7 @@ def compare_questions(facts: RoomFacts, rng: np.random.Generator, known: Describ
         steps = (
             f"I look for {joined([facts.pointed(i) for i in three])}",
             "in meters of height, from the tallest on, "
-            + joined([f"{facts.pointed(i)} {metres(heights[i])}" for i in (tall, next_one, low)]),
+            + facts.measured({i: heights[i] for i in (tall, next_one, low)}),
             f"the tallest one is {facts.pointed(tall)}",
         )
         question = f"Which is the tallest, {joined([facts.anchors[i] for i in three], 'or')}?"

@@ -9,12 +9,12 @@ anchor's centre. Angles are degrees, counter-clockwise seen from above, so that 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ...utils.labels import DETECTION_CLASSES, OTHERS
 from ..scene import floor_centre
 from .room import Room, RoomObject
-from .words import colour_fits, colours_overlap, pointing
+from .words import colour_fits, colours_overlap, joined, metres, pointing
 
 # A target is usable where at most this share of the candidate views shows it.
 MAX_VISIBLE_SHARE = 0.30
@@ -122,6 +122,14 @@ class RoomFacts:
     def pointed(self, object_id: int) -> str:
         """An anchor's phrase with the mark of its object, as thoughts name it."""
         return pointing(self.anchors[object_id], object_id)
+
+    def measured(self, lengths: Mapping[int, float]) -> str:
+        """Anchors as thoughts list them, each with a length in metres: "the bed <#3> 1.2 and the lamp <#7> 2.0"."""
+        return joined([f"{self.pointed(i)} {metres(length)}" for i, length in lengths.items()])
+
+    def by_color(self, noun: str, object_ids: Sequence[int]) -> str:
+        """Objects of one noun as thoughts list them, each with its colour: "chair <#1> red and chair <#4> blue"."""
+        return joined([f"{pointing(noun, i)} {self.color(i)}" for i in object_ids])
 
     def hidden(self, *object_ids: int) -> bool:
         """Whether some candidate view shows each object, but at most MAX_VISIBLE_SHARE of them can show all."""

@@ -238,7 +238,7 @@ def closest_questions(situation: Situation, rng: np.random.Generator) -> list[Qu
             continue
         reason = (
             "in meters from me, from the nearest on, "
-            + joined([f"{facts.pointed(i)} {metres(situation.distances[i])}" for i in (near, second, far)]),
+            + facts.measured({i: situation.distances[i] for i in (near, second, far)}),
             f"the closest one to me is {facts.pointed(near)}",
         )
         question = f"Which is closest to me, {joined([facts.anchors[i] for i in three], 'or')}?"
