@@ -62,7 +62,7 @@ INTRODUCTION = """\
 Written by `python main.py bench proof` from `docs/proof/runs`, one file a trained model; do not edit by hand.
 
 Does it learn, and does each idea help? Asked of a model of 15 million weights that start at random, on generated
-rooms (`rooms-v1`) and one GPU, in stages of at most nine minutes. **These numbers are small-scale.** They say what the
+rooms (`rooms-v1`) and one GPU, in stages of minutes. **These numbers are small-scale.** They say what the
 machinery does; they say nothing about ScanNet, and they are not comparable with published results. A claim of the
 paper that does not show here is reported as such.
 

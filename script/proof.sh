@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Whether it learns, and what each idea is worth, on generated rooms and one GPU (docs/proof.md): a model of 15 M weights
-# from random ones, trained and tested on held-out rooms. Every stage takes at most nine minutes on an H100, and goes on
+# from random ones, trained and tested on held-out rooms. Every stage is meant for nine minutes on an H100, and goes on
 # where it was interrupted; one whose result is complete is skipped.
 #
 #   bash script/proof.sh data                 rooms, prepared scenes, the untrained model
