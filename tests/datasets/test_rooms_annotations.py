@@ -627,7 +627,9 @@ def test_numbers_behind_a_pointer_are_true_of_what_it_points_at(rooms, scene30k)
         if row["question_type"] == "closer":
             anchor, *three = np.array(boxes)
             assert "from the nearest on" in step and said == sorted(said)
-            assert np.allclose(said, [np.hypot(*(box[:2] - anchor[:2])) for box in three], atol=0.056), think
+            # said to a decimal, and read off boxes whose middles are written to two
+            away = [np.hypot(*(box[:2] - anchor[:2])) for box in three]
+            assert np.allclose(said, away, atol=0.05 + 0.01 * 2**0.5), think
             distances += 1
         if row["question_type"] in ("count", "color count", "compare"):
             assert said == list(range(1, len(boxes) + 1)), think

@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from threedr1.datasets.prompts import build_target, training_mode
+from threedr1.datasets.prompts import training_mode
 from threedr1.engine import detect, grpo, sft
 from threedr1.engine.config import load_config
 from threedr1.engine.data import ObservationCache, load_split
 from threedr1.engine.detection_data import SceneSamples
 from threedr1.engine.rollout import roll_out, write_prompts
+from threedr1.engine.sft_data import write_targets
 from threedr1.engine.tracking import read_metrics
+from threedr1.models.inputs import IGNORE
 from threedr1.models.scene_vlm import SceneVLM
+from threedr1.utils.text import parse_response
 
 from .test_pipeline import grpo_config, sft_config
 
@@ -45,10 +48,8 @@ def test_sft_overfits_a_handful_of_samples(rooms_root, tmp_path):
     observations = ObservationCache(store, model, seed=config.run.seed).of(samples)
     modes = [training_mode(sample) for sample in samples]
     answered = roll_out(model, write_prompts(model, samples, observations, modes), max_new_tokens=300)
-    targets = [
-        model.with_names(build_target(sample, mode), observation)
-        for sample, mode, observation in zip(samples, modes, observations, strict=True)
-    ]
+    taught = write_targets(model, samples, observations, pointers=config.pointers)
+    targets = [model.language.decode([token for token in entry.row.labels if token != IGNORE]) for entry in taught]
     assert len(set(targets)) == 6 and set(modes) == {"think", "direct"}
     assert [rollout.texts[0] for rollout in answered] == targets
 
@@ -92,27 +93,27 @@ def short_thoughts(rooms_root, tmp_path_factory):
     path = root / "annotations" / "Scene-30K.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for record in records:
-        sentence = record["cot"].removeprefix("<think>").split(".")[0]
-        record["cot"] = f"<think>{sentence}.</think><answer>{record['gold_answer']}</answer>"
+        sentence = parse_response(record["cot"]).think.rpartition("Last, ")[2]
+        record["cot"] = f"<think>{sentence}</think><answer>{record['gold_answer']}</answer>"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return root
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_grpo_raises_the_reward_over_the_sft_model(seed, short_thoughts, tmp_path):
-    """From an SFT model of which a fifth of the samples is well formed: 0.2 more within 100 steps, whatever the seed.
+    """From an SFT model of which a fifth of the samples is well formed: 0.15 more in 100 steps, whatever the seed.
 
-    Measured with seed 1: 0.19 to 0.47, seed 2: 0.14 to 0.42.
+    Measured: 0.25 to 0.50, 0.12 to 0.45, 0.20 to 0.51. A model that has learned more has less to gain.
     """
     start, run = tmp_path / "sft", tmp_path / "grpo"
     common = ("data.datasets=scene30k", f"run.seed={seed}", "run.save_every=1000", "optim.warmup_steps=0")
-    sft.train(sft_config(short_thoughts, start, "run.steps=220", "run.batch_size=6", *common))
+    sft.train(sft_config(short_thoughts, start, "run.steps=170", "run.batch_size=6", *common))
     more = ("run.steps=100", "run.batch_size=4", "data.max_samples=4", "optim.lr=6e-3", "optim.schedule=cosine")
     more += ("rollout.group_size=16", "rollout.max_new_tokens=64", "rollout.batch_size=64")
     more += ("reward.names=[format, semantic]", "reward.weights=[0.5, 0.5]", "reward.gate_by_format=true")
     grpo.train(grpo_config(short_thoughts, start, run, *common, *more))
     rewards = [row["reward"] for row in read_metrics(run / "metrics.jsonl")]
-    assert np.mean(rewards[-10:]) > np.mean(rewards[:3]) + 0.2
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:3]) + 0.15
 
 
 def test_the_scene_encoder_overfits_two_rooms(rooms_root, tmp_path):
