@@ -54,6 +54,7 @@ def build_model(config: ModelConfig, data: DataConfig) -> SceneVLM:
         num_layout_tokens=language_config.num_layout_tokens,
         name_pool=language_config.name_pool,
         name_in_token=language_config.name_in_token,
+        token_in_name=language_config.token_in_name,
         object_token=language_config.object_token,
         object_color=language_config.object_color,
         **token_sizes(view_features),
@@ -105,7 +106,7 @@ def check_settings(model: SceneVLM, config: ModelConfig, data: DataConfig) -> No
         name: (value, getattr(model.settings, name)) for name, value in vars(scene_settings(config, data)).items()
     }
     pairs["num_layout_tokens"] = (config.language.num_layout_tokens, model.connector.num_layout_tokens)
-    for name in ("name_pool", "name_in_token", "object_token", "object_color"):
+    for name in ("name_pool", "name_in_token", "token_in_name", "object_token", "object_color"):
         pairs[name] = (getattr(config.language, name), getattr(model.connector, name))
     if model.view_selector is not None:
         pairs["num_views"] = (config.views.num_views, model.view_selector.num_views)

@@ -57,6 +57,7 @@ class Connector(nn.Module):
         num_proposals: K.
         name_pool: how many names there are; 0: as many as proposals.
         name_in_token: whether the language model's own embedding of its name is part of a proposal's token.
+        token_in_name: whether a name carries, wherever a text says it, what its proposal's token is made of.
         num_layout_tokens: M; 0 for none.
         object_token: whether an object that is pointed at has a token of its own.
         object_color: whether the colours of an object are part of its token.
@@ -79,6 +80,7 @@ class Connector(nn.Module):
         num_layout_tokens: int,
         name_pool: int = 0,
         name_in_token: bool = False,
+        token_in_name: bool = False,
         object_token: bool = True,
         object_color: bool = True,
         num_view_image_tokens: int = 0,
@@ -93,6 +95,7 @@ class Connector(nn.Module):
         self.num_proposals = num_proposals
         self.name_pool = name_pool
         self.name_in_token = name_in_token
+        self.token_in_name = token_in_name
         self.num_layout_tokens = num_layout_tokens
         self.num_view_image_tokens = num_view_image_tokens
         self.num_view_depth_tokens = num_view_depth_tokens
@@ -113,6 +116,9 @@ class Connector(nn.Module):
         self.layout_linear = nn.Linear(encoder_width + 3 + 3 * 2 * self.NUM_BANDS, language_width)
         self.output_norm = nn.LayerNorm(language_width)
         nn.init.constant_(self.output_norm.weight, output_scale)
+        if token_in_name:
+            self.carried_norm = nn.LayerNorm(language_width)
+            nn.init.constant_(self.carried_norm.weight, output_scale)
         if object_token:
             self.pooled_norm = nn.LayerNorm(encoder_width)
             self.pooled_linear = nn.Linear(encoder_width, language_width)
@@ -157,6 +163,10 @@ class Connector(nn.Module):
                 names_N, words_PD / words_PD.std().clamp(min=1e-6)
             )
         return self.output_norm(objects_ND + called_ND)
+
+    def carried(self, objects_ND: torch.Tensor) -> torch.Tensor:
+        """What the names of proposals out of `objects` carry, [N, D], as large as a word's embedding."""
+        return self.carried_norm(objects_ND)
 
     def asked(self, queried: QueriedObjects) -> torch.Tensor:
         """Tokens [B, D] of the objects that are pointed at; ValueError where this connector has no such token."""
@@ -203,6 +213,7 @@ def build_connector(
     num_layout_tokens: int,
     name_pool: int,
     name_in_token: bool,
+    token_in_name: bool,
     object_token: bool,
     object_color: bool,
     **view_tokens: int,
@@ -217,6 +228,7 @@ def build_connector(
         num_layout_tokens=num_layout_tokens,
         name_pool=name_pool,
         name_in_token=name_in_token,
+        token_in_name=token_in_name,
         object_token=object_token,
         object_color=object_color,
         **view_tokens,

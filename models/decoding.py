@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .attention import Documents
 from .block_parts import compiled_on_gpu
-from .inputs import ModelInputs
+from .inputs import Mentions, ModelInputs
 from .kv_cache import KVCache, takes_kernels
 from .language_model import LanguageModel
 from .row_cache import RowCache
@@ -118,15 +118,17 @@ class _Rows:
         self.after_4R = torch.zeros(4, rows, dtype=torch.long, device=device)  # positions of what is said first
         self.ended_R = torch.zeros(rows, dtype=torch.bool, device=device)
         self.number_R = torch.zeros(rows, dtype=torch.long, device=device)  # which of the batch's rows it is
+        self.prompt_R = torch.zeros(rows, dtype=torch.long, device=device)  # the prompt that it goes on from
         self.place_1 = torch.zeros(1, dtype=torch.long, device=device)  # of the token that comes next
         # by number:
         self.uniform_RS = torch.zeros(rows, tokens, dtype=torch.float64, device=device)
         self.ids_RS = torch.zeros(rows, tokens, dtype=torch.long, device=device)
         self.logps_RS = torch.zeros(rows, tokens, device=device)
 
-    def begin(self, after_4R: Tensor) -> None:
+    def begin(self, after_4R: Tensor, prompt_of_R: Tensor) -> None:
         """Rows of a new batch."""
         count = after_4R.shape[1]
+        self.prompt_R[:count] = prompt_of_R
         self.after_4R[:, :count] = after_4R
         self.number_R[:count] = torch.arange(count, device=self.number_R.device)
         self.ended_R.zero_()
@@ -135,7 +137,7 @@ class _Rows:
     def keep(self, rows: Sequence[int]) -> None:
         """Only these go on."""
         at, count = torch.tensor(rows, device=self.token_R.device), len(rows)
-        for buffer_R in (self.token_R, self.ended_R, self.number_R):
+        for buffer_R in (self.token_R, self.ended_R, self.number_R, self.prompt_R):
             buffer_R[:count] = buffer_R[at]
         self.after_4R[:, :count] = self.after_4R[:, at]
 
@@ -183,6 +185,7 @@ class Decoder:
         """Give buffers and graphs back; the next call makes them anew."""
         self._cache: KVCache | RowCache | None = None
         self._rows = _Rows(0, 0, torch.device("cpu"))
+        self._mentions: Mentions | None = None  # of the prompts at work; their table's memory serves from call to call
         self._eos: dict[tuple[int, ...], Tensor] = {}
         self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
         self._made_of: tuple[Any, ...] = ()  # what graphs were captured of, besides buffers
@@ -247,8 +250,20 @@ class Decoder:
         prompt_of_R = torch.tensor(prompt_of, device=device)
         # a prompt ends with text, which stands behind all that came before on every axis
         ends_N = torch.tensor(lengths, device=device).cumsum(0) - 1
-        self._rows.begin(prompts.position_ids_4BL[:, 0, ends_N[prompt_of_R]] + 1)
+        self._rows.begin(prompts.position_ids_4BL[:, 0, ends_N[prompt_of_R]] + 1, prompt_of_R)
+        self._carry(prompts.mentions)
         return language.base.lm_head(last_ND)[prompt_of_R]
+
+    def _carry(self, mentions: Mentions | None) -> None:
+        """Keep what the prompts' names carry where graphs look for it."""
+        if mentions is None:
+            self._mentions = None
+            return
+        given_BPD, kept = mentions.carried_BPD, self._mentions
+        if kept is None or len(kept.carried_BPD) < len(given_BPD) or kept.name_of_V is not mentions.name_of_V:
+            table_BPD = torch.empty_like(given_BPD, dtype=self.language.dtype)
+            self._mentions = kept = replace(mentions, carried_BPD=table_BPD)
+        kept.carried_BPD[: len(given_BPD)] = given_BPD
 
     def _encode(self, prompts: ModelInputs, lengths: Sequence[int], cache: KVCache | RowCache) -> Iterator[Tensor]:
         """Run the prompts, some at a time; hidden states of the last tokens of these, [some, D]."""
@@ -316,7 +331,10 @@ class Decoder:
         rows, cache, language = self._rows, self._cache, self.language
         assert cache is not None
         positions_4R = rows.after_4R[:, : batch.at_work] + (rows.place_1 - 1)
-        embeds_RD = language.embedding(rows.token_R[: batch.at_work])
+        token_R = rows.token_R[: batch.at_work]
+        embeds_RD = language.embedding(token_R)
+        if self._mentions is not None:
+            embeds_RD = embeds_RD + self._mentions.of(rows.prompt_R[: batch.at_work], token_R)
         nothing = rows.token_R[:0]
         inputs = ModelInputs(embeds_RD[None], None, positions_4R[:, None], nothing, nothing, cache)
         rows.take(language.base.lm_head(language.hidden(inputs)[0]), batch.temperature, self._eos[batch.eos_ids])
@@ -329,7 +347,8 @@ class Decoder:
         """
         language, cache = self.language, self._cache
         assert cache is not None
-        made_of = (language.fused, language.head_weight_VD.data_ptr())
+        carried = 0 if self._mentions is None else self._mentions.carried_BPD.data_ptr()
+        made_of = (language.fused, language.head_weight_VD.data_ptr(), carried)
         if made_of != self._made_of:  # the model was moved, or its blocks joined
             self._graphs.clear()
             self._made_of = made_of

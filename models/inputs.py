@@ -60,6 +60,22 @@ def continuation(token_ids: Sequence[int]) -> Row:
 
 
 @dataclass
+class Mentions:
+    """What names carry wherever a text says them: something of the proposals that they stand for.
+
+    P counts the names that there may be, and behind them one that stands for every other token and carries nothing.
+    """
+
+    carried_BPD: Tensor  # zeros where a row has no proposal of that name
+    name_of_V: Tensor  # the name that a token of the vocabulary is, int64; P - 1 for those that are none
+    name_of_host_V: Tensor  # the same on the host, where rows are laid out
+
+    def of(self, rows_N: Tensor, token_ids_N: Tensor) -> Tensor:
+        """What tokens of these rows carry [N, D]."""
+        return self.carried_BPD[rows_N, self.name_of_V[token_ids_N]]
+
+
+@dataclass
 class ModelInputs:
     """A batch, padded or packed, ready for the text decoder."""
 
@@ -70,6 +86,7 @@ class ModelInputs:
     predicting_T: Tensor
     targets_T: Tensor
     attends: Attends | None = None  # where packed
+    mentions: Mentions | None = None  # for the names in what will be said, where names carry something
 
 
 class RowWriter:
@@ -121,6 +138,23 @@ class RowWriter:
         share_PT = torch.nn.functional.one_hot(of, count).T.float()
         share_PT = to_device(share_PT / share_PT.sum(1, keepdim=True), device)
         return share_PT.to(embedded_TD.dtype) @ embedded_TD
+
+    def name_of_tokens(self, count: int, vocabulary: int) -> Tensor:
+        """Which of the first names each token of a vocabulary is, int64 [V]; `count` for those that are none.
+
+        ValueError where a name is several tokens: in the middle of one nobody knows yet what it stands for.
+        """
+        ids = [self._fixed(format_name(name)) for name in range(count)]
+        for name, its in enumerate(ids):
+            if len(its) > 1:
+                raise ValueError(
+                    f"model.language.token_in_name takes names of one token each, and {format_name(name)} is "
+                    f"{len(its)}; set it to false, or take a language model whose tokenizer has the first {count} "
+                    "names (python main.py tiny --names)."
+                )
+        name_of_V = torch.full((vocabulary,), count)
+        name_of_V[torch.tensor([token for (token,) in ids])] = torch.arange(count)
+        return name_of_V
 
     def write(
         self,
@@ -240,6 +274,7 @@ class Layout:
     labels_BL: Tensor
     attention_mask_BL: Tensor
     position_ids_4BL: Tensor
+    row_BL: Tensor  # the row that a token is of, counted from 0; -1: none
 
 
 def _lay_out(
@@ -273,6 +308,7 @@ def _lay_out(
         labels_BL=placed(labels_T, IGNORE),
         attention_mask_BL=placed(torch.ones_like(where_T), 0),
         position_ids_4BL=torch.stack([placed(positions_T, 0) for positions_T in positions_4T]),
+        row_BL=placed(torch.arange(len(rows)).repeat_interleave(lengths), -1),
     )
 
 
@@ -333,6 +369,7 @@ def assemble(
     image_tokens: Tensor | None,
     view_image_tokens: Tensor | None = None,
     view_depth_tokens: Tensor | None = None,
+    mentions: Mentions | None = None,
     pad_id: int,
     packed_length: int | None = None,
     completions: Sequence[Sequence[Sequence[int]]] | None = None,
@@ -348,12 +385,14 @@ def assemble(
         scene_tokens: for each row its scene tokens [K + M, D], in the order of the row's placeholders.
         image_tokens: vision-tower tokens of all rows' images one after the other [n, D]; None without images.
         view_image_tokens, view_depth_tokens: the image encoder's and the depth's tokens of the same images, likewise.
+        mentions: what names carry, added to their embeddings wherever they stand; None where they carry nothing.
         packed_length: pack the rows, into so many tokens at least (0: as many as they have). None pads them.
         completions: of a pack: for each row the token ids of the texts that go on from it.
     """
     device = next(embed_tokens.parameters()).device
     attends: Attends | None = None
     before_L = None
+    prompt_of = list(range(len(rows)))  # of each row that is laid out
     if packed_length is None:
         layout = pad_rows(rows, pad_id, merge_size=merge_size)
     elif completions is None:
@@ -367,8 +406,11 @@ def assemble(
         prompts, behind = lengths[: len(rows)], lengths[len(rows) :]
         before_L = move_behind(layout, prompts, behind[: len(texts)], after)
         attends = Groups.of(prompts, behind, [*after, *[-1] * (len(behind) - len(texts))], device)
+        prompt_of += after
     embeds_BLD = embed_tokens(to_device(layout.token_ids_BL, device))
     flat_ND = embeds_BLD.flatten(0, 1)
+    if mentions is not None:
+        flat_ND = _with_mentions(flat_ND, layout, prompt_of, mentions)
     for kind, features in (
         (SCENE, torch.cat(list(scene_tokens)) if scene_tokens else None),
         (IMAGE, image_tokens),
@@ -391,4 +433,17 @@ def assemble(
         to_device(targets_at - 1 if before_L is None else before_L[targets_at], device),
         to_device(layout.labels_BL.flatten()[targets_at], device),
         attends,
+        mentions,
     )
+
+
+def _with_mentions(flat_ND: Tensor, layout: Layout, prompt_of: Sequence[int], mentions: Mentions) -> Tensor:
+    """Embeddings with what names carry; `prompt_of` says of each laid-out row whose names it uses."""
+    carried_BPD, none = mentions.carried_BPD, mentions.carried_BPD.shape[1] - 1
+    name_N = mentions.name_of_host_V[layout.token_ids_BL.flatten()]
+    row_N = layout.row_BL.flatten()
+    (here,) = torch.nonzero((name_N < none) & (row_N >= 0), as_tuple=True)
+    # one index, for the gradient of a table is soon summed then
+    index = torch.tensor(prompt_of)[row_N[here]] * (none + 1) + name_N[here]
+    carried = torch.nn.functional.embedding(to_device(index, flat_ND.device), carried_BPD.flatten(0, 1))
+    return flat_ND.index_add(0, to_device(here, flat_ND.device), carried.to(flat_ND.dtype))

@@ -105,6 +105,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         "num_layout_tokens",
         "name_pool",
         "name_in_token",
+        "token_in_name",
         "object_token",
         "object_color",
     }

@@ -17,7 +17,7 @@ from ..datasets.prompts import OBJECT_PLACEHOLDER, SYSTEM_PROMPT, build_question
 from ..datasets.scene import Sample
 from ..utils.text import find_boxes, replace_boxes
 from .connector import Connector
-from .inputs import ModelInputs, Row, RowWriter, assemble
+from .inputs import Mentions, ModelInputs, Row, RowWriter, assemble
 from .language_model import LanguageModel
 from .observation import EncodedScene, Observation, asked_objects, pointer_to
 from .relaxed_top_k import gated_rows
@@ -35,13 +35,16 @@ class ScenePrompter(SceneObserver):
     patch_settings: PatchSettings
     view_features: ViewFeatures | None  # frozen encoders of the views' further tokens
     train_vision_tower: bool
+    name_of_V: torch.Tensor | None  # of each token which name it is (RowWriter.name_of_tokens), where names carry any
+    name_of_host_V: torch.Tensor | None
 
     # -- scenes ----------------------------------------------------------------------------------------------------
 
     def scene_tokens(
         self, encoded: Sequence[EncodedScene], names: Sequence[Sequence[int] | None] | None = None
-    ) -> list[torch.Tensor]:
-        """Language-model tokens of each scene [n + M, D]: its n valid proposals where it names any, then layout.
+    ) -> tuple[list[torch.Tensor], Mentions | None]:
+        """Language-model tokens of each scene [n + M, D]: its n valid proposals where it names any, then layout; and
+        what the names carry in a text, where they do.
 
         Args:
             names: of each scene the numbers that its proposals are called by; None: 0, 1, 2 …
@@ -53,7 +56,7 @@ class ScenePrompter(SceneObserver):
         row_of = {id(scene): row for row, scene in enumerate(unique)}
         layouts = [layout_BMD[row_of[id(scene)]] for scene in encoded]
         if self.connector.num_proposals == 0:
-            return layouts
+            return layouts, None
         objects_BKD = self.connector.objects(
             torch.stack([scene.features_KE for scene in unique]),
             torch.stack([scene.boxes_K7 for scene in unique]),
@@ -68,12 +71,23 @@ class ScenePrompter(SceneObserver):
         index_N = torch.cat([scene.valid_n for scene in encoded])
         index_N = index_N + to_device(starts.repeat_interleave(torch.tensor(counts)), self.device)
         taken_ND = nn.functional.embedding(index_N, objects_BKD.flatten(0, 1))
-        words_PD = None
+        names_N = to_device(torch.tensor(called, dtype=torch.int64), self.device)
+        words_PD, mentions = None, None
         if self.connector.name_in_token:
             words_PD = self.writer.embed_names(self.language.embedding, self.connector.place_embedding.num_embeddings)
-        names_N = to_device(torch.tensor(called, dtype=torch.int64), self.device)
+        if self.connector.token_in_name:
+            mentions = self._mentions(self.connector.carried(taken_ND), names_N, counts)
         objects = self.connector.named(taken_ND, names_N, words_PD)
-        return [torch.cat(pair) for pair in zip(objects.split(counts), layouts, strict=True)]
+        return [torch.cat(pair) for pair in zip(objects.split(counts), layouts, strict=True)], mentions
+
+    def _mentions(self, carried_ND: torch.Tensor, names_N: torch.Tensor, counts: Sequence[int]) -> Mentions:
+        """What the names of so many proposals of each scene carry."""
+        assert self.name_of_V is not None and self.name_of_host_V is not None
+        size = self.connector.place_embedding.num_embeddings + 1
+        firsts = torch.arange(len(counts)).mul(size).repeat_interleave(torch.tensor(counts))
+        table = carried_ND.new_zeros(len(counts) * size, carried_ND.shape[1])
+        table = table.index_copy(0, to_device(firsts, self.device) + names_N, carried_ND)
+        return Mentions(table.unflatten(0, (-1, size)), self.name_of_V, self.name_of_host_V)
 
     def draw_names(self, observation: Observation, rng: np.random.Generator) -> list[int] | None:
         """Numbers to call a scene's proposals by in one training sample; None where they are always called in order.
@@ -222,7 +236,7 @@ class ScenePrompter(SceneObserver):
         `packed_length` and `completions` are as in inputs.assemble.
         """
         encoded = self.encode(observations)
-        scene_tokens = self.scene_tokens(encoded, [row.names for row in rows])
+        scene_tokens, mentions = self.scene_tokens(encoded, [row.names for row in rows])
         asked = {place: row.asked_box_7 for place, row in enumerate(rows) if row.asked_box_7 is not None}
         if asked:
             queried = asked_objects(list(asked.values()), [encoded[place] for place in asked])
@@ -245,6 +259,7 @@ class ScenePrompter(SceneObserver):
             image_tokens=image_tokens,
             view_image_tokens=view_image_tokens,
             view_depth_tokens=view_depth_tokens,
+            mentions=mentions,
             pad_id=self.language.pad_id,
             packed_length=packed_length,
             completions=completions,

@@ -102,6 +102,11 @@ class SceneVLM(ScenePrompter):
         self.view_features = view_features
         self.decoder = Decoder(language)
         self.writer = RowWriter(language.tokenizer, merge_size=language.merge_size)
+        self.name_of_host_V = None
+        if connector.token_in_name:
+            names = connector.place_embedding.num_embeddings
+            self.name_of_host_V = self.writer.name_of_tokens(names, language.embedding.num_embeddings)
+        self.register_buffer("name_of_V", self.name_of_host_V, persistent=False)
         self.patch_settings = PatchSettings.of(language.image_processor)
         self.train_vision_tower = False
         self.full_language_model = False  # whether save_pretrained writes the language model's own weights too
@@ -267,6 +272,7 @@ class SceneVLM(ScenePrompter):
                 "num_layout_tokens": self.connector.num_layout_tokens,
                 "name_pool": self.connector.name_pool,
                 "name_in_token": self.connector.name_in_token,
+                "token_in_name": self.connector.token_in_name,
                 "object_token": self.connector.object_token,
                 "object_color": self.connector.object_color,
             },
@@ -348,6 +354,7 @@ class SceneVLM(ScenePrompter):
         parts = {
             "name_pool": 0,
             "name_in_token": False,
+            "token_in_name": False,
             "object_token": False,
             "object_color": False,
             **description["connector"],

@@ -77,7 +77,7 @@ def test_a_token_carries_its_own_name_and_is_the_same_thing(model, observation):
     count = len(encoded.named)
     names = list(range(29, 29 - count, -1))
     plain, called, both = (
-        model.scene_tokens([encoded] * many, its) for many, its in ((1, None), (1, [names]), (2, [None, names]))
+        model.scene_tokens([encoded] * many, its)[0] for many, its in ((1, None), (1, [names]), (2, [None, names]))
     )
     expected = model.connector.objects(
         encoded.features_KE[None], encoded.boxes_K7[None], encoded.class_probs_KC[None], encoded.colors_K6[None]
@@ -162,7 +162,7 @@ def test_a_tokens_name_may_be_the_language_models_own_words(rooms_root, observat
         encoded.features_KE[None], encoded.boxes_K7[None], encoded.class_probs_KC[None], encoded.colors_K6[None]
     )[0, encoded.valid_n]
     expected = made.connector.named(described, torch.arange(count), words_PD)
-    torch.testing.assert_close(made.scene_tokens([encoded])[0][:count], expected)
+    torch.testing.assert_close(made.scene_tokens([encoded])[0][0][:count], expected)
 
 
 def test_words_in_tokens_are_kept_and_get_gradients(rooms_root, tmp_path):

@@ -1,0 +1,200 @@
+"""Names that carry what they stand for: in prompts, in what is taught and sampled, under gradients, in files."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from threedr1.datasets.scene import Sample
+from threedr1.datasets.scene_store import SceneStore
+from threedr1.engine import sft
+from threedr1.engine.grpo_packs import make_packs, pack_logprobs
+from threedr1.engine.rollout import roll_out, write_prompts
+from threedr1.engine.sft_data import write_targets
+from threedr1.models.inputs import Mentions, assemble
+from threedr1.models.scene_vlm import SceneVLM
+from threedr1.models.tiny import SHAPES, build_tiny, corpus_texts
+from threedr1.utils.streams import stream
+from threedr1.utils.text import format_box
+
+from .test_object_token import build, settings
+
+NAMES = 30
+OWN = (f"model.language.name_pool={NAMES}", "model.language.token_in_name=true")
+
+
+@pytest.fixture(scope="module")
+def root(rooms_root, tmp_path_factory):
+    """The rooms beside a language model whose names are one token each."""
+    root = tmp_path_factory.mktemp("named")
+    for entry in rooms_root.iterdir():
+        if entry.name != "tiny":
+            (root / entry.name).symlink_to(entry)
+    size = replace(SHAPES["tiny"], vocab_size=600, names=NAMES, width=64, layers=2, heads=4, kv_heads=2, mlp_width=96)
+    build_tiny(root / "tiny", corpus_texts(rooms_root), size=size)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(root) -> SceneVLM:
+    return build(root, *OWN)
+
+
+@pytest.fixture(scope="module")
+def observations(model, root):
+    store = SceneStore(root / "prepared")
+    seen = [model.observe(store[name]) for name in store.scene_ids[:2]]
+    model.encode(seen)
+    return seen
+
+
+def question(number: int) -> Sample:
+    return Sample(f"q-{number}", "qa", "own", "s", "How many chairs are there?", "two")
+
+
+def carried_by(model, observation) -> torch.Tensor:
+    """What the names of a scene's proposals carry, in their order."""
+    (encoded,) = model.encode([observation])
+    objects = model.connector.objects(
+        encoded.features_KE[None], encoded.boxes_K7[None], encoded.class_probs_KC[None], encoded.colors_K6[None]
+    )
+    return model.connector.carried(objects[0, encoded.valid_n])
+
+
+def name_id(model, name: int) -> int:
+    (token,) = model.writer._text(f"<obj{name}>")
+    return token
+
+
+@torch.no_grad()
+def test_every_mention_carries_its_own_rows_proposal(model, observations):
+    """Two scenes with names of their own, packed and padded: names alone differ from the words, by what is theirs."""
+    rows, expected = [], []
+    for observation, rng in zip(observations, (stream(1), stream(2)), strict=True):
+        names = model.draw_names(observation, rng)
+        first, second = (format_box(box.tolist()) for box in observation.encoded.named[:2])
+        told = model.with_names(f"it {second} and {first} and {second}", observation, names)
+        row, _ = model.write_row(question(0), observation, "direct", told, names)
+        rows.append(row)
+        carried, of_name = carried_by(model, observation), {name_id(model, name): n for n, name in enumerate(names)}
+        added = torch.zeros(len(row.token_ids), model.language.width)
+        for place, token in enumerate(row.token_ids):
+            if token in of_name:
+                added[place] = carried[of_name[token]]
+        # each name stands before its token in the prompt, and as often as it is said; the system prompt has one more
+        system = model.language.decode(row.token_ids).partition("user\n")[0]
+        assert int(added.any(1).sum()) == len(names) + 3 + sum(f"<obj{name}>" in system for name in names)
+        expected.append(added)
+    no_views = [[], []]
+    packed, padded = (
+        model.embed_rows(rows, observations, no_views, packed_length=length).inputs_embeds_BLD for length in (0, None)
+    )
+    model.connector.token_in_name = False
+    try:
+        plain, plain_padded = (
+            model.embed_rows(rows, observations, no_views, packed_length=length).inputs_embeds_BLD
+            for length in (0, None)
+        )
+    finally:
+        model.connector.token_in_name = True
+    torch.testing.assert_close((packed - plain)[0], torch.cat(expected))
+    for row, added in enumerate(expected):
+        torch.testing.assert_close((padded - plain_padded)[row, : len(added)], added)
+        assert not (padded - plain_padded)[row, len(added) :].any()
+
+
+@torch.no_grad()
+def test_completions_use_the_names_of_their_own_prompt(model, observations):
+    names = [model.draw_names(observation, stream(3, n)) for n, observation in enumerate(observations)]
+    rows = [
+        model.write_row(question(n), observation, "direct", None, its)[0]
+        for n, (observation, its) in enumerate(zip(observations, names, strict=True))
+    ]
+    shared = next(iter(set(names[0]) & set(names[1])))
+    said = [name_id(model, shared)]
+    inputs = model.embed_rows(rows, observations, [[], []], packed_length=0, completions=[[said, said], [said]])
+    behind = inputs.inputs_embeds_BLD[0, -3:] - model.language.embedding.weight[said[0]]
+    first, second = (carried_by(model, seen)[its.index(shared)] for seen, its in zip(observations, names, strict=True))
+    torch.testing.assert_close(behind, torch.stack([first, first, second]))
+    assert not torch.allclose(first, second)
+
+
+def furthest(model, rollouts) -> float:
+    """The largest difference between the log-probability of a sampled token and what training makes of it."""
+    worst = 0.0
+    every = [list(range(len(rollout.texts))) for rollout in rollouts]
+    for pack in make_packs(model, rollouts, every, 4096):
+        with torch.no_grad():
+            logps_BT, _ = pack_logprobs(model, pack, 1.0)
+        for logps_T, (prompt, number) in zip(logps_BT, pack.rows, strict=True):
+            sampled = torch.tensor(rollouts[prompt].logps[number])
+            worst = max(worst, float((logps_T[: len(sampled)] - sampled).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("group_size", [1, 3])  # a cache of rows, and one of shared prompts
+def test_what_is_sampled_has_the_probability_that_training_gives_it(root, observations, group_size, monkeypatch):
+    """Decoding carries names as the one assembler does; the model is made to say them often."""
+    model = build(root, *OWN)
+    ids = torch.tensor([name_id(model, name) for name in range(8)])
+    with torch.no_grad():
+        model.language.base.lm_head.weight[ids] *= 12.0
+        model.connector.carried_norm.weight *= 12.0
+    seen = [model.observe(observations[n % 2].scene) for n in range(4)]
+    model.encode(seen)
+    prompts = write_prompts(model, [question(n) for n in range(4)], seen, ["direct", "think"] * 2)
+    generators = [torch.Generator().manual_seed(n) for n in range(4 * group_size)]
+    options = {"max_new_tokens": 12, "group_size": group_size, "temperature": 1.0, "generators": generators}
+    rollouts = roll_out(model, prompts, **options)
+    said = torch.tensor([token for rollout in rollouts for its in rollout.token_ids for token in its])
+    assert int(torch.isin(said, ids).sum()) > 5 * group_size
+    assert furthest(model, rollouts) < 2e-4
+    # names that carry nothing while decoding would be of another probability
+    monkeypatch.setattr(model.decoder, "_carry", lambda mentions: None)
+    model.decoder._mentions = None
+    assert furthest(model, roll_out(model, prompts, **options)) > 0.05
+
+
+def test_gradients_reach_proposals_through_their_names_alone(model, observations):
+    """With the tokens of the scene held back, what a mention says still teaches the connector."""
+    box = format_box(observations[0].encoded.named[0].tolist())
+    sample = Sample("g-0", "grounding", "own", "s", "it", f"it {box}")
+    (taught,) = write_targets(model, [sample], observations[:1], pointers="name", naming=stream)
+    model.connector.requires_grad_(True)
+    model.connector.zero_grad()
+    tokens, mentions = model.scene_tokens([observations[0].encoded], [taught.row.names])
+    inputs = assemble(
+        [taught.row],
+        embed_tokens=model.language.embedding,
+        scene_tokens=[its.detach() for its in tokens],
+        image_tokens=None,
+        mentions=mentions,
+        pad_id=model.language.pad_id,
+        packed_length=0,
+    )
+    model.hidden(inputs).square().sum().backward()
+    gradient = model.connector.object_mlp[0].weight.grad
+    assert gradient is not None and float(gradient.abs().sum()) > 0
+
+
+def test_what_carries_nothing_stays_as_it_is():
+    table = torch.arange(12.0).view(2, 3, 2)
+    table[:, -1] = 0
+    names = torch.tensor([2, 0, 2, 1])  # of four tokens the second and the fourth are names
+    found = Mentions(table, names, names).of(torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]))
+    np.testing.assert_array_equal(found, [[0, 1], [0, 0], [8, 9]])
+
+
+def test_names_of_several_tokens_are_refused(rooms_root):
+    with pytest.raises(ValueError, match=r"names of one token each, and <obj0> is \d+; set it to false"):
+        build(rooms_root, *OWN)
+
+
+def test_it_is_kept_and_asked_for(root, tmp_path):
+    checkpoint = sft.train(settings(root, *OWN, "run.steps=1", run_dir=tmp_path / "run"))
+    loaded = SceneVLM.from_pretrained(checkpoint / "model")
+    assert loaded.connector.token_in_name and loaded.name_of_V is not None
+    refused = settings(root, OWN[0], f"init={checkpoint / 'model'}", run_dir=tmp_path / "other")
+    with pytest.raises(ValueError, match="made with token_in_name True, but the configuration says False"):
+        sft.train(refused)
