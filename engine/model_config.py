@@ -137,6 +137,8 @@ class LanguageConfig:
         if self.sharding == "full" and self.train != "full":
             raise ValueError("sharding is 'full', but train is not; adapters are small: leave sharding at auto.")
         at_least(self, lora_rank=1, lora_alpha=1, lora_last_blocks=0, num_proposals=0, num_layout_tokens=0)
+        if self.token_in_name and not self.num_proposals:
+            raise ValueError("token_in_name is true, but num_proposals is 0: nothing has a name; change one of them.")
         if self.name_pool and not 0 < self.num_proposals <= self.name_pool:
             raise ValueError(
                 f"name_pool is {self.name_pool}; it must be 0, or num_proposals ({self.num_proposals}) or more."

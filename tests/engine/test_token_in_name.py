@@ -9,6 +9,7 @@ import torch
 from threedr1.datasets.scene import Sample
 from threedr1.datasets.scene_store import SceneStore
 from threedr1.engine import sft
+from threedr1.engine.config import load_config
 from threedr1.engine.grpo_packs import make_packs, pack_logprobs
 from threedr1.engine.rollout import roll_out, write_prompts
 from threedr1.engine.sft_data import write_targets
@@ -189,6 +190,11 @@ def test_what_carries_nothing_stays_as_it_is():
 def test_names_of_several_tokens_are_refused(rooms_root):
     with pytest.raises(ValueError, match=r"names of one token each, and <obj0> is \d+; set it to false"):
         build(rooms_root, *OWN)
+
+
+def test_without_names_there_is_nothing_to_carry():
+    with pytest.raises(ValueError, match="num_proposals is 0: nothing has a name; change one of them"):
+        load_config("sft", None, ["model.language.num_proposals=0", "model.language.token_in_name=true"])
 
 
 def test_it_is_kept_and_asked_for(root, tmp_path):

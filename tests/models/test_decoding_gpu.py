@@ -1,11 +1,13 @@
 """Decoding and shared prompts on a CUDA device in bfloat16: Triton kernels, CUDA graphs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from threedr1.models.attention import Documents, Groups, attend_documents
 from threedr1.models.decoding import Decoder
-from threedr1.models.inputs import IGNORE, Row, assemble
+from threedr1.models.inputs import IGNORE, Mentions, Row, assemble
 from threedr1.models.kv_cache import KVCache, _KernelSteps, _PlainSteps
 from threedr1.models.lm_head import token_logprobs
 
@@ -132,6 +134,30 @@ def test_graphs_give_what_steps_give_one_by_one(tiny_qwen, kind):
         logps = token_logprobs(hidden, language.head_weight_VD, groups.targets_T).logps_T.float()
     kept = torch.tensor([value for its in ours.logps for value in its], device="cuda")
     assert float((logps - kept).abs().mean()) < 0.02
+
+
+def test_graphs_carry_what_names_carry(tiny_qwen):
+    """Batches with names and without, of few prompts and of many: the table moves, and graphs are made anew."""
+    language, rows = language_and_prompts(tiny_qwen, "fused")
+    name_of_V = torch.full((language.embedding.num_embeddings,), 200)
+    name_of_V[20:220] = torch.arange(200)
+    generator = torch.Generator().manual_seed(5)
+    carried_BPD = 0.3 * torch.randn(4, 201, language.width, generator=generator)
+    carried_BPD[:, -1] = 0
+    mentions = Mentions(carried_BPD.cuda(), name_of_V.cuda(), name_of_V)
+    graphs, steps = Decoder(language), Decoder(language, graphs=False)
+
+    def sampled(decoder, some, carried):
+        inputs = assembled(language, rows[:some], mentions=carried)
+        options = {"max_new_tokens": 20, "group_size": 4, "temperature": 1.0, "eos_ids": range(220, 400, 9)}
+        generators = [torch.Generator().manual_seed(row) for row in range(4 * some)]
+        return decoder(inputs, [len(row.token_ids) for row in rows[:some]], generators=generators, **options).token_ids
+
+    few = replace(mentions, carried_BPD=mentions.carried_BPD[:2])
+    found = [sampled(graphs, 2, few), sampled(graphs, 4, mentions), sampled(graphs, 4, None), sampled(graphs, 2, few)]
+    assert found[:3] == [sampled(steps, 2, few), sampled(steps, 4, mentions), sampled(steps, 4, None)]
+    assert found[3] == found[0]
+    assert found[1] != found[2]
 
 
 def test_streaming_hears_what_is_said(tiny_qwen):
