@@ -124,7 +124,7 @@ class LanguageConfig:
     num_layout_tokens: int = 32
     name_pool: int = 0  # sft draws the names of a sample's proposals out of so many; 0: they are called in order
     name_in_token: bool = False  # the language model's own embedding of its name is part of a proposal's token
-    token_in_name: bool = False  # a name carries, wherever a text says it, what its proposal's token is made of
+    token_in_name: bool = False  # a name carries what its proposal's token is made of, wherever a text says it
     object_token: bool = True  # an object that a caption is asked for has a token of its own, beside its name or box
     object_color: bool = (
         True  # an object's token tells the colours of its points, which the encoder's feature need not

@@ -57,7 +57,8 @@ class Connector(nn.Module):
         num_proposals: K.
         name_pool: how many names there are; 0: as many as proposals.
         name_in_token: whether the language model's own embedding of its name is part of a proposal's token.
-        token_in_name: whether a name carries, wherever a text says it, what its proposal's token is made of.
+        token_in_name: whether a name carries, wherever a text says it, what its proposal's token is made of, and its
+            place besides on a way of its own: beside features, kind and colours it is hardly heard.
         num_layout_tokens: M; 0 for none.
         object_token: whether an object that is pointed at has a token of its own.
         object_color: whether the colours of an object are part of its token.
@@ -117,6 +118,7 @@ class Connector(nn.Module):
         self.output_norm = nn.LayerNorm(language_width)
         nn.init.constant_(self.output_norm.weight, output_scale)
         if token_in_name:
+            self.carried_place = nn.Linear(3 * 2 * self.NUM_BANDS, language_width)
             self.carried_norm = nn.LayerNorm(language_width)
             nn.init.constant_(self.carried_norm.weight, output_scale)
         if object_token:
@@ -164,9 +166,14 @@ class Connector(nn.Module):
             )
         return self.output_norm(objects_ND + called_ND)
 
-    def carried(self, objects_ND: torch.Tensor) -> torch.Tensor:
-        """What the names of proposals out of `objects` carry, [N, D], as large as a word's embedding."""
-        return self.carried_norm(objects_ND)
+    def carried(self, objects_ND: torch.Tensor, centres_N3: torch.Tensor) -> torch.Tensor:
+        """What the names of proposals out of `objects` carry, [N, D], as large as a word's embedding.
+
+        Args:
+            centres_N3: of their boxes, metres, model frame.
+        """
+        places_ND = self.carried_place(fourier_features(centres_N3, self.NUM_BANDS))
+        return self.carried_norm(objects_ND + places_ND)
 
     def asked(self, queried: QueriedObjects) -> torch.Tensor:
         """Tokens [B, D] of the objects that are pointed at; ValueError where this connector has no such token."""

@@ -119,6 +119,7 @@ class _Rows:
         self.ended_R = torch.zeros(rows, dtype=torch.bool, device=device)
         self.number_R = torch.zeros(rows, dtype=torch.long, device=device)  # which of the batch's rows it is
         self.prompt_R = torch.zeros(rows, dtype=torch.long, device=device)  # the prompt that it goes on from
+        self.name_R = torch.zeros(rows, dtype=torch.long, device=device)  # said right before its last token (Mentions)
         self.place_1 = torch.zeros(1, dtype=torch.long, device=device)  # of the token that comes next
         # by number:
         self.uniform_RS = torch.zeros(rows, tokens, dtype=torch.float64, device=device)
@@ -137,7 +138,7 @@ class _Rows:
     def keep(self, rows: Sequence[int]) -> None:
         """Only these go on."""
         at, count = torch.tensor(rows, device=self.token_R.device), len(rows)
-        for buffer_R in (self.token_R, self.ended_R, self.number_R, self.prompt_R):
+        for buffer_R in (self.token_R, self.ended_R, self.number_R, self.prompt_R, self.name_R):
             buffer_R[:count] = buffer_R[at]
         self.after_4R[:, :count] = self.after_4R[:, at]
 
@@ -153,10 +154,17 @@ class _Rows:
         self.logps_RS[number_R, self.place_1] = logp_R
         self.place_1 += 1
 
+    def carried(self, mentions: Mentions, count: int) -> Tensor:
+        """What the last tokens of the first rows carry [count, D]; keeps which names they are."""
+        said_R, none = mentions.name_of_V[self.token_R[:count]], mentions.none
+        name_R = torch.where(said_R < none, said_R, self.name_R[:count])
+        self.name_R[:count] = said_R
+        return mentions.carried_BPD[self.prompt_R[:count], name_R]
+
     @contextmanager
     def unmoved(self) -> Iterator[None]:
         """What the block chooses does not count."""
-        moved = (self.token_R, self.ended_R, self.place_1)
+        moved = (self.token_R, self.ended_R, self.place_1, self.name_R)
         before = [buffer.clone() for buffer in moved]
         yield
         for buffer, value in zip(moved, before, strict=True):
@@ -264,6 +272,7 @@ class Decoder:
             table_BPD = torch.empty_like(given_BPD, dtype=self.language.dtype)
             self._mentions = kept = replace(mentions, carried_BPD=table_BPD)
         kept.carried_BPD[: len(given_BPD)] = given_BPD
+        self._rows.name_R.fill_(mentions.none)  # a prompt does not end with a name
 
     def _encode(self, prompts: ModelInputs, lengths: Sequence[int], cache: KVCache | RowCache) -> Iterator[Tensor]:
         """Run the prompts, some at a time; hidden states of the last tokens of these, [some, D]."""
@@ -331,10 +340,9 @@ class Decoder:
         rows, cache, language = self._rows, self._cache, self.language
         assert cache is not None
         positions_4R = rows.after_4R[:, : batch.at_work] + (rows.place_1 - 1)
-        token_R = rows.token_R[: batch.at_work]
-        embeds_RD = language.embedding(token_R)
+        embeds_RD = language.embedding(rows.token_R[: batch.at_work])
         if self._mentions is not None:
-            embeds_RD = embeds_RD + self._mentions.of(rows.prompt_R[: batch.at_work], token_R)
+            embeds_RD = embeds_RD + rows.carried(self._mentions, batch.at_work)
         nothing = rows.token_R[:0]
         inputs = ModelInputs(embeds_RD[None], None, positions_4R[:, None], nothing, nothing, cache)
         rows.take(language.base.lm_head(language.hidden(inputs)[0]), batch.temperature, self._eos[batch.eos_ids])

@@ -63,6 +63,7 @@ def continuation(token_ids: Sequence[int]) -> Row:
 class Mentions:
     """What names carry wherever a text says them: something of the proposals that they stand for.
 
+    So does the token behind a name, unless it is a name itself: what is said of a thing begins there.
     P counts the names that there may be, and behind them one that stands for every other token and carries nothing.
     """
 
@@ -70,9 +71,10 @@ class Mentions:
     name_of_V: Tensor  # the name that a token of the vocabulary is, int64; P - 1 for those that are none
     name_of_host_V: Tensor  # the same on the host, where rows are laid out
 
-    def of(self, rows_N: Tensor, token_ids_N: Tensor) -> Tensor:
-        """What tokens of these rows carry [N, D]."""
-        return self.carried_BPD[rows_N, self.name_of_V[token_ids_N]]
+    @property
+    def none(self) -> int:
+        """What stands for all tokens that are no name."""
+        return self.carried_BPD.shape[1] - 1
 
 
 @dataclass
@@ -439,11 +441,14 @@ def assemble(
 
 def _with_mentions(flat_ND: Tensor, layout: Layout, prompt_of: Sequence[int], mentions: Mentions) -> Tensor:
     """Embeddings with what names carry; `prompt_of` says of each laid-out row whose names it uses."""
-    carried_BPD, none = mentions.carried_BPD, mentions.carried_BPD.shape[1] - 1
-    name_N = mentions.name_of_host_V[layout.token_ids_BL.flatten()]
-    row_N = layout.row_BL.flatten()
-    (here,) = torch.nonzero((name_N < none) & (row_N >= 0), as_tuple=True)
+    none, row_N = mentions.none, layout.row_BL.flatten()
+    said_N = torch.where(row_N < 0, none, mentions.name_of_host_V[layout.token_ids_BL.flatten()])
+    before_N = torch.full_like(said_N, none)
+    before_N[1:] = torch.where(row_N[1:] == row_N[:-1], said_N[:-1], none)
+    name_N = torch.where(said_N < none, said_N, before_N)
+    (here,) = torch.nonzero(name_N < none, as_tuple=True)
     # one index, for the gradient of a table is soon summed then
     index = torch.tensor(prompt_of)[row_N[here]] * (none + 1) + name_N[here]
-    carried = torch.nn.functional.embedding(to_device(index, flat_ND.device), carried_BPD.flatten(0, 1))
+    table_ND = mentions.carried_BPD.flatten(0, 1)
+    carried = torch.nn.functional.embedding(to_device(index, flat_ND.device), table_ND)
     return flat_ND.index_add(0, to_device(here, flat_ND.device), carried.to(flat_ND.dtype))
