@@ -166,14 +166,13 @@ class Connector(nn.Module):
             )
         return self.output_norm(objects_ND + called_ND)
 
-    def carried(self, objects_ND: torch.Tensor, centres_N3: torch.Tensor) -> torch.Tensor:
-        """What the names of proposals out of `objects` carry, [N, D], as large as a word's embedding.
+    def carried(self, objects_ND: torch.Tensor, boxes_N7: torch.Tensor) -> torch.Tensor:
+        """What the names of proposals out of `objects` carry, [N, D], as large as a word's embedding."""
+        return self.carried_norm(objects_ND + self._places(boxes_N7))
 
-        Args:
-            centres_N3: of their boxes, metres, model frame.
-        """
-        places_ND = self.carried_place(fourier_features(centres_N3, self.NUM_BANDS))
-        return self.carried_norm(objects_ND + places_ND)
+    def _places(self, boxes_N7: torch.Tensor) -> torch.Tensor:
+        """Where things are [N, D], beside what `objects` tells of them."""
+        return self.carried_place(fourier_features(boxes_N7[:, :3], self.NUM_BANDS))
 
     def asked(self, queried: QueriedObjects) -> torch.Tensor:
         """Tokens [B, D] of the objects that are pointed at; ValueError where this connector has no such token."""
@@ -181,7 +180,8 @@ class Connector(nn.Module):
             raise ValueError("This model was made without object tokens; train one with model.language.object_token.")
         covering_BD = self._described(queried.features_BE, queried.boxes_B7, queried.class_probs_BC, queried.colors_B6)
         inside_BD = self.pooled_linear(self.pooled_norm(queried.pooled_BE))
-        return self.output_norm(covering_BD + inside_BD + self.asked_mark.weight)
+        token_BD = covering_BD + inside_BD + self.asked_mark.weight
+        return self.output_norm(token_BD + self._places(queried.boxes_B7) if self.token_in_name else token_BD)
 
     def view_images(self, features_VnE: torch.Tensor) -> torch.Tensor:
         """Tokens [V, n, D] of views from the image encoder's features."""

@@ -76,8 +76,8 @@ class ScenePrompter(SceneObserver):
         if self.connector.name_in_token:
             words_PD = self.writer.embed_names(self.language.embedding, self.connector.place_embedding.num_embeddings)
         if self.connector.token_in_name:
-            centres_N3 = torch.cat([scene.boxes_K7[scene.valid_n, :3] for scene in encoded])
-            mentions = self._mentions(self.connector.carried(taken_ND, centres_N3), names_N, counts)
+            boxes_N7 = torch.cat([scene.boxes_K7[scene.valid_n] for scene in encoded])
+            mentions = self._mentions(self.connector.carried(taken_ND, boxes_N7), names_N, counts)
         objects = self.connector.named(taken_ND, names_N, words_PD)
         return [torch.cat(pair) for pair in zip(objects.split(counts), layouts, strict=True)], mentions
 

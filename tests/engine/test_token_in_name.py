@@ -12,7 +12,9 @@ from threedr1.engine.config import load_config
 from threedr1.engine.grpo_packs import make_packs, pack_logprobs
 from threedr1.engine.rollout import roll_out, write_prompts
 from threedr1.engine.sft_data import write_targets
+from threedr1.models.connector import fourier_features
 from threedr1.models.inputs import SCENE, assemble
+from threedr1.models.observation import asked_objects
 from threedr1.models.scene_vlm import SceneVLM
 from threedr1.models.tiny import SHAPES, build_tiny, corpus_texts
 from threedr1.utils.streams import stream
@@ -59,7 +61,7 @@ def carried_by(model, observation) -> torch.Tensor:
     objects = model.connector.objects(
         encoded.features_KE[None], encoded.boxes_K7[None], encoded.class_probs_KC[None], encoded.colors_K6[None]
     )
-    return model.connector.carried(objects[0, encoded.valid_n], encoded.boxes_K7[encoded.valid_n, :3])
+    return model.connector.carried(objects[0, encoded.valid_n], encoded.boxes_K7[encoded.valid_n])
 
 
 def name_id(model, name: int) -> int:
@@ -179,6 +181,21 @@ def test_gradients_reach_proposals_through_their_names_alone(model, observations
     model.hidden(inputs).square().sum().backward()
     gradient = model.connector.object_mlp[0].weight.grad
     assert gradient is not None and float(gradient.abs().sum()) > 0
+
+
+@torch.no_grad()
+def test_the_object_asked_for_tells_its_place_the_same_way(model, observations):
+    """Behind its name stands a token of its own; two that differ in their place alone differ by it."""
+    connector = model.connector
+    nowhere = [[90.0, 0, 0, 1, 1, 1, 0]]  # no proposal, so nothing else is known
+    queried = asked_objects(nowhere, [observations[0].encoded])
+    described = connector._described(
+        queried.features_BE, queried.boxes_B7, queried.class_probs_BC, queried.colors_B6
+    ) + connector.pooled_linear(connector.pooled_norm(queried.pooled_BE))
+    place = connector.carried_place(fourier_features(torch.tensor([[90.0, 0, 0]]), connector.NUM_BANDS))
+    expected = connector.output_norm(described + connector.asked_mark.weight + place)
+    torch.testing.assert_close(connector.asked(queried), expected)
+    assert not torch.allclose(expected, connector.output_norm(described + connector.asked_mark.weight), atol=1e-3)
 
 
 def test_names_of_several_tokens_are_refused(rooms_root):
