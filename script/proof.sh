@@ -101,7 +101,8 @@ data() {
     stage prepare "$DATA/prepared" prepare --root "$DATA"
     # by what the rooms are, not by when they were made: an unpacked model was made of the same
     previous="$(cksum <"$DATA/rooms.json")"
-    stage model "$RUN/model" tiny --out "$RUN/model" --corpus "$DATA" --shape "${SHAPE:-small}"
+    stage model "$RUN/model" tiny --out "$RUN/model" --corpus "$DATA" --shape "${SHAPE:-small}" \
+        --names 100 # a token each, which the recipes ask for
 }
 
 detect() {
@@ -118,7 +119,8 @@ real_data() {
     stage real-data "$REAL_DATA/scannetv2_val.txt" bench real_split --instances "$REAL/scannet_instances" \
         --lists "$REAL/scannet" --annotations "$REAL/annotations" --out "$REAL_DATA"
     stage real-prepare "$REAL_DATA/prepared" prepare --root "$REAL_DATA"
-    stage real-model "$RUN/real-model" tiny --out "$RUN/real-model" --corpus "$REAL_DATA" --shape "${SHAPE:-small}"
+    stage real-model "$RUN/real-model" tiny --out "$RUN/real-model" --corpus "$REAL_DATA" --shape "${SHAPE:-small}" \
+        --names 100
     after real-prepare
     stage real-detect "$RUN/real-detect" detect --config "$recipes/real.detect.yaml" --resume \
         --set "run.dir=$RUN/real-detect" "data.root=$REAL_DATA" "${overrides[@]}"
