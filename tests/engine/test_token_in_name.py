@@ -117,11 +117,14 @@ def test_completions_use_the_names_of_their_own_prompt(model, observations):
         for n, (observation, its) in enumerate(zip(observations, names, strict=True))
     ]
     shared = next(iter(set(names[0]) & set(names[1])))
-    said = [name_id(model, shared)]
-    inputs = model.embed_rows(rows, observations, [[], []], packed_length=0, completions=[[said, said], [said]])
-    behind = inputs.inputs_embeds_BLD[0, -3:] - model.language.embedding.weight[said[0]]
+    # one completion ends with a name, and the next begins with a word, which is not behind it
+    word, name = model.writer._text("red")[0], name_id(model, shared)
+    said, other = [word, name], [word, name, word]
+    inputs = model.embed_rows(rows, observations, [[], []], packed_length=0, completions=[[said, said], [other]])
+    behind = inputs.inputs_embeds_BLD[0, -7:] - model.language.embedding.weight[torch.tensor([*said, *said, *other])]
     first, second = (carried_by(model, seen)[its.index(shared)] for seen, its in zip(observations, names, strict=True))
-    torch.testing.assert_close(behind, torch.stack([first, first, second]))
+    nothing = torch.zeros_like(first)
+    torch.testing.assert_close(behind, torch.stack([nothing, first, nothing, first, nothing, second, second]))
     assert not torch.allclose(first, second)
 
 
