@@ -55,7 +55,7 @@ def to_prediction(model: SceneVLM, rollout: Rollout, label: str) -> Prediction:
         views=[view_path(observation, index) for index in rollout.views],
         model=label,
         truncated=not rollout.finished[0],
-        meta={**reference.meta, "mode": rollout.mode},
+        meta={**reference.meta, "mode": rollout.mode, **({"named": said.named} if said.named else {})},
     )
 
 

@@ -116,13 +116,17 @@ class Observation:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said; boxes are [x, y, z, dx, dy, dz, heading], metres, world frame."""
+    """What the model said; boxes are [x, y, z, dx, dy, dz, heading], metres, world frame.
+
+    `boxes` are those that the answer points at, `named` the proposals that the text names, thought and all, by name.
+    """
 
     text: str
     think: str
     answer: str
     well_formed: bool
     boxes: list[list[float]]
+    named: dict[str, list[float]]
 
 
 def best_proposals(boxes_M7: np.ndarray, proposals_K7: np.ndarray) -> list[int | None]:

@@ -27,7 +27,7 @@ from ..datasets.prompts import (
 )
 from ..datasets.readers import read_scene
 from ..datasets.scene import Sample, Scene
-from ..utils.text import parse_response, resolve_boxes
+from ..utils.text import named_boxes, parse_response, resolve_boxes
 from ..utils.text_stream import TokenText
 from .attention import PACKED
 from .connector import Connector, build_connector
@@ -233,9 +233,12 @@ class SceneVLM(ScenePrompter):
         """A completion taken apart, its boxes resolved and moved to the world frame."""
         (encoded,) = self.encode([observation])
         response = parse_response(text)
-        boxes = resolve_boxes(response.answer, encoded.named.tolist())
-        world = observation.scene.to_world(np.asarray(boxes, dtype=np.float32)).tolist() if boxes else []
-        return Answer(text, response.think, response.answer, response.well_formed, world)
+        proposals = encoded.named.tolist()
+        boxes, named = resolve_boxes(response.answer, proposals), named_boxes(text, proposals)
+        found = [*boxes, *named.values()]
+        world = observation.scene.to_world(np.asarray(found, dtype=np.float32)).tolist() if found else []
+        named = dict(zip(named, world[len(boxes) :], strict=True))
+        return Answer(text, response.think, response.answer, response.well_formed, world[: len(boxes)], named)
 
     # -- saving ----------------------------------------------------------------------------------------------------
 

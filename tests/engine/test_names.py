@@ -52,6 +52,17 @@ def test_prompt_target_and_question_use_the_same_names(model, observation):
     assert target == f"It is <obj{names[1]}>."
 
 
+def test_an_answer_tells_the_boxes_of_all_names_it_says(model, observation):
+    world = observation.scene.to_world(observation.encoded.named)
+    text = "<think>The desk <obj2> and the desk <obj2> and <obj9999>.</think><answer>A chair <obj1>.</answer>"
+    said = model.read_answer(text, observation)
+    assert list(said.named) == ["<obj2>", "<obj1>"]
+    np.testing.assert_allclose(list(said.named.values()), world[[2, 1]], atol=1e-5)
+    np.testing.assert_allclose(said.boxes, world[[1]], atol=1e-5)
+    nothing = model.read_answer("<answer>A chair.</answer>", observation)
+    assert nothing.named == {} and nothing.boxes == []
+
+
 def test_a_thought_points_by_name_alone_and_an_answer_in_numbers_too(model, observation):
     found, nowhere = (
         format_box(observation.encoded.named[1].tolist()),
