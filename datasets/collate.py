@@ -7,34 +7,22 @@ afresh (spawn: CUDA and threads do not survive a fork) and map the same prepared
 once.
 """
 
-import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..utils.streams import epoch_order, stream
+from ..utils.workers import start_pool
 from .scene import Scene
 from .scene_store import SceneStore
 
 T = TypeVar("T")
 Make = Callable[[int, Scene, np.random.Generator], T]
 _AHEAD = 2  # batches under way for each worker
-_MAIN = Path(__file__).resolve().parents[1] / "main.py"
-# What a worker runs first. Until main.py has said what `threedr1` is, a checkout that is not installed cannot be
-# imported, so the worker is handed built-in functions and bytes alone.
-_START = """
-import os, runpy
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-runpy.run_path(main, run_name="threedr1_worker")
-from threedr1.datasets import collate
-collate.adopt(content)
-"""
 
 
 class Draw(NamedTuple):
@@ -140,17 +128,16 @@ class Loader(Generic[T]):
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            start = (_START, {"main": str(_MAIN), "content": pickle.dumps(self)})
-            self._pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=exec, initargs=start)
+            self._pool = start_pool(self.workers, adopt, self)
         return self._pool
 
 
 _adopted: list[Loader] = []  # in a worker: the loader it works for
 
 
-def adopt(content: bytes) -> None:
-    """In a worker: work for a pickled loader."""
-    _adopted[:] = [pickle.loads(content)]
+def adopt(loader: Loader) -> None:
+    """In a worker: work for a loader."""
+    _adopted[:] = [loader]
 
 
 def _make_batch(draws: list[Draw]) -> Any:

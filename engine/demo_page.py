@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..models.observation import best_proposals
+from ..models.named_proposals import best_proposals
 from ..visualization.pictures import data_url
 from ..visualization.scene_frame import box_layers, framed_scene, inline_frame
 from ..visualization.shown_boxes import ShownBoxes

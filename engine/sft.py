@@ -29,7 +29,7 @@ from .optim import Optimizer
 from .run_folder import open_run
 from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything
 from .saving import Checkpoints
-from .sft_data import Batches, ShownPart, Taught, name_streams, num_tokens
+from .sft_data import Batches, NameStreams, ShownPart, Taught, num_tokens
 from .sft_eval import METRIC, SftHeldOut
 from .sft_log import SftLog, TaskSums
 from .sft_loss import sft_loss
@@ -181,15 +181,15 @@ def fine_tune(config: SftConfig, last: Path | None, runtime: Runtime) -> Path:
     def choose(step: int) -> list[Sample]:
         return [samples[row] for row in mixture.rows(step, run.batch_size, runtime)]
 
-    naming = name_streams(run.seed, run.batch_size, runtime)
     batches = Batches(
         model,
         choose,
         observations,
         pointers=config.pointers,
         num_steps=run.steps,
-        naming=naming,
+        naming=NameStreams(run.seed, run.batch_size, runtime),
         shown=lambda step: ShownPart.at(step, config.fewest_proposals, config.all_proposals_from),
+        workers=config.data.workers,
     )
     checkpoints = Checkpoints(
         runtime,

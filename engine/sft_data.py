@@ -1,8 +1,10 @@
 """What supervised fine-tuning trains on: rows with their targets, batch by batch, made while the GPU computes."""
 
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,15 +13,20 @@ from ..datasets.prompts import build_target, training_mode
 from ..datasets.scene import Sample
 from ..datasets.tasks import inventory
 from ..models.inputs import Row
+from ..models.named_proposals import NamedProposals
 from ..models.observation import Observation
+from ..models.prompt_writer import PromptWriter
 from ..models.scene_vlm import SceneVLM
+from ..models.view_pixels import Grid
 from ..utils.streams import stream
 from ..utils.text import find_boxes
+from ..utils.workers import start_pool
 from .ahead import Ahead
 from .data import ObservationCache
 from .runtime import Runtime, batch_positions
 
 _NAME_STREAM = 14  # name of a random stream
+_KEPT_SCENES = 8192  # whose boxes a writing process remembers
 
 
 class Taught(NamedTuple):
@@ -36,14 +43,35 @@ def num_tokens(taught: Sequence[Taught]) -> int:
     return sum(len(entry.row.token_ids) for entry in taught)
 
 
+class Unwritten(NamedTuple):
+    """What a sample's words follow from, without a device: it may go to another process."""
+
+    sample: Sample
+    told: NamedProposals
+    asked_7: list[float] | None  # the box that it asks about, model frame
+    grids: list[Grid]  # patches of each of its views
+
+
+class Written(NamedTuple):
+    """A sample's row, what an inventory still lists, and which of the named proposals are shown (None: all)."""
+
+    row: Row
+    answer: str
+    shown: list[int] | None
+
+
+Naming = Callable[[int], np.random.Generator]
+
+
 def write_targets(
     model: SceneVLM,
     samples: Sequence[Sample],
     observations: Sequence[Observation],
     *,
     pointers: str,
-    naming: Callable[[int], np.random.Generator] | None = None,
+    naming: Naming | None = None,
     shown: "ShownPart | None" = None,
+    writers: "Writers | None" = None,
 ) -> list[Taught]:
     """Rows with the targets that the samples teach.
 
@@ -56,24 +84,110 @@ def write_targets(
         naming: gives, by a sample's place, the generator that draws the names of its proposals, where the model has a
             pool of them; None: 0, 1, 2 …
         shown: how many proposals a sample is shown, drawn by the same generator; None: all.
+        writers: processes that write; None: this one.
     """
     model.expect(samples)
-    rows = []
-    for place, (sample, observation) in enumerate(zip(samples, observations, strict=True)):
-        mode, rng = training_mode(sample), None if naming is None else naming(place)
-        if shown is not None and rng is not None:
-            observation = show_part(model, sample, observation, shown, rng)
-        if pointers == "name" and sample.dataset == inventory.NAME:
-            sample = listing_named(model, sample, observation)
-        names = None if rng is None else model.draw_names(observation, rng)
-        if pointers == "name":
-            think = model.with_names(sample.think, observation, names, only=True)
-            told = replace(sample, think=think or sample.think)
-            target = model.with_names(build_target(told, mode), observation, names)
-        else:
-            target = build_target(sample, mode)
-        rows.append(Taught(sample, observation, *model.write_row(sample, observation, mode, target, names)))
-    return rows
+    views = [model.choose_views(*pair) for pair in zip(samples, observations, strict=True)]
+    unwritten = [
+        Unwritten(sample, encoded.told, model.asked_box(sample, seen), model.view_grids(seen, chosen))
+        for sample, seen, encoded, chosen in zip(samples, observations, model.encode(observations), views, strict=True)
+    ]
+    if writers is not None:
+        written = writers.write(unwritten, pointers, naming, shown)
+    else:
+        prompts, rngs = model.prompts, [None if naming is None else naming(place) for place in range(len(samples))]
+        written = [write_target(prompts, *pair, pointers, shown) for pair in zip(unwritten, rngs, strict=True)]
+    return [
+        Taught(
+            sample if its.answer == sample.answer else replace(sample, answer=its.answer),
+            seen if its.shown is None else show_part(seen, its.shown),
+            its.row,
+            chosen,
+        )
+        for sample, seen, chosen, its in zip(samples, observations, views, written, strict=True)
+    ]
+
+
+def write_target(
+    prompts: PromptWriter, its: Unwritten, rng: np.random.Generator | None, pointers: str, shown: "ShownPart | None"
+) -> Written:
+    """One sample of `write_targets`, in words."""
+    sample, told, rows = its.sample, its.told, None
+    if shown is not None and rng is not None and len(told):
+        rows = shown_rows(sample, told, its.asked_7, shown, rng)
+        told = told.showing(rows)
+    if pointers == "name" and sample.dataset == inventory.NAME:
+        sample = listing_named(sample, told)
+    names = None if rng is None else prompts.draw_names(told, rng)
+    mode = training_mode(sample)
+    if pointers == "name":
+        think = told.pointed(sample.think, names, only=True)
+        target = told.pointed(build_target(replace(sample, think=think or sample.think), mode), names)
+    else:
+        target = build_target(sample, mode)
+    row = prompts.write(sample, told, mode, target, names, asked_7=its.asked_7, grids=its.grids)
+    return Written(row, sample.answer, rows)
+
+
+class Writers:
+    """Processes that write the rows of batches. Each has scenes of its own, whose boxes it covers once.
+
+    Args:
+        prompts: the model's.
+        workers: how many processes.
+    """
+
+    def __init__(self, prompts: PromptWriter, workers: int):
+        self._pools = [start_pool(1, _adopt, prompts) for _ in range(workers)]
+
+    def write(
+        self, unwritten: Sequence[Unwritten], pointers: str, naming: Naming | None, shown: "ShownPart | None"
+    ) -> list[Written]:
+        """The rows of a batch, as `write_target` writes them; `naming` is pickled.
+
+        Raises:
+            ValueError: a process was killed.
+        """
+        parts: list[list[int]] = [[] for _ in self._pools]
+        for place, its in enumerate(unwritten):
+            parts[zlib.crc32(its.sample.scene_id.encode()) % len(parts)].append(place)
+        under_way = [
+            pool.submit(_write_part, [unwritten[place] for place in places], places, pointers, naming, shown)
+            for pool, places in zip(self._pools, parts, strict=True)
+        ]
+        written: dict[int, Written] = {}
+        try:
+            for places, future in zip(parts, under_way, strict=True):
+                written.update(zip(places, future.result(), strict=True))
+        except BrokenProcessPool:
+            raise ValueError("A process that writes batches was killed (memory?); lower data.workers.") from None
+        return [written[place] for place in range(len(unwritten))]
+
+    def close(self) -> None:
+        """Stop the processes."""
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
+
+
+_adopted: list[PromptWriter] = []  # in a writing process: what it writes with
+
+
+def _adopt(prompts: PromptWriter) -> None:
+    _adopted[:] = [prompts]
+
+
+@lru_cache(maxsize=_KEPT_SCENES)
+def _kept(boxes: bytes) -> NamedProposals:
+    """In a writing process: the named proposals of a scene, with what is known of them."""
+    return NamedProposals(np.frombuffer(boxes, dtype=np.float32).reshape(-1, 7).copy())
+
+
+def _write_part(
+    unwritten: list[Unwritten], places: list[int], pointers: str, naming: Naming | None, shown: "ShownPart | None"
+) -> list[Written]:
+    known = [its._replace(told=_kept(its.told.boxes_n7.tobytes())) for its in unwritten]
+    rngs = [None if naming is None else naming(place) for place in places]
+    return [write_target(_adopted[0], *pair, pointers, shown) for pair in zip(known, rngs, strict=True)]
 
 
 class ShownPart(NamedTuple):
@@ -96,49 +210,49 @@ class ShownPart(NamedTuple):
         return int(rng.integers(fewest, fewest + round(self.most * (count - fewest)) + 1))
 
 
-def show_part(
-    model: SceneVLM, sample: Sample, observation: Observation, shown: ShownPart, rng: np.random.Generator
-) -> Observation:
-    """A scene as a sample is shown it, with a part of its proposals drawn by `rng`.
+def shown_rows(
+    sample: Sample, told: NamedProposals, asked_7: list[float] | None, shown: ShownPart, rng: np.random.Generator
+) -> list[int]:
+    """Which named proposals a sample is shown, in order, drawn by `rng`.
 
     What the sample points at stays, of the objects that an inventory lists one; what it only speaks of may be missing.
     """
-    (encoded,) = model.encode([observation])
-    count = len(encoded.named)
-    if not count:
-        return observation
-    model.choose_views(sample, observation)  # of the whole scene, where they are kept
-    asked, listed = _boxes_of(sample, observation)
-    pointed, named = ({row for row in encoded.covering(boxes) if row is not None} for boxes in (asked, listed))
-    pointed |= set(rng.permutation(sorted(named))[:1].tolist()) if sample.dataset == inventory.NAME else named
-    others = [row for row in rng.permutation(count).tolist() if row not in pointed]
-    rows = sorted([*pointed, *others[: max(shown.draw(count, rng) - len(pointed), 0)]])
-    return replace(observation, encoded=encoded.showing(rows))
-
-
-def _boxes_of(sample: Sample, observation: Observation) -> tuple[list[list[float]], list[list[float]]]:
-    """What a sample's question points at, and its thought and answer, model frame."""
     asked, listed = find_boxes(sample.question), find_boxes(f"{sample.think} {sample.answer}")
-    if sample.query_box_7 is not None:
-        asked.append(observation.scene.to_model(sample.query_box_7).tolist())
-    return asked, listed
+    if asked_7 is not None:
+        asked.append(asked_7)
+    pointed, named = ({row for row in told.covering(boxes) if row is not None} for boxes in (asked, listed))
+    pointed |= set(rng.permutation(sorted(named))[:1].tolist()) if sample.dataset == inventory.NAME else named
+    others = [row for row in rng.permutation(len(told)).tolist() if row not in pointed]
+    return sorted([*pointed, *others[: max(shown.draw(len(told), rng) - len(pointed), 0)]])
 
 
-def listing_named(model: SceneVLM, sample: Sample, observation: Observation) -> Sample:
+def show_part(observation: Observation, rows: Sequence[int]) -> Observation:
+    """A scene of which these of its named proposals alone are shown. Views are chosen of the whole scene."""
+    assert observation.encoded is not None
+    return replace(observation, encoded=observation.encoded.showing(rows))
+
+
+def listing_named(sample: Sample, told: NamedProposals) -> Sample:
     """An inventory without the objects that no proposal covers: nothing in the prompt tells of them.
 
     One of which nothing would be left stays as it is.
     """
-    (encoded,) = model.encode([observation])
-    kept = [row is not None for row in encoded.covering(find_boxes(sample.answer))]
+    kept = [row is not None for row in told.covering(find_boxes(sample.answer))]
     if all(kept) or not any(kept):
         return sample
     return replace(sample, answer=inventory.leave_out(sample.answer, kept))
 
 
-def name_streams(seed: int, batch_size: int, runtime: Runtime) -> Callable[[int, int], np.random.Generator]:
+@dataclass(frozen=True)
+class NameStreams:
     """The generator that draws the names of a sample, by step and place in this rank's batch: ranks change nothing."""
-    return lambda step, place: stream(seed, _NAME_STREAM, batch_positions(step, batch_size, runtime)[place])
+
+    seed: int
+    batch_size: int
+    runtime: Runtime
+
+    def __call__(self, step: int, place: int) -> np.random.Generator:
+        return stream(self.seed, _NAME_STREAM, batch_positions(step, self.batch_size, self.runtime)[place])
 
 
 class Batches(Ahead[list[Taught]]):
@@ -151,6 +265,7 @@ class Batches(Ahead[list[Taught]]):
         num_steps: of the run.
         naming: as in `write_targets`, by step and place; None: proposals are called in order.
         shown: as in `write_targets`, by step.
+        workers: processes that write; 0: this one.
         ahead: whether the thread is used; None decides.
     """
 
@@ -164,6 +279,7 @@ class Batches(Ahead[list[Taught]]):
         num_steps: int,
         naming: Callable[[int, int], np.random.Generator] | None = None,
         shown: Callable[[int], ShownPart | None] | None = None,
+        workers: int = 0,
         ahead: bool | None = None,
     ):
         self.model = model
@@ -172,6 +288,7 @@ class Batches(Ahead[list[Taught]]):
         self.pointers = pointers
         self.naming = naming
         self.shown = shown
+        self._writers = Writers(model.prompts, workers) if workers else None
         selector = model.view_selector
         moved = model.train_scene_encoder or (selector is not None and selector.learns)
         if ahead is None:
@@ -186,6 +303,12 @@ class Batches(Ahead[list[Taught]]):
         else:
             seen = self.observations.of(samples)
         naming = None if self.naming is None else partial(self.naming, step)
+        shown = self.shown(step) if self.shown else None
         return write_targets(
-            model, samples, seen, pointers=self.pointers, naming=naming, shown=self.shown(step) if self.shown else None
+            model, samples, seen, pointers=self.pointers, naming=naming, shown=shown, writers=self._writers
         )
+
+    def __exit__(self, *reason: object) -> None:
+        super().__exit__(*reason)
+        if self._writers is not None:
+            self._writers.close()

@@ -1,4 +1,4 @@
-"""What the model takes of a scene and what it has made of it so far; how boxes get their names.
+"""What the model takes of a scene and what it has made of it so far.
 
 Shapes: B boxes, K proposals, T encoder tokens, E encoder width, C classes, N points, V views.
 """
@@ -11,14 +11,10 @@ import numpy as np
 import torch
 
 from ..datasets.scene import Scene
-from ..utils.boxes import box3d_iou
-from ..utils.text import format_box, format_name
+from .named_proposals import NAME_IOU, NamedProposals
 from .scene_encoder.object_query import QueriedObjects, click_boxes, query_boxes
 from .view_pixels import to_device
 from .view_pool import ViewPool
-
-# A box is spoken of by a proposal's name where the proposal covers it at least this much.
-NAME_IOU = 0.25
 
 
 @dataclass(frozen=True)
@@ -57,43 +53,34 @@ class EncodedScene:
     )  # of the points in each proposal's box (scene_encoder/object_color.py); zeros without colours
     valid_n: torch.Tensor  # indices of the valid ones: to select by the mask would wait for the device each time
     are_named: bool = True  # whether the language model is told of the proposals
-    covered: dict[bytes, int | None] = field(default_factory=dict)  # what `covering` has found
 
     @cached_property
     def proposals(self) -> np.ndarray:
         """Boxes of the valid proposals [n, 7], float32, model frame; fetched from the device once."""
         return self.boxes_K7[self.valid_K].detach().cpu().numpy()
 
+    @cached_property
+    def told(self) -> NamedProposals:
+        """The proposals that the language model knows by name; none where it has no tokens of any."""
+        return NamedProposals(self.proposals if self.are_named else np.zeros((0, 7), dtype=np.float32))
+
     @property
     def named(self) -> np.ndarray:
-        """Boxes [n, 7] of the proposals that the language model knows by name; none where it has no tokens of any."""
-        return self.proposals if self.are_named else np.zeros((0, 7), dtype=np.float32)
-
-    def covering(self, boxes: Sequence[Sequence[float]] | np.ndarray) -> list[int | None]:
-        """For each box (model frame) the named proposal that covers it best, where one does; worked out once a box.
-
-        Training asks for the same boxes of a scene again and again.
-        """
-        boxes_M7 = np.asarray(boxes, dtype=np.float32).reshape(-1, 7)
-        keys = [box_7.tobytes() for box_7 in boxes_M7]
-        new = [row for row, key in enumerate(keys) if key not in self.covered]
-        for row, index in zip(new, best_proposals(boxes_M7[new], self.named), strict=True):
-            self.covered[keys[row]] = index
-        return [self.covered[key] for key in keys]
+        """Their boxes [n, 7], model frame."""
+        return self.told.boxes_n7
 
     def showing(self, rows: Sequence[int]) -> "EncodedScene":
         """The same scene with these of its valid proposals alone, in their order.
 
-        A box that `covering` was asked about keeps its proposal or, where that is not among them, has none.
+        A box keeps the proposal that covers it in the whole scene or, where that is not among them, has none.
         """
-        place = {row: number for number, row in enumerate(rows)}
         valid_n = self.valid_n[to_device(torch.tensor(rows, dtype=torch.int64), self.valid_n.device)]
         part = replace(
             self,
             valid_n=valid_n,
             valid_K=torch.zeros_like(self.valid_K).index_fill_(0, valid_n, True),
-            covered={box: None if row is None else place.get(row) for box, row in self.covered.items()},
         )
+        part.__dict__["told"] = self.told.showing(rows)
         part.__dict__["proposals"] = self.proposals[list(rows)]  # or it would be fetched from the device once more
         return part
 
@@ -127,28 +114,6 @@ class Answer:
     well_formed: bool
     boxes: list[list[float]]
     named: dict[str, list[float]]
-
-
-def best_proposals(boxes_M7: np.ndarray, proposals_K7: np.ndarray) -> list[int | None]:
-    """For each box the index of the proposal that covers it best, where any covers it enough to be its name."""
-    if len(proposals_K7) == 0 or len(boxes_M7) == 0:
-        return [None] * len(boxes_M7)
-    overlaps_MK = box3d_iou(torch.as_tensor(boxes_M7, dtype=torch.float32), torch.as_tensor(proposals_K7))
-    best_M, index_M = overlaps_MK.max(1)
-    found = zip(best_M.tolist(), index_M.tolist(), strict=True)
-    return [index if best >= NAME_IOU else None for best, index in found]
-
-
-def pointer_to(box_7: Sequence[float] | np.ndarray, index: int | None, names: Sequence[int] | None = None) -> str:
-    """The pointer to a box (model frame): the name of the proposal that covers it, else its numbers.
-
-    Args:
-        index: of that proposal; None where there is none.
-        names: numbers that the proposals are called by; None: 0, 1, 2 …
-    """
-    if index is None:
-        return format_box([float(value) for value in box_7])
-    return format_name(index if names is None else names[index])
 
 
 def asked_objects(boxes_B7: Sequence[Sequence[float]], scenes: Sequence[EncodedScene]) -> QueriedObjects:

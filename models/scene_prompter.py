@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..datasets.prompts import OBJECT_PLACEHOLDER, SYSTEM_PROMPT, build_question
 from ..datasets.scene import Sample
-from ..utils.text import find_boxes, replace_boxes
 from .connector import Connector
 from .inputs import Mentions, ModelInputs, Row, RowWriter, assemble
 from .language_model import LanguageModel
-from .observation import EncodedScene, Observation, asked_objects, pointer_to
+from .observation import EncodedScene, Observation, asked_objects
+from .prompt_writer import PromptWriter
 from .relaxed_top_k import gated_rows
 from .scene_observer import SceneObserver
 from .view_pixels import Grid, PatchSettings, patchify, stack_images, to_device
@@ -91,17 +90,28 @@ class ScenePrompter(SceneObserver):
         return Mentions(table.unflatten(0, (-1, size)), self.name_of_V, self.name_of_host_V)
 
     def draw_names(self, observation: Observation, rng: np.random.Generator) -> list[int] | None:
-        """Numbers to call a scene's proposals by in one training sample; None where they are always called in order.
-
-        In order every scene has the same names, and there is nothing to be gained from telling them apart until they
-        are told apart: a model of random weights then never learns to go from a thing to its name.
-        """
-        if not self.connector.name_pool:
-            return None
+        """Numbers to call a scene's proposals by in one training sample (`PromptWriter.draw_names`)."""
         (encoded,) = self.encode([observation])
-        return rng.permutation(self.connector.name_pool)[: len(encoded.named)].tolist()
+        return self.prompts.draw_names(encoded.told, rng)
 
     # -- views -----------------------------------------------------------------------------------------------------
+
+    @property
+    def prompts(self) -> PromptWriter:
+        """What writes a sample in words."""
+        its = self.connector
+        return PromptWriter(
+            self.writer,
+            name_pool=its.name_pool,
+            object_token=its.object_token,
+            num_layout_tokens=its.num_layout_tokens,
+            num_view_image_tokens=its.num_view_image_tokens,
+            num_view_depth_tokens=its.num_view_depth_tokens,
+        )
+
+    def view_grids(self, observation: Observation, views: Sequence[int]) -> list[Grid]:
+        """Patches of each of these views."""
+        return [self.view_grid(observation, view) for view in views]
 
     def view_grid(self, observation: Observation, index: int) -> Grid:
         """Patches (1, rows, columns) of one view."""
@@ -176,51 +186,23 @@ class ScenePrompter(SceneObserver):
         target: str | None,
         names: Sequence[int] | None = None,
     ) -> tuple[Row, list[int]]:
-        """Tokens of one sample and the views that go with it. `names` are as in `pointer_to`.
-
-        OBJECT_PLACEHOLDER in a question about a box becomes the box's name or numbers, then its object token.
-        """
+        """Tokens of one sample and the views that go with it (`PromptWriter.write`)."""
         (encoded,) = self.encode([observation])
-        proposals_K7 = encoded.named
         views = self.choose_views(sample, observation)
-        question, after_object, asked_7 = build_question(sample, mode), "", None
-        if sample.query_box_7 is not None:
-            box_7 = observation.scene.to_model(sample.query_box_7)
-            pointer = pointer_to(box_7, encoded.covering(box_7[None])[0], names)
-            if self.connector.object_token and OBJECT_PLACEHOLDER in question:
-                before, _, after_object = question.partition(OBJECT_PLACEHOLDER)
-                question, asked_7 = before + pointer, box_7.tolist()
-            question, after_object = (text.replace(OBJECT_PLACEHOLDER, pointer) for text in (question, after_object))
-        row = self.writer.write(
-            system=SYSTEM_PROMPT,
-            question=question,
-            num_proposals=len(proposals_K7),
-            num_layout_tokens=self.connector.num_layout_tokens,
-            grids=[self.view_grid(observation, view) for view in views],
-            num_view_image_tokens=self.connector.num_view_image_tokens,
-            num_view_depth_tokens=self.connector.num_view_depth_tokens,
-            target=target,
-            names=names,
-            asked_box_7=asked_7,
-            after_object=after_object,
-        )
+        asked_7, grids = self.asked_box(sample, observation), self.view_grids(observation, views)
+        row = self.prompts.write(sample, encoded.told, mode, target, names, asked_7=asked_7, grids=grids)
         return row, views
+
+    def asked_box(self, sample: Sample, observation: Observation) -> list[float] | None:
+        """The box that a sample asks about, model frame; None without one."""
+        return None if sample.query_box_7 is None else observation.scene.to_model(sample.query_box_7).tolist()
 
     def with_names(
         self, text: str, observation: Observation, names: Sequence[int] | None = None, *, only: bool = False
     ) -> str:
-        """Replace each `<box>` (model frame) by the name of the proposal that covers it, where one does.
-
-        `names` are as in `pointer_to`; `only` leaves out boxes that have no name.
-        """
+        """A text that points at proposals by name (`NamedProposals.pointed`)."""
         (encoded,) = self.encode([observation])
-        found = iter(encoded.covering(find_boxes(text)))
-
-        def pointer(box: list[float]) -> str:
-            index = next(found)
-            return "" if only and index is None else pointer_to(box, index, names)
-
-        return replace_boxes(text, pointer)
+        return encoded.told.pointed(text, names, only=only)
 
     def embed_rows(
         self,

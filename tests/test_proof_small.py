@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(threedr1.__file__).resolve().parent
 # The overrides of every training stage: keys that detect, sft and grpo all have.
-SET = "run.steps=2 run.batch_size=4 run.eval_every=2 data.num_points=1024 run.save_every=1"
+SET = "run.steps=2 run.batch_size=4 run.eval_every=2 data.num_points=1024 run.save_every=1 data.workers=0"
 # What the recipes have besides those, made small: a value for each key of a file. A key that a recipe lacks is new.
 ENCODER = {
     "num_tokens": 64,

@@ -8,6 +8,7 @@ else but white space. An answer points at things in two ways, both resolved to b
   two decimals, with an optional seventh number, the heading in radians, counter-clockwise seen from above.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -78,8 +79,13 @@ def format_name(index: int) -> str:
 
 def parse_box(numbers: str) -> list[float]:
     """Numbers of one `<box>` as 7 floats."""
-    values = [float(value) for value in numbers.split(",")]
-    return values + [0.0] * (7 - len(values))
+    return list(_parsed(numbers))
+
+
+@functools.lru_cache(maxsize=1 << 16)  # training reads the boxes of its scenes over and over
+def _parsed(numbers: str) -> tuple[float, ...]:
+    values = tuple(float(value) for value in numbers.split(","))
+    return values + (0.0,) * (7 - len(values))
 
 
 def find_pointers(text: str) -> list[int | list[float]]:

@@ -26,6 +26,7 @@ from .rows import Row
 
 NAME = "inventory"
 ORDERS = 2  # samples of each direction and training scene, each in an order of its own
+STARTS = 4  # objects of a training scene that distances are told from
 MOST = 40  # objects of a sample
 BY_NAME = "Name the objects one by one, each with its kind."
 BY_KIND = "Name the objects of each kind."
@@ -53,7 +54,8 @@ def load(root: Path, split: str, index: Index, report: Report) -> list[Sample]:
     def read(row: Row) -> list[Sample]:
         info = scene_of(index, str(row.record["scene_id"]), row)
         its = colors.get(info.scene_id, {})
-        return _samples(info, its, report.dataset, ORDERS if split == "train" else 1) if len(info.boxes_K7) else []
+        orders, starts = (ORDERS, STARTS) if split == "train" else (1, 1)
+        return _samples(info, its, report.dataset, orders, starts) if len(info.boxes_K7) else []
 
     return [sample for group in report.keep(rows, read) for sample in group]
 
@@ -90,7 +92,7 @@ def _read_colors(path: Path) -> dict[str, dict[int, str]]:
         ) from None
 
 
-def _samples(info: SceneInfo, colors: dict[int, str], dataset: str, orders: int) -> list[Sample]:
+def _samples(info: SceneInfo, colors: dict[int, str], dataset: str, orders: int, starts: int) -> list[Sample]:
     rng = np.random.default_rng(zlib.crc32(info.scene_id.encode()))
     pointers = [format_box(box.tolist()) for box in info.to_model(info.boxes_K7)]
     color_of = {row: colors[int(number)] for row, number in enumerate(info.object_ids_K) if int(number) in colors}
@@ -124,8 +126,8 @@ def _samples(info: SceneInfo, colors: dict[int, str], dataset: str, orders: int)
             answers[BY_COLOR] = _grouped(known, color_of, pointers)
         for question, answer in answers.items():
             add(question, answer, chosen)
-    for _ in range(orders if len(pointers) > 1 else 0):
-        start, *others = rng.permutation(len(pointers)).tolist()
+    for start in rng.permutation(len(pointers))[:starts].tolist() if len(pointers) > 1 else []:
+        others = [row for row in rng.permutation(len(pointers)).tolist() if row != start]
         apart_K = np.hypot(*(info.boxes_K7[:, :2] - info.boxes_K7[start, :2]).T)
         for template, rows in ((DISTANCES, others), (BY_DISTANCE, sorted(others, key=lambda row: apart_K[row]))):
             question, rows = template.replace("{label}", info.object_labels[start]), rows[:MOST]

@@ -129,7 +129,8 @@ def test_distances_are_those_on_the_floor_from_the_object_asked_about(root):
     many = {name: info(name, [f"kind{number}" for number in range(30)]) for name in SCENES}
     samples = load_samples(root, "train", ["inventory"], scenes=many)
     asked = [sample for sample in samples if sample.query_box_7 is not None]
-    assert len(asked) == 2 * 2 * inventory.ORDERS
+    starts = {(sample.scene_id, *sample.query_box_7.tolist()) for sample in asked}
+    assert len(asked) == 2 * len(starts) and len(starts) == 2 * inventory.STARTS
     for sample in asked:
         start = int(sample.query_box_7[0])  # object k stands at x = k
         name = {"{label}": f"kind{start}"}

@@ -12,7 +12,7 @@ from threedr1.engine.build import build_model
 from threedr1.engine.config import load_config
 from threedr1.engine.data import ObservationCache, load_split
 from threedr1.engine.runtime import Runtime
-from threedr1.engine.sft_data import Batches, name_streams, write_targets
+from threedr1.engine.sft_data import Batches, NameStreams, write_targets
 from threedr1.models.scene_vlm import SceneVLM
 from threedr1.utils.streams import stream
 from threedr1.utils.text import format_box
@@ -118,7 +118,7 @@ def test_names_follow_from_seed_and_step_alone(model, rooms_root):
 def test_ranks_draw_the_names_that_one_process_draws():
     def numbers(step, rank, world_size):
         runtime = Runtime(torch.device("cpu"), rank, world_size, rank)
-        naming = name_streams(3, 8, runtime)
+        naming = NameStreams(3, 8, runtime)
         return [naming(step, place).integers(10**9) for place in range(8 // world_size)]
 
     alone = numbers(2, 0, 1)

@@ -4,9 +4,20 @@ import re
 from collections import Counter
 
 import numpy as np
+import pytest
+import torch
 
-from threedr1.engine.data import load_split
-from threedr1.engine.sft_data import ShownPart, listing_named, show_part, write_targets
+from threedr1.engine.data import ObservationCache, load_split
+from threedr1.engine.runtime import Runtime
+from threedr1.engine.sft_data import (
+    Batches,
+    NameStreams,
+    ShownPart,
+    listing_named,
+    show_part,
+    shown_rows,
+    write_targets,
+)
 from threedr1.utils.streams import stream
 from threedr1.utils.text import find_pointers
 
@@ -39,9 +50,11 @@ def test_what_a_sample_points_at_stays_and_is_called_alike(model, observation): 
     sample = caption(observation.scene.to_world(boxes)[2])
     sizes = Counter()
     for place in range(20):
-        shown = show_part(model, sample, observation, ShownPart(2, 1.0), stream(place))
+        asked_7 = model.asked_box(sample, observation)
+        rows = shown_rows(sample, observation.encoded.told, asked_7, ShownPart(2, 1.0), stream(place))
+        shown = show_part(observation, rows)
         part = shown.encoded.named
-        (row_of_it,) = shown.encoded.covering(boxes[2:3])
+        (row_of_it,) = shown.encoded.told.covering(boxes[2:3])
         assert (part[row_of_it] == boxes[2]).all()
         assert (shown.encoded.boxes_K7[shown.encoded.valid_K].numpy() == part).all()
         sizes[len(part)] += 1
@@ -60,16 +73,18 @@ def test_an_inventory_lists_what_is_shown_and_covered(model, observation, rooms_
     its = [sample for sample in samples if sample.scene_id == observation.scene.scene_id]
     assert its
     for place, sample in enumerate(its):
-        covered = [row is not None for row in observation.encoded.covering(find_pointers(sample.answer))]
-        whole = listing_named(model, sample, observation)
+        covered = [row is not None for row in observation.encoded.told.covering(find_pointers(sample.answer))]
+        whole = listing_named(sample, observation.encoded.told)
         assert find_pointers(whole.answer) == [
             box for box, kept in zip(find_pointers(sample.answer), covered, strict=True) if kept
         ] or not any(covered)
         if not any(covered):
             assert whole is sample
             continue
-        shown = show_part(model, sample, observation, ShownPart(2, 0.0), stream(place))
-        part = listing_named(model, sample, shown)
+        asked_7 = model.asked_box(sample, observation)
+        rows = shown_rows(sample, observation.encoded.told, asked_7, ShownPart(2, 0.0), stream(place))
+        shown = show_part(observation, rows)
+        part = listing_named(sample, shown.encoded.told)
         assert len(shown.encoded.named) == 2
         assert 1 <= len(find_pointers(part.answer)) <= sum(covered)
         assert "<box>" not in model.with_names(part.answer, shown)
@@ -77,3 +92,42 @@ def test_an_inventory_lists_what_is_shown_and_covered(model, observation, rooms_
         said = model.language.decode(taught.row.token_ids).rpartition("assistant")[2]
         assert len(taught.observation.encoded.named) == 2
         assert "<box>" not in said and len(find_pointers(said)) == len(find_pointers(part.answer))
+
+
+def test_processes_write_the_batches_that_one_writes(model, rooms_root):  # noqa: F811
+    samples, store = load_split(settings(rooms_root, "data.datasets=inventory,nr3d,scan2cap").data, "train", 0)
+    its = samples[:: max(len(samples) // 12, 1)]
+    assert {sample.dataset for sample in its} == {"inventory", "nr3d", "scan2cap"}
+    cache = ObservationCache(store, model, seed=0)
+
+    def rows_of(workers: int) -> list:
+        batches = Batches(
+            model,
+            lambda _: its,
+            cache,
+            pointers="name",
+            num_steps=2,
+            naming=NameStreams(0, len(its), Runtime(torch.device("cpu"))),
+            shown=lambda step: ShownPart(2, 0.5) if step else None,
+            workers=workers,
+        )
+        with batches:
+            made = [taught for step in range(2) for taught in batches[step]]
+        assert all(len(taught.row.names) == len(taught.observation.encoded.named) for taught in made)
+        return [(taught.row, taught.sample.sample_id, taught.sample.answer, taught.views) for taught in made]
+
+    written = rows_of(2)
+    assert written == rows_of(0) and len(written) == 2 * len(its)
+
+
+def test_a_killed_writing_process_is_told(model, rooms_root):  # noqa: F811
+    samples, store = load_split(settings(rooms_root).data, "train", 0)
+    batches = Batches(
+        model, lambda _: samples[:2], ObservationCache(store, model, seed=0), pointers="name", num_steps=2, workers=1
+    )
+    with batches:
+        assert len(batches[0]) == 2
+        (process,) = batches._writers._pools[0]._processes.values()
+        process.kill()
+        with pytest.raises(ValueError, match=r"killed \(memory\?\); lower data\.workers"):
+            batches[1]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from threedr1.datasets.scene import Scene
 from threedr1.models.connector import Connector
-from threedr1.models.observation import NAME_IOU, EncodedScene, asked_objects, clicked_box, pointer_to
+from threedr1.models.named_proposals import NAME_IOU, pointer_to
+from threedr1.models.observation import EncodedScene, asked_objects, clicked_box
 from threedr1.models.scene_encoder import SceneEncoder, select_proposals
 from threedr1.models.scene_encoder.object_query import (
     CLICK_REACH,
@@ -294,9 +295,9 @@ def test_a_proposal_counts_as_the_object_exactly_where_it_lends_its_name():
     asked = [[shift, *TABLE[1:]] for shift in (1.19, 1.21)]
     queried = asked_objects(asked, [encoded, encoded])
     assert queried.proposal_B.tolist() == [0, NOTHING] and NAME_IOU == 0.25
-    found = encoded.covering(asked)
+    found = encoded.told.covering(asked)
     names = [pointer_to(box, index).partition(">")[0] for box, index in zip(asked, found, strict=True)]
-    assert found == encoded.covering(asked) == [0, None] and len(encoded.covered) == 2
+    assert found == encoded.told.covering(asked) == [0, None] and len(encoded.told.covered) == 2
     assert names == ["<obj0", "<box"]
 
 
