@@ -7,7 +7,7 @@ whenever the questions or their answers would.
 """
 
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -230,14 +230,16 @@ def _write_scene30k(folder: Path, split: _Split, rng: np.random.Generator) -> di
         for questions in _by_room(split, task).values():
             order = rng.permutation(len(questions))[: SCENE30K_PER_ROOM[task]]
             picked += [questions[k] for k in sorted(order)]
-    picked = trim(picked, rng)
+    of_scene: dict[str, list[Question]] = defaultdict(list)
+    for question in trim(picked, rng):
+        of_scene[question.scene_id].append(question)
     rows: list[dict[str, Any]] = []
     for scene_id, facts in split.facts.items():
         own: list[dict[str, Any]] = []
         for source, utterances in (("scanrefer", split.scanrefer[scene_id]), ("nr3d", split.nr3d[scene_id])):
             for k in sorted(rng.permutation(len(utterances))[: SCENE30K_PER_ROOM[source]]):
                 own.append(grounding_record(facts, utterances[k].description, utterances[k].text))
-        own += [question_record(facts, question) for question in picked if question.scene_id == scene_id]
+        own += [question_record(facts, question) for question in of_scene[scene_id]]
         for number, record in enumerate(own):
             rows.append({"scene_id": scene_id, "question_id": f"train-{scene_id.split('_')[0]}-{number}"} | record)
     write_jsonl(folder / "Scene-30K.jsonl", rows)
