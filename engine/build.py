@@ -87,6 +87,7 @@ def scene_settings(config: ModelConfig, data: DataConfig) -> SceneSettings:
         use_normal=config.encoder.use_normal,
         multiview_dim=config.encoder.multiview_dim,
         num_proposals=config.language.num_proposals,
+        left_to_right=config.language.left_to_right,
         view_source=config.views.source,
         num_candidates=config.views.num_candidates,
         view_size=config.views.image_size,

@@ -121,6 +121,7 @@ class LanguageConfig:
     lora_alpha: int = 32
     lora_last_blocks: int = 0  # adapt only the last n blocks; 0 adapts all
     num_proposals: int = 64  # 0: no object has a token or a name; views are chosen by the detections all the same
+    left_to_right: bool = False  # objects are told, and called, in the order of their x, not of their objectness
     num_layout_tokens: int = 32
     name_pool: int = 0  # sft draws the names of a sample's proposals out of so many; 0: they are called in order
     name_in_token: bool = False  # the language model's own embedding of its name is part of a proposal's token

@@ -104,6 +104,7 @@ def detected_objects(model: SceneVLM, observation: Observation) -> list[list[flo
         observation.points_N3.numpy(),
         assignment="ll3da",
     )
+    kept = kept[np.argsort(-objectness_K1[kept, 0].cpu().numpy(), kind="stable")]
     return world_boxes(observation, boxes_K7[kept].tolist())
 
 

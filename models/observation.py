@@ -27,6 +27,7 @@ class SceneSettings:
     use_normal: bool = False
     multiview_dim: int = 0  # channels of multi-view features a point; 0 for none
     num_proposals: int = 64  # 0: none has a token or a name; views are chosen by 64 all the same
+    left_to_right: bool = False  # proposals are in the order of their x, not of their objectness
     view_source: str = "mixed"  # kinds of candidate views (view_kinds.py)
     num_candidates: int = 16
     view_size: int = 336

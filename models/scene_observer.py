@@ -87,7 +87,9 @@ class SceneObserver(nn.Module):
                 points_BN3 = torch.stack([observation.points_N3 for observation in part]).to(self.device)
                 features_BNF = torch.stack([observation.features_NF for observation in part]).to(self.device)
                 encoding = self.scene_encoder(points_BN3, features_BNF)
-                chosen = select_proposals(encoding, self.settings.num_proposals or _UNNAMED)
+                chosen = select_proposals(
+                    encoding, self.settings.num_proposals or _UNNAMED, left_to_right=self.settings.left_to_right
+                )
                 for row, observation in enumerate(part):
                     boxes_K7 = chosen.boxes_BK7[row].clone()
                     # clones, since a view of one row would keep the whole batch in memory

@@ -38,7 +38,7 @@ from .schemas import (
 )
 from .situated import situated_questions
 
-ANNOTATION_VERSION = "annotations-4"
+ANNOTATION_VERSION = "annotations-5"
 SPLITS = ("train", "val")
 
 # Questions a room, at most; what cannot be asked truthfully, unambiguously and in balance is left out.

@@ -55,8 +55,10 @@ class RoomFacts:
             raise ValueError(
                 f"Room {room.scene_id} has no visible_share for object {unseen[0]}; generate it with visibility."
             )
-        self.ids = sorted(self.objects)
-        self.boxes = {i: tuple(float(value) for value in self.objects[i].box_7) for i in self.ids}
+        boxes = {i: tuple(float(value) for value in thing.box_7) for i, thing in sorted(self.objects.items())}
+        # from left to right: in what order things are named and counted must be something that can be seen
+        self.ids = sorted(boxes, key=lambda i: boxes[i][0])
+        self.boxes = {i: boxes[i] for i in self.ids}
         origin_3 = getattr(room, "floor_centre_3", None)
         if origin_3 is None:
             if len(room.vertices_V3) == 0:

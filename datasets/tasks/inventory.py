@@ -6,6 +6,10 @@ from a kind to the names of its objects. Without it a model of random weights re
 is with numbers: a thought has one or two, an inventory every height, and all distances from one of them, in any order
 or by distance.
 
+Half of those by name list from left to right (by x), and those of one kind always are: what comes next can then be
+known, and a model that lists or counts learns to go on with what it has not named yet. In any order that cannot be
+learned: it names one of them again and again.
+
 Colours are in `annotations/object_colors.json`, which generated rooms have: by scene id, by objectId, a colour word.
 """
 
@@ -114,16 +118,19 @@ def _samples(info: SceneInfo, colors: dict[int, str], dataset: str, orders: int,
             )
         )
 
-    for _ in range(orders):
+    left_to_right = np.argsort(info.boxes_K7[:, 0], kind="stable").tolist()
+    for number in range(orders):
         chosen = rng.permutation(len(pointers))[:MOST].tolist()
+        if number == 0:
+            chosen.sort(key=left_to_right.index)
         answers = {
             BY_NAME: ", ".join(f"{pointers[row]} {info.object_labels[row]}" for row in chosen),
-            BY_KIND: _grouped(chosen, dict(enumerate(info.object_labels)), pointers),
+            BY_KIND: _grouped(chosen, dict(enumerate(info.object_labels)), pointers, left_to_right),
             HEIGHTS: ", ".join(f"{pointers[row]} {info.boxes_K7[row, 5]:.1f}" for row in chosen),
         }
         if known := [row for row in chosen if row in color_of]:
             answers[COLOR_BY_NAME] = ", ".join(f"{pointers[row]} {color_of[row]}" for row in known)
-            answers[BY_COLOR] = _grouped(known, color_of, pointers)
+            answers[BY_COLOR] = _grouped(known, color_of, pointers, left_to_right)
         for question, answer in answers.items():
             add(question, answer, chosen)
     for start in rng.permutation(len(pointers))[:starts].tolist() if len(pointers) > 1 else []:
@@ -135,12 +142,13 @@ def _samples(info: SceneInfo, colors: dict[int, str], dataset: str, orders: int,
     return samples
 
 
-def _grouped(rows: list[int], words: dict[int, str], pointers: list[str]) -> str:
-    """`door <box> <box>, window <box>`: each word once, behind it all its objects."""
-    groups: dict[str, list[str]] = {}
+def _grouped(rows: list[int], words: dict[int, str], pointers: list[str], order: list[int]) -> str:
+    """`door <box> <box>, window <box>`: each word once, behind it all its objects, in their order of all."""
+    groups: dict[str, list[int]] = {}
     for row in rows:
-        groups.setdefault(words[row], []).append(pointers[row])
-    return ", ".join(f"{word} {' '.join(named)}" for word, named in groups.items())
+        groups.setdefault(words[row], []).append(row)
+    named = {word: [pointers[row] for row in sorted(its, key=order.index)] for word, its in groups.items()}
+    return ", ".join(f"{word} {' '.join(its)}" for word, its in named.items())
 
 
 BENCHMARK = Benchmark(load, lambda split: Inputs((f"scannetv2_{split}.txt",), (COLORS,)))

@@ -34,13 +34,18 @@ class Proposals:
 
 
 def select_proposals(
-    encoding: SceneEncoding, num_proposals: int, nms_iou: float = 0.25, min_objectness: float = 0.0
+    encoding: SceneEncoding,
+    num_proposals: int,
+    nms_iou: float = 0.25,
+    min_objectness: float = 0.0,
+    *,
+    left_to_right: bool = False,
 ) -> Proposals:
     """The `num_proposals` most object-like boxes of each scene after suppression within a class.
 
     A box goes when a better one of the same class overlaps it by more than `nms_iou`, or when its objectness is below
-    `min_objectness`. What stays is ordered by falling objectness, and that order names the objects (`<obj0>` is the
-    first).
+    `min_objectness`. What stays is ordered by falling objectness, or from left to right (rising x), and that order
+    names the objects (`<obj0>` is the first).
     """
     if num_proposals < 1:
         raise ValueError(f"num_proposals must be at least 1, not {num_proposals}.")
@@ -52,6 +57,8 @@ def select_proposals(
     for scene in range(len(boxes_BQ7)):
         kept = nms_3d(boxes_BQ7[scene], objectness_BQ[scene], nms_iou, probability_BQC[scene].argmax(-1))
         kept = kept[objectness_BQ[scene, kept] >= min_objectness][:num_proposals]
+        if left_to_right:
+            kept = kept[boxes_BQ7[scene, kept, 0].argsort(stable=True)]
         query_BK[scene, : len(kept)] = kept
         valid_BK[scene, : len(kept)] = True
 

@@ -634,6 +634,8 @@ def test_numbers_behind_a_pointer_are_true_of_what_it_points_at(rooms, scene30k)
         if row["question_type"] in ("count", "color count", "compare"):
             assert said == list(range(1, len(boxes) + 1)), think
             assert row["question_type"] == "compare" or len(boxes) == NUMBERS[row["gold_answer"]]
+            if row["question_type"] != "compare":
+                assert [box[0] for box in boxes] == sorted(box[0] for box in boxes), "not from left to right"
             counts += 1
     assert heights > 3 and distances > 5 and counts > 10
 

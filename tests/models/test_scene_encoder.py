@@ -299,6 +299,10 @@ def test_proposals_are_suppressed_ordered_and_padded():
     assert encoding.query_features_BQD.grad[0].any(-1).tolist() == [True, False, True, True, False]
     assert select_proposals(encoding, 2).query_BK[0].tolist() == [3, 0], "the best come first"
     assert select_proposals(encoding, 6).query_BK[0, :4].tolist() == [3, 0, 2, 4]
+    ordered = select_proposals(encoding, 6, left_to_right=True)
+    assert ordered.query_BK[0, :4].tolist() == [0, 2, 3, 4], "by x; of one x the best first"
+    assert torch.equal(ordered.boxes_BK7[0, :4], boxes_Q7[[0, 2, 3, 4]])
+    assert select_proposals(encoding, 2, left_to_right=True).query_BK[0].tolist() == [0, 3], "the best are kept"
     with pytest.raises(ValueError, match="at least 1"):
         select_proposals(encoding, 0)
 
