@@ -56,6 +56,9 @@ four that show most of the room and its detected objects, whatever the question.
 ENCODERS_NOTE = """\
 With the point cloud there are objects to point at by name, and inventories that teach the names; without it boxes are
 asked for and given in numbers. What the rows differ by is therefore more than an encoder."""
+THOUGHTS_NOTE = """\
+Whether thoughts tell of the room: lists that count things or tell their colours, and distances, all by name, so that
+boxes can be looked up. Means over runs, with the lowest and the highest."""
 INTRODUCTION = """\
 # The proof
 
@@ -177,6 +180,30 @@ def demands(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
+def thoughts(runs: Sequence[Run]) -> list[str]:
+    """A table of what the models' thoughts say of the rooms: means over runs, with the lowest and highest."""
+    rows = []
+    for name, text in MAIN.items():
+        its = [run.told for run in runs if run.name == name and run.told.get("lists")]
+        if its:
+            cells = [_spread([100 * told["repeated"] for told in its], ".1f")]
+            cells.append(_spread([told["correlation"] for told in its if "correlation" in told], ".2f"))
+            counts = [sum(int(told[key]) for told in its) for key in ("lists", "metres")]
+            rows.append(f"| {text} | {len(its)} | {cells[0]} | {counts[0]} | {cells[1]} | {counts[1]} |")
+    if not rows:
+        return []
+    twice, metres = "lists that name a thing twice, percent", "said and true metres, correlation"
+    head = f"| model | runs | {twice} | of lists | {metres} | of distances |"
+    return ["", THOUGHTS_NOTE, "", head, "|---|---|---|---|---|---|", *rows]
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """`0.41 (0.38 to 0.44)`: mean, lowest, highest; or a dash."""
+    if not values:
+        return "-"
+    return f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
 def differences(runs: Sequence[Run], names: Mapping[str, str], base: str, metrics: Sequence[str]) -> list[str]:
     """A sentence for each model and metric whose difference from a base lies beyond its interval, or none does."""
     found = []
@@ -267,6 +294,7 @@ def render(runs: Sequence[Run], findings: str = "") -> str:
         return ["", f"![{text}](proof/{name})"] if name in pictures else []
 
     lines = [INTRODUCTION, "## Blind, SFT, GRPO", "", *table(runs, MAIN, everything, "model"), "", *demands(runs)]
+    lines += thoughts(runs)
     lines += picture("sft.png", "Loss and held-out scores while training: of the scene, and blind")
     lines += picture("grpo.png", "Rewards by component, and held-out grounding, while GRPO trains")
     lines += picture("detect.png", "Loss and mAP of the scene encoder while it is pre-trained")

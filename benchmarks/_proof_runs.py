@@ -16,6 +16,7 @@ from ..engine.tracking import STARTS
 from ..utils.files import read_log, write_whole
 from ..utils.metrics.score import score_predictions
 from ..utils.predictions import Prediction, read_predictions
+from ._proof_thoughts import told
 from .results import rounded
 
 # What is kept of each data set: its task's scorer, and metrics that are means over questions.
@@ -69,6 +70,7 @@ class Run:
     asked: dict[str, Asked] = field(default_factory=dict)  # by data set
     curves: dict[str, Curve] = field(default_factory=dict)
     well_formed: dict[str, float] = field(default_factory=dict)  # share of thoughts in form, by data set
+    told: dict[str, float] = field(default_factory=dict)  # what thoughts say of the room (_proof_thoughts.told)
 
     @property
     def label(self) -> str:
@@ -101,9 +103,11 @@ def asked(entries: Sequence[Prediction]) -> Asked:
 
 
 def take_answers(run: Run, path: Path) -> None:
-    """Put values of questions, what was asked and shares of well-formed thoughts of a file of predictions in a run."""
+    """Put what a file of predictions tells in a run: values of questions, what was asked, what thoughts are like."""
     by_dataset: dict[str, list[Prediction]] = {}
-    for entry in read_predictions(path):
+    entries = list(read_predictions(path))
+    run.told = told(entries)
+    for entry in entries:
         by_dataset.setdefault(entry.meta["dataset"], []).append(entry)
     for name, entries in by_dataset.items():
         if name not in KEPT:

@@ -9,7 +9,7 @@ import pytest
 
 import threedr1
 from threedr1.benchmarks import _proof_page as proof_page
-from threedr1.benchmarks import proof
+from threedr1.benchmarks import _proof_thoughts, proof
 from threedr1.benchmarks._proof_runs import Asked, Run, collect, read_runs, thinned, write_run
 from threedr1.utils.predictions import Prediction, write_predictions
 
@@ -169,6 +169,42 @@ def test_runs_are_collected_from_predictions_and_metrics(tmp_path, capsys):
     assert (docs / "proof.md").read_text() == proof.page(docs)
     (docs / "proof" / "findings.md").write_text("## Findings\n\nWhat was found.\n")
     assert "\n## Findings\n\nWhat was found.\n\n## How it was measured" in proof.page(docs)
+
+
+def thought(think: str, **named) -> Prediction:
+    boxes = {f"<obj{name[1:]}>": [*middle, 0.5, 1.0, 1.0, 1.0, 0.0] for name, middle in named.items()}
+    return Prediction("q-0", "qa", "scene0000_00", "?", think, think=think, meta={"named": boxes})
+
+
+def test_thoughts_are_compared_with_the_boxes_of_what_they_name():
+    counted = thought("First, one by one, that is chair <obj1> 1, chair <obj2> 2 and chair <obj1> 3. Last, three.")
+    colored = thought(
+        "First, by color, the room has cup<obj1> blue and cup<obj2> red. Next, I count desk <obj3> 1. Last."
+    )
+    far = "Next, in meters from the bed <obj1>, from the nearest on, the red cup <obj2> 3.1, the lamp <obj3> 4.9, the"
+    measured = thought(f"{far} book <obj4> 5.0 and the vase <obj9> 7.0. Last, 9.9.", n1=(1, 1), n2=(1, 4), n3=(1, 6))
+    assert list(_proof_thoughts.distances(measured.think, measured.meta["named"])) == [(3.1, 3.0), (4.9, 5.0)]
+    assert _proof_thoughts.told([counted, colored, measured]) == {"lists": 2, "metres": 2, "repeated": 0.5}
+    again = thought(f"{far} book. Last.", n1=(0, 0), n2=(0, 3), n3=(3, 0))
+    found = _proof_thoughts.told([measured, again])
+    assert found == {"lists": 0, "metres": 4, "correlation": 0.5774}  # 1.8 / sqrt(3.24 * 3)
+    assert _proof_thoughts.told([]) == {"lists": 0, "metres": 0}
+
+
+def test_the_page_tells_what_thoughts_say(runs):
+    assert "said and true metres" not in proof_page.render(runs)
+    for entry in runs:
+        if entry.name == "sft":
+            entry.told = {
+                "lists": 10,
+                "metres": 5,
+                "repeated": 0.1 * entry.seed,
+                "correlation": 0.5 + 0.1 * entry.seed,
+            }
+    page = proof_page.render(runs)
+    assert "| SFT | 3 | 10.0 (0.0 to 20.0) | 30 | 0.60 (0.50 to 0.70) | 15 |" in page
+    runs[3].told = {"lists": 4, "metres": 0, "repeated": 0.5}
+    assert "| SFT | 3 | 26.7 (10.0 to 50.0) | 24 | 0.65 (0.60 to 0.70) | 10 |" in proof_page.render(runs)
 
 
 def test_a_readme_without_runs_has_empty_marks(runs):
