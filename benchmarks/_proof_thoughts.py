@@ -44,9 +44,9 @@ def distances(think: str, named: dict[str, list[float]]) -> Iterator[tuple[float
 
 def told(predictions: Sequence[Prediction]) -> dict[str, float]:
     """`lists`: how many there are, `repeated`: the share of them with a name twice; `metres`: how many distances are
-    told, `correlation`: of these with the true ones, where either varies. What cannot be told is left out."""
+    told, `correlation`: of these with the true ones, of three on, where both vary. What cannot be told is left out."""
     named_twice = [len(set(names)) < len(names) for entry in predictions for names in lists(entry.think)]
-    pairs = [pair for entry in predictions for pair in distances(entry.think, entry.meta.get("named", {}))]
+    pairs = [pair for entry in predictions for pair in distances(entry.think, entry.meta.get("named") or {})]
     found: dict[str, float] = {"lists": len(named_twice), "metres": len(pairs)}
     if named_twice:
         found["repeated"] = sum(named_twice) / len(named_twice)

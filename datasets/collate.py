@@ -106,7 +106,7 @@ class Loader(Generic[T]):
             while under_way:
                 yield under_way.popleft().result()
         except BrokenProcessPool:
-            raise ValueError("A loading process was killed (memory?); take fewer workers.") from None
+            raise ValueError("A loading process was killed (memory?) or did not start; take fewer workers.") from None
         finally:
             for future in under_way:
                 future.cancel()

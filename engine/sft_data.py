@@ -25,6 +25,8 @@ from .ahead import Ahead
 from .data import ObservationCache
 from .runtime import Runtime, batch_positions
 
+Naming = Callable[[int], np.random.Generator]  # by a sample's place
+
 _NAME_STREAM = 14  # name of a random stream
 _KEPT_SCENES = 8192  # whose boxes a writing process remembers
 
@@ -58,9 +60,6 @@ class Written(NamedTuple):
     row: Row
     answer: str
     shown: list[int] | None
-
-
-Naming = Callable[[int], np.random.Generator]
 
 
 def write_targets(
@@ -146,21 +145,23 @@ class Writers:
         """The rows of a batch, as `write_target` writes them; `naming` is pickled.
 
         Raises:
-            ValueError: a process was killed.
+            ValueError: a process was killed, or did not start.
         """
         parts: list[list[int]] = [[] for _ in self._pools]
         for place, its in enumerate(unwritten):
             parts[zlib.crc32(its.sample.scene_id.encode()) % len(parts)].append(place)
-        under_way = [
-            pool.submit(_write_part, [unwritten[place] for place in places], places, pointers, naming, shown)
-            for pool, places in zip(self._pools, parts, strict=True)
-        ]
         written: dict[int, Written] = {}
         try:
+            under_way = [
+                pool.submit(_write_part, [unwritten[place] for place in places], places, pointers, naming, shown)
+                for pool, places in zip(self._pools, parts, strict=True)
+            ]
             for places, future in zip(parts, under_way, strict=True):
                 written.update(zip(places, future.result(), strict=True))
         except BrokenProcessPool:
-            raise ValueError("A process that writes batches was killed (memory?); lower data.workers.") from None
+            raise ValueError(
+                "A process that writes batches was killed (memory?) or did not start; lower data.workers."
+            ) from None
         return [written[place] for place in range(len(unwritten))]
 
     def close(self) -> None:

@@ -9,7 +9,6 @@ Shapes: B rows, L tokens, K proposals, M layout tokens, T tokens of a view, D la
 from collections.abc import Sequence
 from itertools import groupby
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -88,11 +87,6 @@ class ScenePrompter(SceneObserver):
         table = carried_ND.new_zeros(len(counts) * size, carried_ND.shape[1])
         table = table.index_copy(0, to_device(firsts, self.device) + names_N, carried_ND)
         return Mentions(table.unflatten(0, (-1, size)), self.name_of_V, self.name_of_host_V)
-
-    def draw_names(self, observation: Observation, rng: np.random.Generator) -> list[int] | None:
-        """Numbers to call a scene's proposals by in one training sample (`PromptWriter.draw_names`)."""
-        (encoded,) = self.encode([observation])
-        return self.prompts.draw_names(encoded.told, rng)
 
     # -- views -----------------------------------------------------------------------------------------------------
 
@@ -196,13 +190,6 @@ class ScenePrompter(SceneObserver):
     def asked_box(self, sample: Sample, observation: Observation) -> list[float] | None:
         """The box that a sample asks about, model frame; None without one."""
         return None if sample.query_box_7 is None else observation.scene.to_model(sample.query_box_7).tolist()
-
-    def with_names(
-        self, text: str, observation: Observation, names: Sequence[int] | None = None, *, only: bool = False
-    ) -> str:
-        """A text that points at proposals by name (`NamedProposals.pointed`)."""
-        (encoded,) = self.encode([observation])
-        return encoded.told.pointed(text, names, only=only)
 
     def embed_rows(
         self,

@@ -120,7 +120,7 @@ def resolve_boxes(text: str, proposals: Sequence[Sequence[float]]) -> list[list[
 
 
 def named_boxes(text: str, proposals: Sequence[Sequence[float]]) -> dict[str, list[float]]:
-    """The box of each proposal that a text names, by the name as it is written; names of none are left out."""
+    """The box of each proposal that a text names, by its name (`format_name`); names of none are left out."""
     said = dict.fromkeys(pointer for pointer in find_pointers(text) if isinstance(pointer, int))
     known = [index for index in said if index < len(proposals)]
     return {format_name(index): [float(value) for value in proposals[index]] for index in known}

@@ -14,7 +14,7 @@ from .encoder import SceneEncoding
 
 @dataclass
 class Proposals:
-    """Objects of a batch, by falling objectness (of equals the lower query first), padded with zeros.
+    """Objects of a batch, in the order of `select_proposals` (of equals the lower query first), padded with zeros.
 
     Boxes are in the frame of the encoded points, metres. Class probabilities leave out `no object` and sum to the
     objectness. Features carry gradients; the rest does not.

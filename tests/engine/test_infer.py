@@ -17,7 +17,7 @@ from threedr1.datasets.prompts import TASK_NAMES, dialogue_question, task_named
 from threedr1.datasets.scene import TASKS
 from threedr1.engine.answers import save_answers
 from threedr1.engine.chat import Printer, chat
-from threedr1.engine.predict import detected_objects, infer, open_session, world_boxes
+from threedr1.engine.predict import detected_objects, infer, open_session
 from threedr1.engine.questions import Request
 from threedr1.models.model_files import local_folder
 from threedr1.models.scene_vlm import SceneVLM
@@ -88,6 +88,7 @@ def test_characters_of_several_tokens_are_printed_whole(scripted):
     printer.end(prediction.boxes)
     assert prediction.text == SAID
     assert len(shown) > 15 and not any("\ufffd" in piece for piece in shown)
+    assert prediction.meta["named"] == {"<obj0>": prediction.boxes[0]}
     box = ", ".join(f"{number:.2f}" for number in prediction.boxes[0])
     assert "".join(shown) == f"think   The café has a 🪑.\nanswer  椅子 <obj0>\nbox     {box}\n"
 
@@ -206,11 +207,6 @@ def test_friendly_names_stand_for_tasks():
 
 def test_dense_captions_are_of_every_detected_object(session, tmp_path):
     expected = detected_objects(session.model, session.observation)
-    (encoded,) = session.model.encode([session.observation])
-    proposals = world_boxes(session.observation, encoded.proposals.tolist())
-    objectness = encoded.objectness_K[encoded.valid_K].tolist()
-    order = [objectness[proposals.index(box)] for box in expected]
-    assert order == sorted(order, reverse=True)
     answers = list(session.answers(session.samples(Request(task="dense-caption"))))
     predictions = [prediction for prediction, _ in answers]
     assert len(expected) > 1 and {entry.task for entry in predictions} == {"dense_caption"}

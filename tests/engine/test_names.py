@@ -1,5 +1,6 @@
 """Names drawn for a sample: prompt, target and token agree on them, and nothing but the names changes."""
 
+import json
 import re
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 
 from threedr1.datasets.scene import Sample
 from threedr1.engine import sft
-from threedr1.engine.build import build_model
+from threedr1.engine.build import build_model, check_settings
 from threedr1.engine.config import load_config
 from threedr1.engine.data import ObservationCache, load_split
+from threedr1.engine.predict import detected_objects, world_boxes
 from threedr1.engine.runtime import Runtime
 from threedr1.engine.sft_data import Batches, NameStreams, write_targets
 from threedr1.models.scene_vlm import SceneVLM
@@ -40,7 +42,7 @@ def observation(model, rooms_root):
 
 def test_prompt_target_and_question_use_the_same_names(model, observation):
     boxes = observation.encoded.named
-    names = model.draw_names(observation, stream(3))
+    names = model.prompts.draw_names(observation.encoded.told, stream(3))
     assert len(set(names)) == len(boxes) and set(names) <= set(range(30)) and names != sorted(names)
     world = observation.scene.to_world(boxes)
     row, _ = model.write_row(caption(world[2]), observation, "direct", None, names)
@@ -48,7 +50,7 @@ def test_prompt_target_and_question_use_the_same_names(model, observation):
     said = [int(number) for number in re.findall(r"<obj(\d+)>", text.partition("Objects: ")[2])]
     assert said[: len(names)] == names and said[len(names) :] == [names[2]]
     assert row.names == tuple(names)
-    target = model.with_names(f"It is {format_box(boxes[1].tolist())}.", observation, names)
+    target = observation.encoded.told.pointed(f"It is {format_box(boxes[1].tolist())}.", names)
     assert target == f"It is <obj{names[1]}>."
 
 
@@ -128,7 +130,7 @@ def test_ranks_draw_the_names_that_one_process_draws():
 
 def test_without_a_pool_names_are_in_order(rooms_root, observation):
     plain = build(rooms_root)
-    assert plain.draw_names(observation, stream(0)) is None
+    assert plain.prompts.draw_names(observation.encoded.told, stream(0)) is None
     assert plain.connector.place_embedding.num_embeddings == plain.connector.num_proposals
     sample = Sample(
         "g-0", "grounding", "own", "scene0000_00", "it", f"it {format_box(observation.encoded.named[0].tolist())}"
@@ -196,3 +198,26 @@ def test_a_run_from_before_colours_goes_on_without_them(rooms_root, tmp_path):
     assert sft.train(without, resume=True) == checkpoint
     with pytest.raises(ValueError, match=r"model.language.object_color: False -> True"):
         sft.train(settings(rooms_root, "run.steps=1", **own), resume=True)
+
+
+def test_objects_may_stand_from_left_to_right(rooms_root, observation, tmp_path):
+    ordered = build(rooms_root, "model.language.left_to_right=true")
+    seen = ordered.observe(observation.scene)
+    (encoded,) = ordered.encode([seen])
+    assert len(encoded.named) > 3 and encoded.named[:, 0].tolist() == sorted(encoded.named[:, 0])
+    objectness = encoded.objectness_K[encoded.valid_K].tolist()
+    assert objectness != sorted(objectness, reverse=True), "or nothing was put in another order"
+    places = world_boxes(seen, encoded.proposals.tolist())
+    found = [objectness[places.index(box)] for box in detected_objects(ordered, seen)]
+    assert len(found) > 1 and found == sorted(found, reverse=True), "captions are still of the surest first"
+    ordered.save_pretrained(tmp_path)
+    loaded = SceneVLM.from_pretrained(tmp_path)
+    assert loaded.settings.left_to_right
+    config = settings(rooms_root)
+    with pytest.raises(ValueError, match="left_to_right True, but the configuration says False"):
+        check_settings(loaded, config.model, config.data)
+    path = tmp_path / "scene_vlm.json"
+    before = json.loads(path.read_text())
+    del before["settings"]["left_to_right"]  # as saved before there was such a thing
+    path.write_text(json.dumps(before))
+    assert not SceneVLM.from_pretrained(tmp_path).settings.left_to_right

@@ -21,7 +21,7 @@ from threedr1.engine.sft_data import (
 from threedr1.utils.streams import stream
 from threedr1.utils.text import find_pointers
 
-from .test_names import caption, model, observation, settings  # noqa: F401
+from .test_names import build, caption, model, observation, settings  # noqa: F401
 
 
 def test_the_part_grows_with_the_steps_up_to_all():
@@ -87,47 +87,64 @@ def test_an_inventory_lists_what_is_shown_and_covered(model, observation, rooms_
         part = listing_named(sample, shown.encoded.told)
         assert len(shown.encoded.named) == 2
         assert 1 <= len(find_pointers(part.answer)) <= sum(covered)
-        assert "<box>" not in model.with_names(part.answer, shown)
+        assert "<box>" not in shown.encoded.told.pointed(part.answer)
         taught = taught_by(model, sample, observation, ShownPart(2, 0.0), place)
         said = model.language.decode(taught.row.token_ids).rpartition("assistant")[2]
         assert len(taught.observation.encoded.named) == 2
         assert "<box>" not in said and len(find_pointers(said)) == len(find_pointers(part.answer))
 
 
-def test_processes_write_the_batches_that_one_writes(model, rooms_root):  # noqa: F811
+def batches_of(model, cache, samples, **options) -> Batches:  # noqa: F811
+    return Batches(model, lambda _: samples, cache, num_steps=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("pointers", "drawn", "more"),
+    [
+        ("name", True, ("model.language.name_pool=30",)),
+        ("box", False, ()),
+        ("name", True, ("model.language.num_proposals=0",)),
+    ],
+    ids=["names", "boxes", "blind"],
+)
+def test_processes_write_the_batches_that_one_writes(rooms_root, pointers, drawn, more):
+    its_model = build(rooms_root, *more)
     samples, store = load_split(settings(rooms_root, "data.datasets=inventory,nr3d,scan2cap").data, "train", 0)
     its = samples[:: max(len(samples) // 12, 1)]
     assert {sample.dataset for sample in its} == {"inventory", "nr3d", "scan2cap"}
-    cache = ObservationCache(store, model, seed=0)
+    cache = ObservationCache(store, its_model, seed=0)
+    naming = NameStreams(0, len(its), Runtime(torch.device("cpu"))) if drawn else None
 
-    def rows_of(workers: int) -> list:
-        batches = Batches(
-            model,
-            lambda _: its,
+    def written_by(workers: int) -> list:
+        batches = batches_of(
+            its_model,
             cache,
-            pointers="name",
-            num_steps=2,
-            naming=NameStreams(0, len(its), Runtime(torch.device("cpu"))),
+            its,
+            pointers=pointers,
+            naming=naming,
             shown=lambda step: ShownPart(2, 0.5) if step else None,
             workers=workers,
         )
         with batches:
             made = [taught for step in range(2) for taught in batches[step]]
-        assert all(len(taught.row.names) == len(taught.observation.encoded.named) for taught in made)
-        return [(taught.row, taught.sample.sample_id, taught.sample.answer, taught.views) for taught in made]
+        shown = [taught.observation.encoded.named.tolist() for taught in made]
+        return [
+            (taught.row, taught.views, taught.sample.answer, boxes) for taught, boxes in zip(made, shown, strict=True)
+        ]
 
-    written = rows_of(2)
-    assert written == rows_of(0) and len(written) == 2 * len(its)
+    written = written_by(2)
+    assert written == written_by(0) and len(written) == 2 * len(its)
 
 
 def test_a_killed_writing_process_is_told(model, rooms_root):  # noqa: F811
     samples, store = load_split(settings(rooms_root).data, "train", 0)
-    batches = Batches(
-        model, lambda _: samples[:2], ObservationCache(store, model, seed=0), pointers="name", num_steps=2, workers=1
-    )
+    batches = batches_of(model, ObservationCache(store, model, seed=0), samples[:2], pointers="name", workers=1)
     with batches:
         assert len(batches[0]) == 2
-        (process,) = batches._writers._pools[0]._processes.values()
+        (pool,) = batches._writers._pools
+        (process,) = pool._processes.values()
         process.kill()
-        with pytest.raises(ValueError, match=r"killed \(memory\?\); lower data\.workers"):
-            batches[1]
+        process.join()
+        for _ in range(2):  # while the pool does not know it yet, or once it does
+            with pytest.raises(ValueError, match=r"killed \(memory\?\) or did not start; lower data\.workers"):
+                batches[1]

@@ -74,9 +74,9 @@ def test_every_mention_carries_its_own_rows_proposal(model, observations):
     """Two scenes with names of their own, packed and padded: names alone differ from the words, by what is theirs."""
     rows, expected = [], []
     for observation, rng in zip(observations, (stream(1), stream(2)), strict=True):
-        names = model.draw_names(observation, rng)
+        names = model.prompts.draw_names(observation.encoded.told, rng)
         first, second = (format_box(box.tolist()) for box in observation.encoded.named[:2])
-        told = model.with_names(f"it {second} and {first} and {second}", observation, names)
+        told = observation.encoded.told.pointed(f"it {second} and {first} and {second}", names)
         row, _ = model.write_row(question(0), observation, "direct", told, names)
         rows.append(row)
         carried, of_name = carried_by(model, observation), {name_id(model, name): n for n, name in enumerate(names)}
@@ -111,7 +111,8 @@ def test_every_mention_carries_its_own_rows_proposal(model, observations):
 
 @torch.no_grad()
 def test_completions_use_the_names_of_their_own_prompt(model, observations):
-    names = [model.draw_names(observation, stream(3, n)) for n, observation in enumerate(observations)]
+    scenes = [observation.encoded.told for observation in observations]
+    names = [model.prompts.draw_names(told, stream(3, n)) for n, told in enumerate(scenes)]
     rows = [
         model.write_row(question(n), observation, "direct", None, its)[0]
         for n, (observation, its) in enumerate(zip(observations, names, strict=True))

@@ -263,7 +263,7 @@ def test_without_3d_tokens_views_are_chosen_alike_and_boxes_are_numbers(rooms_ro
         text = flat.language.tokenizer.decode(row.token_ids).partition("<|im_start|>user")[2]
         assert SCENE not in row.kinds and "<obj" not in text and len(views) == 1
         assert ("<box>" in text) == (sample is caption)
-    assert flat.with_names("<answer><box>1, 2, 3, 1, 1, 1</box></answer>", second).count("<box>") == 1
+    assert second.encoded.told.pointed("<answer><box>1, 2, 3, 1, 1, 1</box></answer>").count("<box>") == 1
     assert flat.read_answer("<answer><obj0></answer>", second).boxes == []
 
 
