@@ -7,8 +7,8 @@ is with numbers: a thought has one or two, an inventory every height, and all di
 or by distance.
 
 Half of those by name list from left to right (by x), and those of one kind always are: what comes next can then be
-known, and a model that lists or counts learns to go on with what it has not named yet. In any order that cannot be
-learned: it names one of them again and again.
+known, and a model that lists or counts learns to go on with what it has not named yet. In any order that is learned
+late: for long it names one of them again and again (docs/proof.md, finding 20).
 
 Colours are in `annotations/object_colors.json`, which generated rooms have: by scene id, by objectId, a colour word.
 """
