@@ -104,10 +104,10 @@ def asked(entries: Sequence[Prediction]) -> Asked:
 
 def take_answers(run: Run, path: Path) -> None:
     """Put what a file of predictions tells in a run: values of questions, what was asked, what thoughts are like."""
+    predictions = read_predictions(path)
+    run.told = told(predictions)
     by_dataset: dict[str, list[Prediction]] = {}
-    entries = list(read_predictions(path))
-    run.told = told(entries)
-    for entry in entries:
+    for entry in predictions:
         by_dataset.setdefault(entry.meta["dataset"], []).append(entry)
     for name, entries in by_dataset.items():
         if name not in KEPT:

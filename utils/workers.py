@@ -21,12 +21,13 @@ runpy.run_path(main, run_name="threedr1_worker")
 from threedr1.utils.workers import leave_with_parent
 leave_with_parent()
 begin, content = pickle.loads(started)
-begin(content)
+if begin is not None:
+    begin(content)
 """
 
 
-def start_pool(workers: int, begin: Callable[[Any], object], content: Any) -> ProcessPoolExecutor:
-    """A pool whose processes have each called `begin(content)`, on one thread of the CPU.
+def start_pool(workers: int, begin: Callable[[Any], object] | None = None, content: Any = None) -> ProcessPoolExecutor:
+    """A pool of processes on one thread of the CPU each, that have called `begin(content)` where there is one.
 
     Args:
         begin: a function of a module; it keeps what later tasks need.

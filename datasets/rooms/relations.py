@@ -57,8 +57,8 @@ class RoomFacts:
             )
         boxes = {i: tuple(float(value) for value in thing.box_7) for i, thing in sorted(self.objects.items())}
         # from left to right: in what order things are named and counted must be something that can be seen
-        self.ids = sorted(boxes, key=lambda i: boxes[i][0])
-        self.boxes = {i: boxes[i] for i in self.ids}
+        self.boxes = dict(sorted(boxes.items(), key=lambda entry: entry[1][0]))
+        self.ids = list(self.boxes)
         origin_3 = getattr(room, "floor_centre_3", None)
         if origin_3 is None:
             if len(room.vertices_V3) == 0:

@@ -8,12 +8,10 @@ Meshes and poses are in the RAW frame: world = axis_align_44 @ raw.
 """
 
 import contextlib
-import multiprocessing
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
@@ -25,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...utils.files import write_whole
+from ...utils.workers import start_pool
 from .annotate import Map, write_annotations
 from .frames import frame_intrinsics, render_frames
 from .generate import Generated, generate
@@ -292,8 +291,7 @@ def _processes(number: int) -> Iterator[Map]:
     if number == 1:
         yield map
         return
-    # A fresh process per worker: forking after torch has started threads can hang.
-    with ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _one_thread) as pool:
+    with start_pool(number) as pool:
         try:
             yield pool.map
         except BrokenProcessPool:
@@ -301,10 +299,3 @@ def _processes(number: int) -> Iterator[Map]:
                 "A process that makes rooms was killed, most often for want of memory; "
                 "start again with fewer workers (whole rooms are kept)."
             ) from None
-
-
-def _one_thread() -> None:
-    """Workers are as many as cores, so each may use only one thread."""
-    import torch
-
-    torch.set_num_threads(1)

@@ -118,19 +118,19 @@ def _samples(info: SceneInfo, colors: dict[int, str], dataset: str, orders: int,
             )
         )
 
-    rank_K = np.argsort(np.argsort(info.boxes_K7[:, 0], kind="stable")).tolist()  # from left to right
+    place_K = [(x, row) for row, x in enumerate(info.boxes_K7[:, 0].tolist())]  # from left to right
     for number in range(orders):
         chosen = rng.permutation(len(pointers))[:MOST].tolist()
         if number == 0:
-            chosen.sort(key=rank_K.__getitem__)
+            chosen.sort(key=place_K.__getitem__)
         answers = {
             BY_NAME: ", ".join(f"{pointers[row]} {info.object_labels[row]}" for row in chosen),
-            BY_KIND: _grouped(chosen, dict(enumerate(info.object_labels)), pointers, rank_K),
+            BY_KIND: _grouped(chosen, dict(enumerate(info.object_labels)), pointers, place_K),
             HEIGHTS: ", ".join(f"{pointers[row]} {info.boxes_K7[row, 5]:.1f}" for row in chosen),
         }
         if known := [row for row in chosen if row in color_of]:
             answers[COLOR_BY_NAME] = ", ".join(f"{pointers[row]} {color_of[row]}" for row in known)
-            answers[BY_COLOR] = _grouped(known, color_of, pointers, rank_K)
+            answers[BY_COLOR] = _grouped(known, color_of, pointers, place_K)
         for question, answer in answers.items():
             add(question, answer, chosen)
     for start in rng.permutation(len(pointers))[:starts].tolist() if len(pointers) > 1 else []:
@@ -142,12 +142,12 @@ def _samples(info: SceneInfo, colors: dict[int, str], dataset: str, orders: int,
     return samples
 
 
-def _grouped(rows: list[int], words: dict[int, str], pointers: list[str], rank_K: list[int]) -> str:
-    """`door <box> <box>, window <box>`: each word once, behind it all its objects by their ranks."""
+def _grouped(rows: list[int], words: dict[int, str], pointers: list[str], place_K: list[tuple[float, int]]) -> str:
+    """`door <box> <box>, window <box>`: each word once, behind it all its objects by their places."""
     groups: dict[str, list[int]] = {}
     for row in rows:
         groups.setdefault(words[row], []).append(row)
-    named = {word: [pointers[row] for row in sorted(its, key=rank_K.__getitem__)] for word, its in groups.items()}
+    named = {word: [pointers[row] for row in sorted(its, key=place_K.__getitem__)] for word, its in groups.items()}
     return ", ".join(f"{word} {' '.join(its)}" for word, its in named.items())
 
 
