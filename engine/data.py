@@ -4,7 +4,9 @@ import hashlib
 import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..datasets.scannet import read_split
@@ -19,6 +21,7 @@ from .runtime import log, stream
 
 # kinds of problems that come of data one does not have, not of broken files
 MISSING = ("missing_scene", "missing_object", "no_box")
+_AT_ONCE = 4  # scenes whose points are sampled at the same time
 
 
 class ObservationCache:
@@ -44,26 +47,37 @@ class ObservationCache:
         return cls(store, model, seed=seed, capacity=config.cached_scenes, cache_views=config.cache_views)
 
     def __getitem__(self, scene_id: str) -> Observation:
-        if scene_id in self._kept:
-            self._kept.move_to_end(scene_id)
-            return self._kept[scene_id]
-        observation = self.model.observe(self.store[scene_id], self.seed)
-        self._kept[scene_id] = observation
-        if len(self._kept) > self.capacity:
+        return self._observed([scene_id])[0]
+
+    def _observed(self, scene_ids: Sequence[str]) -> list[Observation]:
+        """Observations of scenes, not encoded; several new ones are sampled at once, as the next is read."""
+        new = list(dict.fromkeys(scene_id for scene_id in scene_ids if scene_id not in self._kept))
+        read = (self.store[scene_id] for scene_id in new)
+        observe = partial(self.model.observe, seed=self.seed)
+        if len(new) > 1:
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                made = list(pool.map(observe, read))
+        else:
+            made = map(observe, read)
+        found = {scene_id: self._kept.pop(scene_id) for scene_id in dict.fromkeys(scene_ids) if scene_id in self._kept}
+        found |= zip(new, made, strict=True)
+        self._kept |= found
+        while len(self._kept) > self.capacity:
             self._kept.popitem(last=False)
-        return observation
+        return [found[scene_id] for scene_id in scene_ids]
 
     def of(self, samples: Sequence[Sample]) -> list[Observation]:
         """Observations of the samples' scenes, encoded; samples of one scene share one."""
-        observations = [self[sample.scene_id] for sample in samples]
+        observations = self._observed([sample.scene_id for sample in samples])
         self.model.encode(observations)
         return observations
 
     def resampled(self, samples: Sequence[Sample], seed: int) -> list[Observation]:
         """The same with fresh points and a fresh encoding, for training the scene encoder itself."""
+        scene_ids = list(dict.fromkeys(sample.scene_id for sample in samples))
         fresh = {
-            scene_id: self.model.observe_again(self[scene_id], seed)
-            for scene_id in dict.fromkeys(sample.scene_id for sample in samples)
+            scene_id: self.model.observe_again(seen, seed)
+            for scene_id, seen in zip(scene_ids, self._observed(scene_ids), strict=True)
         }
         observations = [fresh[sample.scene_id] for sample in samples]
         self.model.encode(observations)

@@ -1,5 +1,6 @@
 """What supervised fine-tuning trains on: rows with their targets, batch by batch, made while the GPU computes."""
 
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -138,6 +139,8 @@ class Writers:
 
     def __init__(self, prompts: PromptWriter, workers: int):
         self._pools = [start_pool(1, _adopt, prompts) for _ in range(workers)]
+        for pool in self._pools:  # a pool starts its process with its first task, and that takes seconds
+            pool.submit(os.getpid)
 
     def write(
         self, unwritten: Sequence[Unwritten], pointers: str, naming: Naming | None, shown: "ShownPart | None"
@@ -166,8 +169,9 @@ class Writers:
 
     def close(self) -> None:
         """Stop the processes."""
-        for pool in self._pools:
-            pool.shutdown(cancel_futures=True)
+        for wait in (False, True):  # all are told before any is waited for
+            for pool in self._pools:
+                pool.shutdown(wait, cancel_futures=True)
 
 
 _adopted: list[PromptWriter] = []  # in a writing process: what it writes with

@@ -287,29 +287,37 @@ def _lay_out(
     lengths = torch.tensor([len(row.token_ids) for row in rows])
     ends = lengths.cumsum(0)
     within_T = torch.arange(int(ends[-1])) - (ends - lengths).repeat_interleave(lengths)
-    firsts = torch.tensor([index * shape[1] + start for index, start in starts])
-    where_T = firsts.repeat_interleave(lengths) + within_T
     positions_4T = within_T.repeat(4, 1)
     for row, end, length in zip(rows, ends.tolist(), lengths.tolist(), strict=True):
         if row.grids or IMAGE in row.kinds:
             positions_4T[1:, end - length : end] = mrope_positions(row.kinds, row.grids, merge_size)
 
-    def placed(values_T: Tensor, filling: int) -> Tensor:
-        cells = torch.full((shape[0] * shape[1],), filling)
-        cells[where_T] = values_T
-        return cells.view(shape)
+    size = shape[0] * shape[1]
+    where_T = None  # all from the first place on
+    if shape[0] > 1:
+        firsts = torch.tensor([index * shape[1] + start for index, start in starts])
+        where_T = firsts.repeat_interleave(lengths) + within_T
+
+    def placed(values: Tensor, filling: int) -> Tensor:
+        """Values [..., T] at their places [..., B, L]."""
+        if where_T is None:
+            cells = torch.nn.functional.pad(values, (0, size - values.shape[-1]), value=filling)
+        else:
+            cells = torch.full((*values.shape[:-1], size), filling)
+            cells[..., where_T] = values
+        return cells.unflatten(-1, shape)
 
     ids_T, kinds_T, labels_T = (
         # torch.tensor of a list takes seven times as long
-        torch.from_numpy(np.fromiter(chain.from_iterable(its), dtype=np.int64, count=len(where_T)))
+        torch.from_numpy(np.fromiter(chain.from_iterable(its), dtype=np.int64, count=len(within_T)))
         for its in ((row.token_ids for row in rows), (row.kinds for row in rows), (row.labels for row in rows))
     )
     return Layout(
         token_ids_BL=placed(ids_T, pad_id),
         kinds_BL=placed(kinds_T, TEXT),
         labels_BL=placed(labels_T, IGNORE),
-        attention_mask_BL=placed(torch.ones_like(where_T), 0),
-        position_ids_4BL=torch.stack([placed(positions_T, 0) for positions_T in positions_4T]),
+        attention_mask_BL=placed(torch.ones_like(within_T), 0),
+        position_ids_4BL=placed(positions_4T, 0),
         row_BL=placed(torch.arange(len(rows)).repeat_interleave(lengths), -1),
     )
 
@@ -367,7 +375,7 @@ def assemble(
     rows: Sequence[Row],
     *,
     embed_tokens: torch.nn.Module,
-    scene_tokens: Sequence[Tensor],
+    scene_tokens: Tensor | None,
     image_tokens: Tensor | None,
     view_image_tokens: Tensor | None = None,
     view_depth_tokens: Tensor | None = None,
@@ -384,7 +392,7 @@ def assemble(
 
     Args:
         embed_tokens: token embedding of the language model.
-        scene_tokens: for each row its scene tokens [K + M, D], in the order of the row's placeholders.
+        scene_tokens: those of all rows one after the other [n, D], in the order of their placeholders; None without.
         image_tokens: vision-tower tokens of all rows' images one after the other [n, D]; None without images.
         view_image_tokens, view_depth_tokens: the image encoder's and the depth's tokens of the same images, likewise.
         mentions: what names carry, added to their embeddings wherever they stand; None where they carry nothing.
@@ -414,7 +422,7 @@ def assemble(
     if mentions is not None:
         flat_ND = _with_mentions(flat_ND, layout, prompt_of, mentions)
     for kind, features in (
-        (SCENE, torch.cat(list(scene_tokens)) if scene_tokens else None),
+        (SCENE, scene_tokens),
         (IMAGE, image_tokens),
         (VIEW_IMAGE, view_image_tokens),
         (VIEW_DEPTH, view_depth_tokens),

@@ -32,8 +32,8 @@ VARIABLE = "THREEDR1_LM_HEAD"
 # 128 x 256 on the 132 processors of an H100, and 9 of them cover 152,064. Tiles that fit the L2 cache would save one
 # read of the logits, 1.5 ms of some 14 for 8,192 tokens, and lose as much in the products.
 CPU_TILE, GPU_TILE = (1024, 16384), (4096, 16896)
-# tokens that `cross_entropy` takes at a time, with all their logits
-CPU_LOSS_CHUNK, GPU_LOSS_CHUNK = 256, 1024
+# tokens that `cross_entropy` takes at a time, with all their logits; on a GPU as many more as a vocabulary is smaller
+CPU_LOSS_CHUNK, GPU_LOSS_CHUNK, _GPU_LOSS_LOGITS = 256, 1024, 1024 * 152_064
 
 
 class TokenLogprobs(NamedTuple):
@@ -92,8 +92,8 @@ def cross_entropy(
     supervised tokens gives a 0 that can be back-propagated.
 
     Counting supervised tokens waits for a GPU; with `ignore_index` None all are, and nothing does. Where a gradient
-    is wanted, it is made here, and [chunk_size, V] logits exist at a time (default: CPU_LOSS_CHUNK or
-    GPU_LOSS_CHUNK tokens). ValueErrors are those of `token_logprobs`.
+    is wanted, it is made here, and [chunk_size, V] logits exist at a time (default: CPU_LOSS_CHUNK or, on a GPU,
+    GPU_LOSS_CHUNK tokens, more where V is below 152,064). ValueErrors are those of `token_logprobs`.
     """
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} do not belong together.")
@@ -123,7 +123,8 @@ def summed_loss(
         return -found.logps_T.sum(), -found.logps_T
     _check(hidden_TD, weight_VD, targets_T, bias)
     if chunk_size is None:
-        chunk_size = GPU_LOSS_CHUNK if hidden_TD.is_cuda else CPU_LOSS_CHUNK
+        on_gpu = max(GPU_LOSS_CHUNK, _GPU_LOSS_LOGITS // len(weight_VD))
+        chunk_size = on_gpu if hidden_TD.is_cuda else CPU_LOSS_CHUNK
     tiling = _tiling(hidden_TD, 1.0, chunk_size, len(weight_VD))
     return _SummedLoss.apply(hidden_TD, weight_VD, bias, targets_T.contiguous(), tiling)
 

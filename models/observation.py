@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ..datasets.scene import Scene
-from .named_proposals import NAME_IOU, NamedProposals
-from .scene_encoder.object_query import QueriedObjects, click_boxes, query_boxes
+from .named_proposals import NamedProposals
+from .scene_encoder.object_query import NOTHING, QueriedObjects, click_boxes, query_boxes
 from .view_pixels import to_device
 from .view_pool import ViewPool
 
@@ -40,30 +40,38 @@ class SceneSettings:
 
 @dataclass
 class EncodedScene:
-    """Output of the scene encoder for one scene; boxes in the model frame, proposals in their fixed order."""
+    """Output of the scene encoder for one scene; boxes in the model frame, proposals in their fixed order.
+
+    Which proposals are valid is known on the host: to select by a mask on a GPU would wait for it each time.
+    """
 
     features_KE: torch.Tensor
     boxes_K7: torch.Tensor
     class_probs_KC: torch.Tensor
     objectness_K: torch.Tensor
-    valid_K: torch.Tensor
     token_xyz_T3: torch.Tensor
     tokens_TE: torch.Tensor
     colors_K6: (
         torch.Tensor
     )  # of the points in each proposal's box (scene_encoder/object_color.py); zeros without colours
-    valid_n: torch.Tensor  # indices of the valid ones: to select by the mask would wait for the device each time
+    valid_n: torch.Tensor  # indices of the valid ones, int64, on the host
+    proposals: np.ndarray  # their boxes [n, 7], float32
     are_named: bool = True  # whether the language model is told of the proposals
 
+    @property
+    def valid_K(self) -> torch.Tensor:
+        """Which are valid, bool, on the host."""
+        return torch.zeros(len(self.boxes_K7), dtype=torch.bool).index_fill_(0, self.valid_n, True)
+
     @cached_property
-    def proposals(self) -> np.ndarray:
-        """Boxes of the valid proposals [n, 7], float32, model frame; fetched from the device once."""
-        return self.boxes_K7[self.valid_K].detach().cpu().numpy()
+    def found(self) -> NamedProposals:
+        """The valid proposals, named or not."""
+        return NamedProposals(self.proposals)
 
     @cached_property
     def told(self) -> NamedProposals:
         """The proposals that the language model knows by name; none where it has no tokens of any."""
-        return NamedProposals(self.proposals if self.are_named else np.zeros((0, 7), dtype=np.float32))
+        return self.found if self.are_named else NamedProposals(np.zeros((0, 7), dtype=np.float32))
 
     @property
     def named(self) -> np.ndarray:
@@ -75,14 +83,8 @@ class EncodedScene:
 
         A box keeps the proposal that covers it in the whole scene or, where that is not among them, has none.
         """
-        valid_n = self.valid_n[to_device(torch.tensor(rows, dtype=torch.int64), self.valid_n.device)]
-        part = replace(
-            self,
-            valid_n=valid_n,
-            valid_K=torch.zeros_like(self.valid_K).index_fill_(0, valid_n, True),
-        )
-        part.__dict__["told"] = self.told.showing(rows)
-        part.__dict__["proposals"] = self.proposals[list(rows)]  # or it would be fetched from the device once more
+        part = replace(self, valid_n=self.valid_n[list(rows)], proposals=self.proposals[list(rows)])
+        part.__dict__["found"] = self.found.showing(rows)
         return part
 
 
@@ -118,17 +120,26 @@ class Answer:
 
 
 def asked_objects(boxes_B7: Sequence[Sequence[float]], scenes: Sequence[EncodedScene]) -> QueriedObjects:
-    """The objects in boxes (model frame), each of its own scene; a proposal counts where it would lend its name."""
+    """The objects in boxes (model frame), each of its own scene; a proposal counts where it would lend its name.
+
+    Raises:
+        ValueError: a box that is not finite.
+    """
+    device, asked_B7 = scenes[0].boxes_K7.device, torch.tensor(boxes_B7, dtype=torch.float32)
+    if not bool(asked_B7.isfinite().all()):
+        raise ValueError("The box that is asked about is not finite; give metres in the scene's frame.")
+    covering = [scene.found.covering([box])[0] for box, scene in zip(boxes_B7, scenes, strict=True)]
+    proposals = [
+        NOTHING if row is None else int(scene.valid_n[row]) for row, scene in zip(covering, scenes, strict=True)
+    ]
     return query_boxes(
-        torch.tensor(boxes_B7, dtype=torch.float32, device=scenes[0].boxes_K7.device),
-        proposals_BK7=torch.stack([scene.boxes_K7 for scene in scenes]),
+        to_device(asked_B7, device),
+        proposal_B=to_device(torch.tensor(proposals), device),
         features_BKE=torch.stack([scene.features_KE for scene in scenes]),
         class_probs_BKC=torch.stack([scene.class_probs_KC for scene in scenes]),
-        valid_BK=torch.stack([scene.valid_K for scene in scenes]),
         colors_BK6=torch.stack([scene.colors_K6 for scene in scenes]),
         token_xyz_BT3=torch.stack([scene.token_xyz_T3 for scene in scenes]),
         tokens_BTE=torch.stack([scene.tokens_TE for scene in scenes]),
-        min_iou=NAME_IOU,
     )
 
 
@@ -144,9 +155,10 @@ def clicked_box(
         ValueError: a click that is not finite.
     """
     model_3 = torch.from_numpy(scene.to_model(np.asarray(point_3, dtype=np.float32)))
-    likely_K = encoded.valid_K & (encoded.objectness_K >= 0.5)
+    valid_K = encoded.valid_K.to(encoded.objectness_K.device)
+    likely_K = valid_K & (encoded.objectness_K >= 0.5)
     if not bool(likely_K.any()):
-        likely_K = encoded.valid_K
+        likely_K = valid_K
     boxes_17, distance_1 = click_boxes(
         model_3[None].to(encoded.boxes_K7.device), encoded.boxes_K7[None], likely_K[None]
     )

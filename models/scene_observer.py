@@ -90,19 +90,20 @@ class SceneObserver(nn.Module):
                 chosen = select_proposals(
                     encoding, self.settings.num_proposals or _UNNAMED, left_to_right=self.settings.left_to_right
                 )
+                boxes, valid_BK = chosen.boxes_BK7.cpu().numpy(), chosen.valid_BK.cpu()
                 for row, observation in enumerate(part):
-                    boxes_K7 = chosen.boxes_BK7[row].clone()
+                    boxes_K7, valid_n = chosen.boxes_BK7[row].clone(), torch.nonzero(valid_BK[row])[:, 0]
                     # clones, since a view of one row would keep the whole batch in memory
                     observation.encoded = EncodedScene(
                         features_KE=chosen.features_BKD[row].clone(),
                         boxes_K7=boxes_K7,
                         class_probs_KC=chosen.class_probs_BKC[row].clone(),
                         objectness_K=chosen.objectness_BK[row].clone(),
-                        valid_K=chosen.valid_BK[row].clone(),
                         token_xyz_T3=encoding.token_xyz_BM3[row].clone(),
                         tokens_TE=encoding.tokens_BMD[row].clone(),
                         colors_K6=self._colors(boxes_K7, points_BN3[row], features_BNF[row]),
-                        valid_n=torch.nonzero(chosen.valid_BK[row])[:, 0],
+                        valid_n=valid_n,
+                        proposals=boxes[row, valid_n],
                         are_named=self.settings.num_proposals > 0,
                     )
         return [observation.encoded for observation in observations if observation.encoded is not None]

@@ -39,22 +39,58 @@ class ScenePrompter(SceneObserver):
     # -- scenes ----------------------------------------------------------------------------------------------------
 
     def scene_tokens(
-        self, encoded: Sequence[EncodedScene], names: Sequence[Sequence[int] | None] | None = None
-    ) -> tuple[list[torch.Tensor], Mentions | None]:
-        """Language-model tokens of each scene [n + M, D]: its n valid proposals where it names any, then layout; and
-        what the names carry in a text, where they do.
+        self,
+        encoded: Sequence[EncodedScene],
+        names: Sequence[Sequence[int] | None] | None = None,
+        asked: Sequence[Sequence[float] | None] | None = None,
+    ) -> tuple[torch.Tensor, Mentions | None]:
+        """Language-model tokens [N, D] of scenes, one scene after the other: its n valid proposals where it names any,
+        its layout, the object asked for where there is one; and what the names carry in a text, where they do.
+
+        A batch is a few operations however many scenes it has: a GPU is told of each, and that takes longer than they.
 
         Args:
             names: of each scene the numbers that its proposals are called by; None: 0, 1, 2 …
+            asked: of each scene the box of the object that is asked for, model frame; None: of none.
         """
         unique = list({id(scene): scene for scene in encoded}.values())
         layout_BMD = self.connector.layout(
             torch.stack([scene.token_xyz_T3 for scene in unique]), torch.stack([scene.tokens_TE for scene in unique])
         )
         row_of = {id(scene): row for row, scene in enumerate(unique)}
-        layouts = [layout_BMD[row_of[id(scene)]] for scene in encoded]
+        unique_of = torch.tensor([row_of[id(scene)] for scene in encoded])
+        objects_ND, mentions = self._object_tokens(encoded, unique, unique_of, names)
+        counts = [len(scene.valid_n) if len(objects_ND) else 0 for scene in encoded]
+        asking = [place for place, box in enumerate(asked or []) if box is not None]
+        asked_AD = layout_BMD.new_zeros(0, layout_BMD.shape[2])
+        if asking:
+            boxes = [list(box) for box in asked or [] if box is not None]
+            asked_AD = self.connector.asked(asked_objects(boxes, [encoded[place] for place in asking]))
+        table_ND = torch.cat([objects_ND, layout_BMD.flatten(0, 1), asked_AD])
+        size, places = layout_BMD.shape[1], torch.arange(len(encoded))
+        at_N = torch.cat([
+            torch.arange(len(objects_ND)),
+            (len(objects_ND) + unique_of[:, None] * size + torch.arange(size)).flatten(),
+            torch.arange(len(table_ND) - len(asked_AD), len(table_ND)),
+        ])  # fmt: skip
+        scene_N = torch.cat([
+            places.repeat_interleave(torch.tensor(counts)),
+            places.repeat_interleave(size),
+            torch.tensor(asking, dtype=torch.int64),
+        ])  # fmt: skip
+        at_N = at_N[scene_N.argsort(stable=True)]
+        return nn.functional.embedding(to_device(at_N, self.device), table_ND), mentions
+
+    def _object_tokens(
+        self,
+        encoded: Sequence[EncodedScene],
+        unique: Sequence[EncodedScene],
+        unique_of: torch.Tensor,
+        names: Sequence[Sequence[int] | None] | None,
+    ) -> tuple[torch.Tensor, Mentions | None]:
+        """Tokens [N, D] of the valid proposals of all scenes, each of which is a unique one; none without names."""
         if self.connector.num_proposals == 0:
-            return layouts, None
+            return unique[0].boxes_K7.new_zeros(0, self.language.width), None
         objects_BKD = self.connector.objects(
             torch.stack([scene.features_KE for scene in unique]),
             torch.stack([scene.boxes_K7 for scene in unique]),
@@ -65,19 +101,17 @@ class ScenePrompter(SceneObserver):
         called = [
             number for row, its in enumerate(names or [None] * len(counts)) for number in its or range(counts[row])
         ]
-        starts = torch.tensor([row_of[id(scene)] * objects_BKD.shape[1] for scene in encoded])
-        index_N = torch.cat([scene.valid_n for scene in encoded])
-        index_N = index_N + to_device(starts.repeat_interleave(torch.tensor(counts)), self.device)
+        starts_N = (unique_of * objects_BKD.shape[1]).repeat_interleave(torch.tensor(counts))
+        index_N = to_device(torch.cat([scene.valid_n for scene in encoded]) + starts_N, self.device)
         taken_ND = nn.functional.embedding(index_N, objects_BKD.flatten(0, 1))
         names_N = to_device(torch.tensor(called, dtype=torch.int64), self.device)
         words_PD, mentions = None, None
         if self.connector.name_in_token:
             words_PD = self.writer.embed_names(self.language.embedding, self.connector.place_embedding.num_embeddings)
         if self.connector.token_in_name:
-            boxes_N7 = torch.cat([scene.boxes_K7[scene.valid_n] for scene in encoded])
+            boxes_N7 = torch.cat([scene.boxes_K7 for scene in unique])[index_N]
             mentions = self._mentions(self.connector.carried(taken_ND, boxes_N7), names_N, counts)
-        objects = self.connector.named(taken_ND, names_N, words_PD)
-        return [torch.cat(pair) for pair in zip(objects.split(counts), layouts, strict=True)], mentions
+        return self.connector.named(taken_ND, names_N, words_PD), mentions
 
     def _mentions(self, carried_ND: torch.Tensor, names_N: torch.Tensor, counts: Sequence[int]) -> Mentions:
         """What the names of so many proposals of each scene carry."""
@@ -206,12 +240,9 @@ class ScenePrompter(SceneObserver):
         `packed_length` and `completions` are as in inputs.assemble.
         """
         encoded = self.encode(observations)
-        scene_tokens, mentions = self.scene_tokens(encoded, [row.names for row in rows])
-        asked = {place: row.asked_box_7 for place, row in enumerate(rows) if row.asked_box_7 is not None}
-        if asked:
-            queried = asked_objects(list(asked.values()), [encoded[place] for place in asked])
-            for place, token_D in zip(asked, self.connector.asked(queried), strict=True):
-                scene_tokens[place] = torch.cat([scene_tokens[place], token_D[None]])
+        tokens_ND, mentions = self.scene_tokens(
+            encoded, [row.names for row in rows], [row.asked_box_7 for row in rows]
+        )
         shown = [
             (observation, view) for observation, chosen in zip(observations, views, strict=True) for view in chosen
         ]
@@ -225,7 +256,7 @@ class ScenePrompter(SceneObserver):
         inputs = assemble(
             rows,
             embed_tokens=self.language.embedding,
-            scene_tokens=scene_tokens,
+            scene_tokens=tokens_ND,
             image_tokens=image_tokens,
             view_image_tokens=view_image_tokens,
             view_depth_tokens=view_depth_tokens,

@@ -161,25 +161,42 @@ def nms_3d(
     A box goes when its IoU with a better kept box (of the same class, where classes are given) is above the
     threshold. Of equal scores the lower index is better.
     """
-    boxes_tensor_K7 = as_boxes(boxes_K7)
-    device = boxes_tensor_K7.device
-    order_K = torch.argsort(torch.as_tensor(scores_K, device=device), descending=True, stable=True)
-    if len(order_K) != len(boxes_tensor_K7):
-        raise ValueError(f"nms_3d got {len(boxes_tensor_K7)} boxes but {len(order_K)} scores; give one score a box.")
-    sorted_K7 = boxes_tensor_K7.detach()[order_K]
-    suppresses_KK = box3d_iou(*_without_zero_headings(sorted_K7, sorted_K7, wait=True)) > iou_threshold
-    if classes_K is not None:
-        sorted_classes_K = torch.as_tensor(classes_K, device=device)[order_K]
-        suppresses_KK &= sorted_classes_K[:, None] == sorted_classes_K[None]
-    # The greedy pass is sequential by nature; it runs on bits, on the host.
-    suppresses = suppresses_KK.cpu().numpy()
-    gone = np.zeros(len(suppresses), dtype=bool)
+    boxes = as_boxes(boxes_K7)
+    scores = torch.as_tensor(scores_K, device=boxes.device)
+    if len(scores) != len(boxes):
+        raise ValueError(f"nms_3d got {len(boxes)} boxes but {len(scores)} scores; give one score a box.")
+    classes = None if classes_K is None else torch.as_tensor(classes_K, device=boxes.device)[None]
+    (kept,) = batched_nms_3d(boxes[None], scores[None], iou_threshold, classes)
+    return kept.to(boxes.device)
+
+
+def batched_nms_3d(
+    boxes_BK7: Tensor, scores_BK: Tensor, iou_threshold: float, classes_BK: Tensor | None = None
+) -> list[Tensor]:
+    """`nms_3d` of each scene of a batch, on the host; a GPU is waited for twice, however many scenes there are."""
+    order_BK = torch.argsort(scores_BK, dim=1, descending=True, stable=True)
+    sorted_BK7 = boxes_BK7.detach().gather(1, order_BK[..., None].expand(-1, -1, boxes_BK7.shape[-1]))
+    flat_NC, _ = _without_zero_headings(sorted_BK7.flatten(0, 1), sorted_BK7.flatten(0, 1)[:0], wait=True)
+    suppresses_BKK = torch.stack(
+        [box3d_iou(boxes_KC, boxes_KC) > iou_threshold for boxes_KC in flat_NC.unflatten(0, order_BK.shape)]
+    )
+    if classes_BK is not None:
+        sorted_classes_BK = classes_BK.gather(1, order_BK)
+        suppresses_BKK &= sorted_classes_BK[:, :, None] == sorted_classes_BK[:, None]
+    # bits and order in one copy
+    found_BKX = torch.cat([order_BK[..., None], suppresses_BKK], dim=2).cpu()
+    return [found_KX[_greedy(found_KX[:, 1:].bool().numpy()), 0] for found_KX in found_BKX]
+
+
+def _greedy(suppresses_KK: np.ndarray) -> list[int]:
+    """Rows that no row before them that is kept suppresses; sequential by nature, so on bits, on the host."""
+    gone = np.zeros(len(suppresses_KK), dtype=bool)
     kept = []
-    for index in range(len(suppresses)):
+    for index in range(len(suppresses_KK)):
         if not gone[index]:
             kept.append(index)
-            gone |= suppresses[index]
-    return order_K[torch.tensor(kept, dtype=torch.int64, device=device)]
+            gone |= suppresses_KK[index]
+    return kept
 
 
 def points_in_boxes(points_P3: ArrayLike, boxes_K7: ArrayLike) -> Tensor:

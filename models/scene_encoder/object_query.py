@@ -12,10 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...utils.boxes import paired_iou
-
 NOTHING = -1
-_TOUCH = 1e-9  # IoU that rounding can give boxes which only touch, in double precision
 CLICK_REACH = 0.3  # metres around a click that count as its object where nothing is detected
 
 
@@ -40,31 +37,6 @@ def distance_to_boxes(points: Tensor, boxes: Tensor) -> Tensor:
     across = offset[..., 1] * cos - offset[..., 0] * sin
     local = torch.stack([along, across, offset[..., 2]], dim=-1)
     return (local.abs() - boxes[..., 3:6].clamp(min=0) / 2).clamp(min=0).norm(dim=-1)
-
-
-def select_by_box(
-    boxes_B7: Tensor, proposals_BK7: Tensor, valid_BK: Tensor, min_iou: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """The proposal that covers each box best.
-
-    Args:
-        min_iou: proposals that overlap the box by less, or not at all, do not count.
-
-    Returns:
-        Its index [B], int64, the first of equals, NOTHING where no proposal counts; its IoU [B], 0 there.
-
-    Raises:
-        ValueError: a box that is not finite.
-    """
-    _refuse_not_finite("a box", boxes_B7)
-    batch, num_proposals = valid_BK.shape
-    if num_proposals == 0:
-        return _nothing(boxes_B7), boxes_B7.new_zeros(batch)
-    asked_BK7 = boxes_B7.detach()[:, None].expand(-1, num_proposals, -1)
-    iou_BK = paired_iou(asked_BK7.flatten(0, 1), proposals_BK7.detach().flatten(0, 1)).view(batch, num_proposals)
-    best_B, index_B = iou_BK.masked_fill(~valid_BK, 0).max(-1)
-    counts_B = (best_B > _TOUCH) & (best_B >= min_iou)
-    return index_B.where(counts_B, NOTHING), best_B.where(counts_B, 0)
 
 
 def select_by_click(points_B3: Tensor, proposals_BK7: Tensor, valid_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,24 +77,12 @@ def click_boxes(
     return _pick(proposals_BK7, index_B, otherwise_BX=cube_B7), distance_B
 
 
-def pool_in_boxes(
-    boxes_B7: Tensor, token_xyz_BT3: Tensor, tokens_BTE: Tensor, valid_BT: Tensor | None = None
-) -> Tensor:
+def pool_in_boxes(boxes_B7: Tensor, token_xyz_BT3: Tensor, tokens_BTE: Tensor) -> Tensor:
     """Mean [B, E] of the encoder tokens inside each box, faces included; the nearest token where none is inside.
 
-    Raises:
-        ValueError: a box or a token's position that is not finite, or a scene without tokens.
+    Boxes and positions must be finite: a GPU is not waited for to look.
     """
-    _refuse_not_finite("a box", boxes_B7)
-    if valid_BT is not None:  # whatever padding holds, it must not reach the sums
-        token_xyz_BT3 = token_xyz_BT3.masked_fill(~valid_BT[..., None], 0)
-        tokens_BTE = tokens_BTE.masked_fill(~valid_BT[..., None], 0)
-    _refuse_not_finite("an encoder token", token_xyz_BT3)
-    if token_xyz_BT3.shape[1] == 0 or (valid_BT is not None and not bool(valid_BT.any(-1).all())):
-        raise ValueError("A scene without encoder tokens has nothing to pool; encode it first.")
     distance_BT = distance_to_boxes(token_xyz_BT3, boxes_B7[:, None])
-    if valid_BT is not None:
-        distance_BT = distance_BT.masked_fill(~valid_BT, torch.inf)
     least_B1, nearest_B1 = distance_BT.min(-1, keepdim=True)
     only_nearest_BT = torch.zeros_like(distance_BT, dtype=torch.bool).scatter(1, nearest_B1, True)
     share_BT = torch.where(least_B1 == 0, distance_BT == 0, only_nearest_BT).to(tokens_BTE.dtype)
@@ -133,36 +93,29 @@ def pool_in_boxes(
 def query_boxes(
     boxes_B7: Tensor,
     *,
-    proposals_BK7: Tensor,
+    proposal_B: Tensor,
     features_BKE: Tensor,
     class_probs_BKC: Tensor,
-    valid_BK: Tensor,
     colors_BK6: Tensor,
     token_xyz_BT3: Tensor,
     tokens_BTE: Tensor,
-    token_valid_BT: Tensor | None = None,
-    min_iou: float = 0.0,
 ) -> QueriedObjects:
-    """Select and pool the object in each box; a click becomes a box by `click_boxes`.
+    """What is known of the object in each box; a click becomes a box by `click_boxes`.
 
     Args:
-        proposals_BK7, features_BKE, class_probs_BKC, valid_BK: as `select_proposals` gives them.
-        colors_BK6: of the proposals, as `colors_in_boxes` gives them.
+        boxes_B7, token_xyz_BT3: finite, as `pool_in_boxes` wants them.
+        proposal_B: the proposal that covers each box, int64; NOTHING where none does.
+        features_BKE, class_probs_BKC: of the proposals, as `select_proposals` gives them.
+        colors_BK6: likewise, as `colors_in_boxes` gives them.
         token_xyz_BT3, tokens_BTE: as a SceneEncoding holds them.
-        token_valid_BT: False where a token is padding; None where none is.
-        min_iou: overlap from which on a proposal counts as the object.
-
-    Raises:
-        ValueError: a box or a token's position that is not finite, or a scene without tokens.
     """
-    proposal_B, _ = select_by_box(boxes_B7, proposals_BK7, valid_BK, min_iou)
     return QueriedObjects(
         boxes_B7=boxes_B7,
         proposal_B=proposal_B,
         features_BE=_pick(features_BKE, proposal_B),
         class_probs_BC=_pick(class_probs_BKC, proposal_B),
         colors_B6=_pick(colors_BK6, proposal_B),
-        pooled_BE=pool_in_boxes(boxes_B7, token_xyz_BT3, tokens_BTE, token_valid_BT),
+        pooled_BE=pool_in_boxes(boxes_B7, token_xyz_BT3, tokens_BTE),
     )
 
 

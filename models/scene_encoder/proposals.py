@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...utils.boxes import nms_3d
+from ...utils.boxes import batched_nms_3d
 from .encoder import SceneEncoding
 
 
@@ -52,15 +52,19 @@ def select_proposals(
     probability_BQC = encoding.class_logits_BQC1.detach().float().softmax(-1)[..., :-1]
     objectness_BQ = encoding.objectness_BQ.detach()
     boxes_BQ7 = encoding.boxes_BQ7.detach()
-    query_BK = torch.zeros(len(boxes_BQ7), num_proposals, dtype=torch.int64, device=boxes_BQ7.device)
-    valid_BK = torch.zeros_like(query_BK, dtype=torch.bool)
-    for scene in range(len(boxes_BQ7)):
-        kept = nms_3d(boxes_BQ7[scene], objectness_BQ[scene], nms_iou, probability_BQC[scene].argmax(-1))
-        kept = kept[objectness_BQ[scene, kept] >= min_objectness][:num_proposals]
+    # chosen on the host, for all scenes at once
+    kept_of = batched_nms_3d(boxes_BQ7, objectness_BQ, nms_iou, probability_BQC.argmax(-1))
+    read_BQ2 = torch.stack([objectness_BQ, boxes_BQ7[..., 0]], dim=2).cpu()
+    query_BK = torch.zeros(len(boxes_BQ7), num_proposals, dtype=torch.int64)
+    counts_B = torch.zeros(len(boxes_BQ7), dtype=torch.int64)
+    for scene, kept in enumerate(kept_of):
+        kept = kept[read_BQ2[scene, kept, 0] >= min_objectness][:num_proposals]
         if left_to_right:
-            kept = kept[boxes_BQ7[scene, kept, 0].argsort(stable=True)]
+            kept = kept[read_BQ2[scene, kept, 1].argsort(stable=True)]
         query_BK[scene, : len(kept)] = kept
-        valid_BK[scene, : len(kept)] = True
+        counts_B[scene] = len(kept)
+    query_BK, counts_B = query_BK.to(boxes_BQ7.device), counts_B.to(boxes_BQ7.device)
+    valid_BK = torch.arange(num_proposals, device=counts_B.device) < counts_B[:, None]
 
     def pick(values_BQX: Tensor) -> Tensor:
         index_BKX = query_BK[..., None].expand(-1, -1, values_BQX.shape[-1])

@@ -95,11 +95,10 @@ def test_a_token_carries_its_own_name_and_is_the_same_thing(model, observation):
     expected = model.connector.objects(
         encoded.features_KE[None], encoded.boxes_K7[None], encoded.class_probs_KC[None], encoded.colors_K6[None]
     )[0, encoded.valid_n]
-    for tokens, numbers in ((plain[0], list(range(count))), (called[0], names)):
+    for tokens, numbers in ((plain, list(range(count))), (called, names)):
         torch.testing.assert_close(tokens[:count], model.connector.named(expected, torch.tensor(numbers)))
-    torch.testing.assert_close(plain[0][count:], called[0][count:])  # the layout
-    torch.testing.assert_close(both[0], plain[0])
-    torch.testing.assert_close(both[1], called[0])
+    torch.testing.assert_close(plain[count:], called[count:])  # the layout
+    torch.testing.assert_close(both, torch.cat([plain, called]))
 
 
 def test_names_follow_from_seed_and_step_alone(model, rooms_root):
@@ -175,7 +174,7 @@ def test_a_tokens_name_may_be_the_language_models_own_words(rooms_root, observat
         encoded.features_KE[None], encoded.boxes_K7[None], encoded.class_probs_KC[None], encoded.colors_K6[None]
     )[0, encoded.valid_n]
     expected = made.connector.named(described, torch.arange(count), words_PD)
-    torch.testing.assert_close(made.scene_tokens([encoded])[0][0][:count], expected)
+    torch.testing.assert_close(made.scene_tokens([encoded])[0][:count], expected)
 
 
 def test_words_in_tokens_are_kept_and_get_gradients(rooms_root, tmp_path):

@@ -397,6 +397,6 @@ def test_a_model_from_before_object_colours_loads_and_goes_without(folder, rooms
     assert whole.connector.object_mlp[0].in_features == loaded.connector.object_mlp[0].in_features + 48
     (encoded,) = loaded.encode([loaded.observe(scene)])
     assert float(encoded.colors_K6[encoded.valid_K, :3].max()) > 0.05  # the scene has colours, which it does not use
-    assert loaded.scene_tokens([encoded])[0][0].shape == whole.scene_tokens([encoded])[0][0].shape
+    assert loaded.scene_tokens([encoded])[0].shape == whole.scene_tokens([encoded])[0].shape
     with pytest.raises(ValueError, match="made with object_color False, but the configuration says True"):
         sft.train(settings(rooms_root, f"init={old}", run_dir=tmp_path / "run"))

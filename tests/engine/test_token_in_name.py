@@ -176,7 +176,7 @@ def test_gradients_reach_proposals_through_their_names_alone(model, observations
     inputs = assemble(
         [taught.row],
         embed_tokens=model.language.embedding,
-        scene_tokens=[its.detach() for its in tokens],
+        scene_tokens=tokens.detach(),
         image_tokens=None,
         mentions=mentions,
         pad_id=model.language.pad_id,

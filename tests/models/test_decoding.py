@@ -37,7 +37,7 @@ def prompts(language, texts=TEXTS):
         inputs = assemble(
             rows,
             embed_tokens=language.embedding,
-            scene_tokens=[],
+            scene_tokens=None,
             image_tokens=language.embed_images(pixels, [(1, 4, 4)] * len(texts)),
             pad_id=language.tokenizer.pad_token_id,
             packed_length=0,
@@ -166,7 +166,7 @@ def test_a_group_is_sampled_from_the_policy_that_is_trained(tiny_qwen, fused):
         groups = assemble(
             rows,
             embed_tokens=language.embedding,
-            scene_tokens=[],
+            scene_tokens=None,
             image_tokens=images_of(inputs, rows),
             pad_id=language.pad_id,
             packed_length=0,

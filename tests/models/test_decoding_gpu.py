@@ -90,7 +90,7 @@ def assembled(language, rows, **more):
         return assemble(
             rows,
             embed_tokens=language.embedding,
-            scene_tokens=[],
+            scene_tokens=None,
             image_tokens=None,
             pad_id=language.pad_id,
             packed_length=0,

@@ -37,7 +37,7 @@ def run(language, rows, *, backward=True):
     inputs = assemble(
         rows,
         embed_tokens=language.embedding,
-        scene_tokens=[],
+        scene_tokens=None,
         image_tokens=None,
         pad_id=language.pad_id,
         packed_length=40,

@@ -81,7 +81,7 @@ def assembled(language, rows, scene_tokens, image_tokens, **layout):
     return assemble(
         rows,
         embed_tokens=language.embedding,
-        scene_tokens=scene_tokens,
+        scene_tokens=torch.cat(scene_tokens),
         image_tokens=torch.cat(image_tokens),
         pad_id=language.pad_id,
         **layout,
@@ -150,7 +150,7 @@ def test_what_a_prompt_teaches_is_left_out(tiny_qwen):
     inputs = assemble(
         [row],
         embed_tokens=language.embedding,
-        scene_tokens=[],
+        scene_tokens=None,
         image_tokens=None,
         pad_id=language.pad_id,
         packed_length=0,

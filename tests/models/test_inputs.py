@@ -117,7 +117,7 @@ def test_view_tokens_land_at_their_placeholders(language, writer):
     images, depths = torch.randn(6, width), torch.randn(3, width)
     options = {
         "embed_tokens": language.embedding,
-        "scene_tokens": [torch.randn(5, width), torch.randn(3, width)],
+        "scene_tokens": torch.randn(8, width),
         "image_tokens": torch.randn(8, width),
         "pad_id": pad_id,
     }
@@ -166,7 +166,7 @@ def test_assembled_logits_equal_transformers_forward(language, writer):
         inputs = assemble(
             rows,
             embed_tokens=language.embedding,
-            scene_tokens=[],
+            scene_tokens=None,
             image_tokens=language.embed_images(pixels, grids),
             pad_id=language.tokenizer.pad_token_id,
         )
@@ -196,7 +196,7 @@ def test_scene_tokens_land_at_their_placeholders(language, writer):
     inputs = assemble(
         rows,
         embed_tokens=language.embedding,
-        scene_tokens=tokens,
+        scene_tokens=torch.cat(tokens),
         image_tokens=None,
         pad_id=language.tokenizer.pad_token_id,
     )
@@ -207,7 +207,7 @@ def test_scene_tokens_land_at_their_placeholders(language, writer):
         assemble(
             rows,
             embed_tokens=language.embedding,
-            scene_tokens=[tokens[0], tokens[1][:2]],
+            scene_tokens=torch.cat(tokens)[:-1],
             image_tokens=None,
             pad_id=0,
         )

@@ -119,7 +119,7 @@ def loss_and_gradients(language, rows, scene_tokens, image_tokens, packs, **layo
         inputs = assemble(
             [rows[index] for index in pack],
             embed_tokens=language.embedding,
-            scene_tokens=[scene_tokens[index] for index in pack],
+            scene_tokens=torch.cat([scene_tokens[index] for index in pack]),
             image_tokens=torch.cat([split[index] for index in pack]),
             pad_id=language.pad_id,
             **layout,
@@ -167,7 +167,7 @@ def test_no_document_sees_another(tiny_qwen, rows_and_images):
                 assemble(
                     rows,
                     embed_tokens=language.embedding,
-                    scene_tokens=tokens,
+                    scene_tokens=torch.cat(tokens),
                     image_tokens=image_tokens,
                     pad_id=language.pad_id,
                     packed_length=0,

@@ -130,7 +130,7 @@ def packed(language, lengths=(9, 14, 5)):
         return assemble(
             rows,
             embed_tokens=language.embedding,
-            scene_tokens=[],
+            scene_tokens=None,
             image_tokens=None,
             pad_id=language.pad_id,
             packed_length=0,
