@@ -46,6 +46,21 @@ def test_a_thread_makes_the_same_batches(parts, capacity):
     assert asked == list(range(5)), "none is made twice, and none after the last step"
 
 
+def test_new_scenes_of_a_batch_are_what_each_alone_is_and_the_oldest_go(parts):
+    _, model, samples, store = parts
+    several = [
+        next(its for its in samples if its.scene_id == scene) for scene in dict.fromkeys(s.scene_id for s in samples)
+    ]
+    assert len(several) > 2
+    cache = ObservationCache(store, model, seed=0, capacity=len(several) - 1)
+    together = cache.of([*several, several[0]])
+    assert together[-1] is together[0]
+    for sample, seen in zip(several, together, strict=False):
+        alone = ObservationCache(store, model, seed=0)[sample.scene_id]
+        assert torch.equal(seen.points_N3, alone.points_N3) and torch.equal(seen.features_NF, alone.features_NF)
+    assert cache[several[-1].scene_id] is together[-2] and cache[several[0].scene_id] is not together[0]
+
+
 def test_a_resumed_run_begins_anywhere(parts):
     plain, _ = batches(parts, ahead=False)
     ahead, asked = batches(parts, ahead=True)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from threedr1.utils import boxes as boxes_module
 from threedr1.utils.boxes import (
     as_boxes,
+    batched_nms_3d,
     box3d_giou,
     box3d_iou,
     boxes_to_xyzxyz,
@@ -303,6 +304,20 @@ class TestSuppressionAndMatching:
         assert nms_3d(row, [3, 2, 1], 0.25).tolist() == [0, 2]
         exact = box3d_iou(double(row[0]), double(row[1])).item()
         assert nms_3d(double(*row[:2]), [2, 1], exact).tolist() == [0, 1]
+
+    def test_nms_of_a_batch_is_that_of_each_scene(self):
+        # the second scene is the first in another order, one box turned: headings of one must not change the other
+        boxes_BK7 = torch.tensor([self.boxes, self.boxes[::-1]])
+        boxes_BK7[1, 0, 6] = 0.3
+        scores_BK = torch.tensor([[0.5, 0.9, 0.3, 0.3], [0.1, 0.2, 0.9, 0.8]])
+        classes_BK = torch.tensor([[0, 1, 2, 2], [0, 0, 1, 1]])
+        for classes in (None, classes_BK):
+            found = batched_nms_3d(boxes_BK7, scores_BK, 0.25, classes)
+            assert [kept.tolist() for kept in found] == [
+                nms_3d(boxes_BK7[row], scores_BK[row], 0.25, None if classes is None else classes[row]).tolist()
+                for row in range(2)
+            ]
+        assert found[0].tolist() == [1, 0, 2] and found[1].tolist() == [2, 1]
 
     def test_match(self):
         # greedy by IoU would take (1, 0) first and leave 0 with nothing
