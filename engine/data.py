@@ -58,7 +58,7 @@ class ObservationCache:
             with ThreadPoolExecutor(_AT_ONCE) as pool:
                 made = list(pool.map(observe, read))
         else:
-            made = map(observe, read)
+            made = list(map(observe, read))
         found = {scene_id: self._kept.pop(scene_id) for scene_id in dict.fromkeys(scene_ids) if scene_id in self._kept}
         found |= zip(new, made, strict=True)
         self._kept |= found

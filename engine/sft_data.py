@@ -3,6 +3,7 @@
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -139,7 +140,10 @@ class Writers:
 
     def __init__(self, prompts: PromptWriter, workers: int):
         self._pools = [start_pool(1, _adopt, prompts) for _ in range(workers)]
-        for pool in self._pools:  # a pool starts its process with its first task, and that takes seconds
+
+    def start(self) -> None:
+        """Start the processes now: a pool starts its own with its first task, and that takes seconds."""
+        for pool in self._pools:
             pool.submit(os.getpid)
 
     def write(
@@ -168,10 +172,9 @@ class Writers:
         return [written[place] for place in range(len(unwritten))]
 
     def close(self) -> None:
-        """Stop the processes."""
-        for wait in (False, True):  # all are told before any is waited for
-            for pool in self._pools:
-                pool.shutdown(wait, cancel_futures=True)
+        """Stop the processes, all at the same time: to wait for one after the other takes a second each."""
+        with ThreadPoolExecutor(len(self._pools)) as closing:
+            list(closing.map(lambda pool: pool.shutdown(cancel_futures=True), self._pools))
 
 
 _adopted: list[PromptWriter] = []  # in a writing process: what it writes with
@@ -312,6 +315,12 @@ class Batches(Ahead[list[Taught]]):
         return write_targets(
             model, samples, seen, pointers=self.pointers, naming=naming, shown=shown, writers=self._writers
         )
+
+    def __enter__(self) -> "Batches":
+        super().__enter__()
+        if self._writers is not None:
+            self._writers.start()
+        return self
 
     def __exit__(self, *reason: object) -> None:
         super().__exit__(*reason)

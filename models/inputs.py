@@ -282,7 +282,7 @@ class Layout:
 def _lay_out(
     rows: Sequence[Row], starts: Sequence[tuple[int, int]], shape: tuple[int, int], pad_id: int, merge_size: int
 ) -> Layout:
-    """Each row's tokens at (row, column) of a batch of padding."""
+    """Each row's tokens at (row, column) of a batch of padding; in a batch of one row, one after the other."""
     # all rows at once, T tokens
     lengths = torch.tensor([len(row.token_ids) for row in rows])
     ends = lengths.cumsum(0)

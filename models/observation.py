@@ -55,7 +55,7 @@ class EncodedScene:
         torch.Tensor
     )  # of the points in each proposal's box (scene_encoder/object_color.py); zeros without colours
     valid_n: torch.Tensor  # indices of the valid ones, int64, on the host
-    proposals: np.ndarray  # their boxes [n, 7], float32
+    found: NamedProposals  # the valid ones, whether they are named or not
     are_named: bool = True  # whether the language model is told of the proposals
 
     @property
@@ -63,10 +63,10 @@ class EncodedScene:
         """Which are valid, bool, on the host."""
         return torch.zeros(len(self.boxes_K7), dtype=torch.bool).index_fill_(0, self.valid_n, True)
 
-    @cached_property
-    def found(self) -> NamedProposals:
-        """The valid proposals, named or not."""
-        return NamedProposals(self.proposals)
+    @property
+    def proposals(self) -> np.ndarray:
+        """Boxes of the valid proposals [n, 7], float32, model frame."""
+        return self.found.boxes_n7
 
     @cached_property
     def told(self) -> NamedProposals:
@@ -83,9 +83,7 @@ class EncodedScene:
 
         A box keeps the proposal that covers it in the whole scene or, where that is not among them, has none.
         """
-        part = replace(self, valid_n=self.valid_n[list(rows)], proposals=self.proposals[list(rows)])
-        part.__dict__["found"] = self.found.showing(rows)
-        return part
+        return replace(self, valid_n=self.valid_n[list(rows)], found=self.found.showing(rows))
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..datasets.multiview import MultiviewFeatures
 from ..datasets.scene import Sample, Scene
+from .named_proposals import NamedProposals
 from .observation import EncodedScene, Observation, SceneSettings
 from .scene_encoder import SceneEncoder, select_proposals
 from .scene_encoder.inputs import point_features
@@ -103,7 +104,9 @@ class SceneObserver(nn.Module):
                         tokens_TE=encoding.tokens_BMD[row].clone(),
                         colors_K6=self._colors(boxes_K7, points_BN3[row], features_BNF[row]),
                         valid_n=valid_n,
-                        proposals=boxes[row, valid_n],
+                        found=NamedProposals(
+                            boxes[row, valid_n.numpy()]
+                        ),  # of one, a tensor would be read as its number
                         are_named=self.settings.num_proposals > 0,
                     )
         return [observation.encoded for observation in observations if observation.encoded is not None]

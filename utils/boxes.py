@@ -173,7 +173,11 @@ def nms_3d(
 def batched_nms_3d(
     boxes_BK7: Tensor, scores_BK: Tensor, iou_threshold: float, classes_BK: Tensor | None = None
 ) -> list[Tensor]:
-    """`nms_3d` of each scene of a batch, on the host; a GPU is waited for twice, however many scenes there are."""
+    """`nms_3d` of each scene of a batch, on the host; a GPU is waited for twice, however many scenes there are.
+
+    Args:
+        classes_BK: int64.
+    """
     order_BK = torch.argsort(scores_BK, dim=1, descending=True, stable=True)
     sorted_BK7 = boxes_BK7.detach().gather(1, order_BK[..., None].expand(-1, -1, boxes_BK7.shape[-1]))
     flat_NC, _ = _without_zero_headings(sorted_BK7.flatten(0, 1), sorted_BK7.flatten(0, 1)[:0], wait=True)
@@ -183,9 +187,13 @@ def batched_nms_3d(
     if classes_BK is not None:
         sorted_classes_BK = classes_BK.gather(1, order_BK)
         suppresses_BKK &= sorted_classes_BK[:, :, None] == sorted_classes_BK[:, None]
-    # bits and order in one copy
-    found_BKX = torch.cat([order_BK[..., None], suppresses_BKK], dim=2).cpu()
-    return [found_KX[_greedy(found_KX[:, 1:].bool().numpy()), 0] for found_KX in found_BKX]
+    # bits and order in one copy, as bytes
+    found_BKX = torch.cat([order_BK[..., None].view(torch.uint8), suppresses_BKK.view(torch.uint8)], dim=2).cpu()
+    orders_BK = found_BKX[..., :8].contiguous().view(torch.int64)[..., 0]
+    return [
+        order_K[_greedy(found_KX[:, 8:].bool().numpy())]
+        for order_K, found_KX in zip(orders_BK, found_BKX, strict=True)
+    ]
 
 
 def _greedy(suppresses_KK: np.ndarray) -> list[int]:
@@ -286,7 +294,7 @@ def _without_zero_headings(first_NC: Tensor, second_MC: Tensor, *, wait: bool = 
     visible = wait or first_NC.device.type == "cpu"
     if first_NC.shape[1] == 6 or not visible or _differentiated(first_NC, second_MC):
         return first_NC, second_MC
-    if bool(first_NC[:, 6].any()) or bool(second_MC[:, 6].any()):
+    if bool(torch.cat([first_NC[:, 6], second_MC[:, 6]]).any()):
         return first_NC, second_MC
     return first_NC[:, :6], second_MC[:, :6]
 

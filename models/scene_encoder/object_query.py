@@ -3,8 +3,8 @@
 Boxes and points are in the frame of the encoded points (the model frame), metres; headings count. A side below zero
 is read as zero. Which proposal and which tokens are taken carries no gradient; their features do.
 
-Shapes: B queries, each with its own scene; K proposals and T encoder tokens of that scene, padded where `valid` is
-False; E encoder width, C classes.
+Shapes: B queries, each with its own scene; K proposals of that scene, padded where `valid` is False, and T encoder
+tokens; E encoder width, C classes.
 """
 
 from dataclasses import dataclass
@@ -49,9 +49,11 @@ def select_by_click(points_B3: Tensor, proposals_BK7: Tensor, valid_BK: Tensor) 
     Raises:
         ValueError: a point that is not finite.
     """
-    _refuse_not_finite("a click", points_B3)
+    if not bool(torch.isfinite(points_B3).all()):
+        raise ValueError("The position of a click is not finite; give metres in the scene's frame.")
     if valid_BK.shape[1] == 0:
-        return _nothing(points_B3), points_B3.new_full((len(points_B3),), torch.inf)
+        nothing_B = torch.full((len(points_B3),), NOTHING, dtype=torch.int64, device=points_B3.device)
+        return nothing_B, points_B3.new_full((len(points_B3),), torch.inf)
     distance_BK = distance_to_boxes(points_B3[:, None], proposals_BK7).masked_fill(~valid_BK, torch.inf)
     nearest_B, index_B = distance_BK.min(-1)
     volume_BK = proposals_BK7.detach()[..., 3:6].double().clamp(min=0).prod(-1)
@@ -127,12 +129,3 @@ def _pick(values_BKX: Tensor, index_B: Tensor, otherwise_BX: Tensor | None = Non
         return otherwise_BX
     rows_B = torch.arange(len(index_B), device=index_B.device)
     return torch.where((index_B != NOTHING)[:, None], values_BKX[rows_B, index_B.clamp(min=0)], otherwise_BX)
-
-
-def _nothing(like: Tensor) -> Tensor:
-    return torch.full((len(like),), NOTHING, dtype=torch.int64, device=like.device)
-
-
-def _refuse_not_finite(what: str, values: Tensor) -> None:
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"The position or size of {what} is not finite; give metres in the scene's frame.")

@@ -63,8 +63,8 @@ def select_proposals(
             kept = kept[read_BQ2[scene, kept, 1].argsort(stable=True)]
         query_BK[scene, : len(kept)] = kept
         counts_B[scene] = len(kept)
-    query_BK, counts_B = query_BK.to(boxes_BQ7.device), counts_B.to(boxes_BQ7.device)
-    valid_BK = torch.arange(num_proposals, device=counts_B.device) < counts_B[:, None]
+    valid_BK = (torch.arange(num_proposals) < counts_B[:, None]).to(boxes_BQ7.device)
+    query_BK = query_BK.to(boxes_BQ7.device)
 
     def pick(values_BQX: Tensor) -> Tensor:
         index_BKX = query_BK[..., None].expand(-1, -1, values_BQX.shape[-1])

@@ -156,6 +156,27 @@ def test_a_mixed_batch_gives_each_row_its_own_token(model, scene, rooms_root):
     assert [row.asked_box_7 is None for row in rows] == [False, True, False, False]
 
 
+def test_a_scene_of_one_object_and_one_of_none_are_told_as_they_are(rooms_root, scene):
+    single = build(rooms_root, "model.language.num_proposals=1")
+    observation = single.observe(scene)
+    (encoded,) = single.encode([observation])
+    assert encoded.proposals.shape == (1, 7) and encoded.valid_n.tolist() == [0]
+    assert torch.equal(torch.from_numpy(encoded.proposals), encoded.boxes_K7)
+    empty = replace(observation, encoded=encoded.showing([]))
+    assert len(empty.encoded.told) == 0
+    world_7 = scene.to_world(encoded.proposals)[0]
+    samples = [caption(world_7), QUESTION, QUESTION, caption(world_7)]
+    observations = [observation, empty, observation, empty]
+    with torch.no_grad():
+        rows, together = inputs_of(single, samples, observations)
+        for place, pair in enumerate(zip(samples, observations, strict=True)):
+            _, alone = inputs_of(single, *([its] for its in pair))
+            real_L = together.attention_mask_BL[place].bool()
+            torch.testing.assert_close(together.inputs_embeds_BLD[place, real_L], alone.inputs_embeds_BLD[0])
+    layout = rows[1].num_scene_tokens
+    assert [row.num_scene_tokens - layout for row in rows] == [2, 0, 1, 1]
+
+
 def test_the_token_changes_what_the_model_says(model, scene):
     """The same words about two boxes that no proposal covers: only the token can tell which of them is meant."""
     observation = model.observe(scene)

@@ -127,6 +127,9 @@ def test_processes_write_the_batches_that_one_writes(rooms_root, pointers, drawn
         )
         with batches:
             made = [taught for step in range(2) for taught in batches[step]]
+            pools = batches._writers._pools if workers else []
+            running = [process for pool in pools for process in pool._processes.values()]
+        assert len(running) == workers and not any(process.is_alive() for process in running)
         shown = [taught.observation.encoded.named.tolist() for taught in made]
         return [
             (taught.row, taught.views, taught.sample.answer, boxes) for taught, boxes in zip(made, shown, strict=True)

@@ -123,6 +123,15 @@ def test_cross_entropy_equals_float64(dtype, shape, with_bias):
         assert not grad[::3].any() and grad[1::3].any()
 
 
+def test_a_small_vocabulary_takes_more_tokens_at_a_time():
+    hidden_TD, weight_VD, _, targets_T = make((5000, 64, 1000), torch.float32)
+    ours, chunked = leaves((hidden_TD, weight_VD)), leaves((hidden_TD, weight_VD))
+    got, want = cross_entropy(*ours, targets_T), cross_entropy(*chunked, targets_T, chunk_size=1024)
+    torch.testing.assert_close(got, want)
+    for own, other in zip(torch.autograd.grad(got, ours), torch.autograd.grad(want, chunked), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-7)
+
+
 def test_extreme_logits_stay_finite_and_right():
     hidden_TD, weight_VD, _, targets_T = make((40, 64, 9001), torch.bfloat16, scale=1e4)
     hidden = hidden_TD.requires_grad_()

@@ -1,6 +1,7 @@
 """The box-conditioned query against hand-computed values and brute force: which proposal, which tokens, gradients."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from threedr1.datasets.scene import Scene
 from threedr1.models.connector import Connector
-from threedr1.models.named_proposals import NAME_IOU, best_proposals, pointer_to
+from threedr1.models.named_proposals import NAME_IOU, NamedProposals, best_proposals, pointer_to
 from threedr1.models.observation import EncodedScene, asked_objects, clicked_box
 from threedr1.models.scene_encoder import SceneEncoder, select_proposals
 from threedr1.models.scene_encoder.object_query import (
@@ -86,7 +87,7 @@ def test_pooling_by_hand_with_faces_headings_and_the_nearest_token():
 def test_what_is_not_finite_is_refused(bad):
     with pytest.raises(ValueError, match="The box that is asked about is not finite"):
         asked_objects([[*TABLE[:3], bad, 1.0, 1.0, 0.0]], [encoded_scene()])
-    with pytest.raises(ValueError, match="a click is not finite"):
+    with pytest.raises(ValueError, match="The position of a click is not finite"):
         select_by_click(torch.tensor([[0.0, bad, 0.0]]), PROPOSALS[None], VALID)
 
 
@@ -234,7 +235,7 @@ def encoded_scene(proposals_K7=PROPOSALS):
         tokens_TE=TOKENS,
         colors_K6=COLORS[:num_proposals],
         valid_n=torch.arange(num_proposals),
-        proposals=proposals_K7.numpy(),
+        found=NamedProposals(proposals_K7.numpy()),
     )
 
 
@@ -248,6 +249,20 @@ def test_a_proposal_counts_as_the_object_exactly_where_it_lends_its_name():
     names = [pointer_to(box, index).partition(">")[0] for box, index in zip(asked, found, strict=True)]
     assert found == encoded.told.covering(asked) == [0, None] and len(encoded.told.covered) == 2
     assert names == ["<obj0", "<box"]
+
+
+@pytest.mark.parametrize("are_named", [True, False])
+def test_the_object_asked_for_is_a_row_of_all_proposals_and_only_one_that_is_shown(are_named):
+    whole = replace(encoded_scene(), are_named=are_named)
+    part = whole.showing([1, 2])
+    # as SFT cuts the graph: with other tensors it is the same part
+    cut = replace(part, features_KE=part.features_KE.clone())
+    flat = [*TABLE[:3], 2.0, 0.0, 1.0, 0.0]  # no volume
+    for scene, expected in ((whole, [2, 0, NOTHING]), (part, [2, NOTHING, NOTHING]), (cut, [2, NOTHING, NOTHING])):
+        assert asked_objects([SHELF, TABLE, flat], [scene] * 3).proposal_B.tolist() == expected
+        assert scene.valid_K.nonzero()[:, 0].tolist() == scene.valid_n.tolist()
+    assert len(part.told) == (2 if are_named else 0)
+    assert asked_objects([SHELF], [encoded_scene(PROPOSALS[:0])]).proposal_B.tolist() == [NOTHING]
 
 
 def test_a_click_is_read_and_answered_in_the_world_frame():
@@ -272,7 +287,7 @@ def test_a_click_is_read_and_answered_in_the_world_frame():
     box_7, distance = clicked_box(origin_3, scene, encoded_scene(PROPOSALS[:0]))
     np.testing.assert_allclose(box_7, [*origin_3, *[2 * CLICK_REACH] * 3, 0.0], atol=1e-5)
     assert distance == math.inf
-    with pytest.raises(ValueError, match="a click is not finite"):
+    with pytest.raises(ValueError, match="The position of a click is not finite"):
         clicked_box([math.nan, 0.0, 0.0], scene, encoded_scene())
     unlikely = encoded_scene()
     unlikely.objectness_K[1] = 0.1  # the cup on the table
