@@ -6,9 +6,11 @@ and the objects' colours, for inventories. Everything follows from the rooms and
 whenever the questions or their answers would.
 """
 
+import gc
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -102,7 +104,23 @@ def write_annotations(
         ValueError: unknown or overlapping splits, a room without visibility or vertices.
     """
     _check_splits(rooms_by_split)
-    folder = Path(root) / "annotations"
+    with _without_collection():
+        return _write_all(Path(root) / "annotations", rooms_by_split, seed, spread)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No search for cycles: of millions of records that all stay, it takes more than half of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _write_all(folder: Path, rooms_by_split: dict[str, list[Room]], seed: int, spread: Map) -> dict[str, Any]:
     counts: dict[str, int] = {}
     types: dict[str, dict[str, int]] = {}
     nr3d: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import gc
 import json
 import math
 import re
@@ -681,9 +682,15 @@ def test_how_many_rooms_are_asked_about_together_changes_nothing(splits, tmp_pat
     few = {"train": splits["train"][:5], "val": splits["val"][:2]}
     write_annotations(tmp_path / "a", few, 5)
     monkeypatch.setattr(annotate, "_TOGETHER", 2)
-    write_annotations(
-        tmp_path / "b", few, 5, lambda function, *given: [function(*row) for row in zip(*given, strict=True)]
-    )
+    collects = []
+
+    def spread(function, *given):
+        collects.append(gc.isenabled())
+        return [function(*row) for row in zip(*given, strict=True)]
+
+    assert gc.isenabled()
+    write_annotations(tmp_path / "b", few, 5, spread)
+    assert collects and not any(collects) and gc.isenabled(), "no search for cycles meanwhile, and again after that"
     for path in (tmp_path / "a" / "annotations").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / "annotations" / path.name).read_bytes()
 
