@@ -104,9 +104,8 @@ class SceneObserver(nn.Module):
                         tokens_TE=encoding.tokens_BMD[row].clone(),
                         colors_K6=self._colors(boxes_K7, points_BN3[row], features_BNF[row]),
                         valid_n=valid_n,
-                        found=NamedProposals(
-                            boxes[row, valid_n.numpy()]
-                        ),  # of one, a tensor would be read as its number
+                        # by an array: a tensor of one index would be read as a number
+                        found=NamedProposals(boxes[row, valid_n.numpy()]),
                         are_named=self.settings.num_proposals > 0,
                     )
         return [observation.encoded for observation in observations if observation.encoded is not None]
