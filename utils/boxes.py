@@ -189,7 +189,8 @@ def batched_nms_3d(
         suppresses_BKK &= sorted_classes_BK[:, :, None] == sorted_classes_BK[:, None]
     # bits and order in one copy, as bytes
     found_BKX = torch.cat([order_BK[..., None].view(torch.uint8), suppresses_BKK.view(torch.uint8)], dim=2).cpu()
-    orders_BK = found_BKX[..., :8].contiguous().view(torch.int64)[..., 0]
+    # a copy, since one box's bytes are contiguous as they are, in strides that no integer has
+    orders_BK = found_BKX[..., :8].clone(memory_format=torch.contiguous_format).view(torch.int64)[..., 0]
     return [
         order_K[_greedy(found_KX[:, 8:].bool().numpy())]
         for order_K, found_KX in zip(orders_BK, found_BKX, strict=True)

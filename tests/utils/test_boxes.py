@@ -295,6 +295,7 @@ class TestSuppressionAndMatching:
         assert nms_3d(self.boxes, [0.5, 0.9, 0.3, 0.3], 0.25).tolist() == [1, 2]
         assert nms_3d(self.boxes, [0.5, 0.9, 0.3, 0.3], 0.25, [0, 1, 2, 2]).tolist() == [1, 0, 2]
         assert nms_3d([], [], 0.25).tolist() == []
+        assert nms_3d(self.boxes[:1], [0.5], 0.25).tolist() == nms_3d(self.boxes[:1], [0.5], 0.25, [2]).tolist() == [0]
         with pytest.raises(ValueError, match="one score a box"):
             nms_3d(self.boxes, [0.1], 0.25)
 
