@@ -123,8 +123,9 @@ def summed_loss(
         return -found.logps_T.sum(), -found.logps_T
     _check(hidden_TD, weight_VD, targets_T, bias)
     if chunk_size is None:
-        on_gpu = max(GPU_LOSS_CHUNK, _GPU_LOSS_LOGITS // len(weight_VD))
-        chunk_size = on_gpu if hidden_TD.is_cuda else CPU_LOSS_CHUNK
+        chunk_size = CPU_LOSS_CHUNK
+        if hidden_TD.is_cuda:
+            chunk_size = max(GPU_LOSS_CHUNK, _GPU_LOSS_LOGITS // len(weight_VD))
     tiling = _tiling(hidden_TD, 1.0, chunk_size, len(weight_VD))
     return _SummedLoss.apply(hidden_TD, weight_VD, bias, targets_T.contiguous(), tiling)
 

@@ -60,12 +60,12 @@ class ScenePrompter(SceneObserver):
         row_of = {id(scene): row for row, scene in enumerate(unique)}
         unique_of = torch.tensor([row_of[id(scene)] for scene in encoded])
         objects_ND, mentions = self._object_tokens(encoded, unique, unique_of, names)
-        counts = [len(scene.valid_n) if len(objects_ND) else 0 for scene in encoded]
-        asking = [place for place, box in enumerate(asked or []) if box is not None]
+        counts = [len(scene.told) for scene in encoded]
+        asking = {place: box for place, box in enumerate(asked or []) if box is not None}
         asked_AD = layout_BMD.new_zeros(0, layout_BMD.shape[2])
         if asking:
-            boxes = [list(box) for box in asked or [] if box is not None]
-            asked_AD = self.connector.asked(asked_objects(boxes, [encoded[place] for place in asking]))
+            queried = asked_objects(list(asking.values()), [encoded[place] for place in asking])
+            asked_AD = self.connector.asked(queried)
         table_ND = torch.cat([objects_ND, layout_BMD.flatten(0, 1), asked_AD])
         size, places = layout_BMD.shape[1], torch.arange(len(encoded))
         at_N = torch.cat([
@@ -76,7 +76,7 @@ class ScenePrompter(SceneObserver):
         scene_N = torch.cat([
             places.repeat_interleave(torch.tensor(counts)),
             places.repeat_interleave(size),
-            torch.tensor(asking, dtype=torch.int64),
+            torch.tensor(list(asking), dtype=torch.int64),
         ])  # fmt: skip
         at_N = at_N[scene_N.argsort(stable=True)]
         return nn.functional.embedding(to_device(at_N, self.device), table_ND), mentions

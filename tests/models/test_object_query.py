@@ -53,6 +53,16 @@ def test_distance_to_boxes_by_hand():
     )
 
 
+def test_the_proposal_that_covers_a_box_best_by_hand():
+    # shifted by a tenth of its length: 1.8 / 2.2; the shelf, given unturned with its sides exchanged, is the same box
+    asked = [CUP, [0.2, 0.0, 0.5, 2.0, 1.0, 1.0, 0.0], [4.0, 0.0, 1.0, 0.4, 2.0, 2.0, 0.0], [9.0] * 7]
+    asked += [[*TABLE[:3], *sides, 0.0] for sides in ([0.0, 0.0, 0.0], [2.0, 0.0, 1.0], [-1.0, 1.0, 1.0])]
+    boxes = np.asarray(asked, np.float32)
+    assert best_proposals(boxes, PROPOSALS.numpy()) == [1, 0, 2, None, None, None, None]
+    assert best_proposals(boxes[1:2], PROPOSALS[1:].numpy()) == [None]
+    assert best_proposals(boxes[:1], PROPOSALS[:0].numpy()) == [None]
+
+
 def test_a_click_selects_the_smallest_box_around_it_else_the_nearest():
     inside_cup, on_table, beside, far = [0.5, 0.05, 0.9], [-0.5, 0.0, 0.9], [4.0, 1.3, 1.0], [1e30, 0.0, 0.0]
     index, distance = click(inside_cup, on_table, beside)

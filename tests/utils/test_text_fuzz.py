@@ -104,13 +104,13 @@ def test_a_megabyte_is_read_at_once(name: str):
     replace_boxes(text, format_box)
     strip_pointers(text)
     clean_answer(text)
-    assert time.process_time() - start < 30  # each compared with each takes minutes
+    assert time.process_time() - start < 2
 
 
 def test_many_boxes_are_told_apart_at_once():
     text = "".join(format_box([index / 100, 0, 0, 1, 1, 1]) for index in range(22_500)) * 2
+    distinct = "".join(format_box([index / 100, 0, 0, 1, 1, 1]) for index in range(45_000))
     start = time.process_time()
     assert len(resolve_boxes(text, [])) == 22_500
-    distinct = "".join(format_box([index / 100, 0, 0, 1, 1, 1]) for index in range(45_000))
     assert len(resolve_boxes(distinct, [])) == 45_000
-    assert time.process_time() - start < 30  # each compared with each takes minutes
+    assert time.process_time() - start < 2
