@@ -143,7 +143,8 @@ class RewardSet:
         self._count_failures(failed)
         gated_N = np.zeros(len(completions), dtype=bool)
         if self.gate_by_format:
-            gated_N = np.array([value == 0 for value in format_reward(completions)], dtype=bool)
+            known = self.functions.get("format") is format_reward
+            gated_N = (table["format"] if known else np.array(format_reward(completions), dtype=np.float64)) == 0
         weights = self._weights(len(completions), columns.get("task"))
         return RewardResult(self._combine(table, failed, gated_N, weights), table, failed, gated_N, weights)
 
