@@ -103,6 +103,7 @@ def resume(steps: Steps, samples: list[Sample], runtime: Runtime, blocks: str) -
     for _ in range(2):
         steps()
         losses.append(steps.loss)
+    steps.close()
     del steps
     gc.collect()
     again = start(config, samples, runtime, blocks, path)
@@ -110,6 +111,7 @@ def resume(steps: Steps, samples: list[Sample], runtime: Runtime, blocks: str) -
     for loss in losses:
         again()
         apart = max(apart, abs(again.loss - loss))
+    again.close()
     if runtime.is_main:
         print(f"resumed: two losses {losses[0]:.6f}, {losses[1]:.6f}; at most {apart:.1e} apart", flush=True)
     return [Row("fsdp.copy_s", took, "s"), Row("fsdp.resumed_loss_apart", apart, "nats")]
@@ -167,4 +169,6 @@ def run(arguments: argparse.Namespace, folder: Path, runtime: Runtime) -> list[R
     rows += measure(loaded[0], runtime, arguments.repeats)
     if arguments.resume:
         rows += resume(loaded.pop(), samples, runtime, arguments.blocks)
+    for steps in loaded:
+        steps.close()
     return rows

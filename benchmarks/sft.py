@@ -90,7 +90,7 @@ def configure(arguments: argparse.Namespace, folder: Path) -> SftConfig:
 
 
 class Steps:
-    """Training steps over samples that are new each time."""
+    """Training steps over samples that are new each time, until `close`."""
 
     def __init__(self, model: SceneVLM, samples: Sequence[Sample], config: SftConfig, runtime: Runtime):
         self.model, self.samples, self.config = model, samples, config
@@ -102,7 +102,7 @@ class Steps:
         self.optimizer = Optimizer(
             model.trainable_parameters(), config.optim, 1000, runtime, low_precision=low_precision
         )
-        self.batches = Batches(model, self._choose, self.observations, pointers="name", num_steps=1_000_000)
+        self._begin()
         self.done = 0
         self.tokens = 0
         self.loss = 0.0
@@ -112,12 +112,21 @@ class Steps:
         first = (step * ranks + self.runtime.rank) * size
         return [self.samples[row % len(self.samples)] for row in range(first, first + size)]
 
+    def _begin(self) -> None:
+        self.batches = Batches(self.model, self._choose, self.observations, pointers="name", num_steps=1_000_000)
+        self.batches.__enter__()
+
+    def close(self) -> None:
+        """Stop the thread that makes the next batch."""
+        self.batches.__exit__()
+
     def start_again(self) -> None:
         """Forget what a step that did not fit has left, and the batch that was being made beside it."""
         for parameter in self.model.parameters():
             parameter.grad = None
         self.optimizer.noted.clear()
-        self.batches = Batches(self.model, self._choose, self.observations, pointers="name", num_steps=1_000_000)
+        self.close()
+        self._begin()
 
     def next_batch(self) -> list[Taught]:
         """The rows of the next step."""
@@ -263,6 +272,7 @@ def main(argv: Sequence[str] = ()) -> int:
             steps.next_batch()
         if runtime.world_size > 1:
             rows = measure_scaling(steps, arguments)
+            steps.close()
             if runtime.is_main:
                 report("sft", rows, arguments, load, argv=argv, packages=("transformers", "peft"))
             close_runtime(runtime)
@@ -278,6 +288,7 @@ def main(argv: Sequence[str] = ()) -> int:
                 Row("sft.mfu", share, "share", better="higher", note="4 N FLOP a token, blocks of the decoder")
             )
         rows += measure_peers(steps, best, arguments)
+        steps.close()
     note = f"Qwen2.5-VL {arguments.shape} shape, random weights, {arguments.samples} samples a step"
     rows = [replace(row, note="; ".join(filter(None, [note, row.note]))) for row in rows]
     report("sft", rows, arguments, load, argv=argv, packages=("transformers", "peft", "liger_kernel"))

@@ -17,8 +17,8 @@ T = TypeVar("T")
 class Ahead(Generic[T]):
     """`make(step)` for one step after the other, on a GPU on a stream of its own.
 
-    A context manager that stops the thread. What was given out last must be kept until its step is done: the GPU reads
-    it, and what is freed is used again at once.
+    A context manager, in which the thread runs. What was given out last must be kept until its step is done: the GPU
+    reads it, and what is freed is used again at once.
 
     While torch compiles, the thread pauses: to trace, torch.fx takes over the call of every module of the process, and
     one that another thread calls meanwhile is "not installed as a submodule".
@@ -33,7 +33,8 @@ class Ahead(Generic[T]):
         self.make = make
         self.device = device
         self.num_steps = num_steps
-        self._thread = ThreadPoolExecutor(1) if on else None
+        self.on = on
+        self._thread: ThreadPoolExecutor | None = None
         self._coming: tuple[int, Future[T]] | None = None
         self._calling_modules = Lock()  # held by the thread while it makes something, or by a compilation
 
@@ -48,9 +49,11 @@ class Ahead(Generic[T]):
         self._calling_modules.release()
 
     def __getitem__(self, step: int) -> T:
-        """What a step needs; steps are asked for in order."""
-        if self._thread is None:
+        """What a step needs; steps are asked for in order. RuntimeError where the thread was not started."""
+        if not self.on:
             return self.make(step)
+        if self._thread is None:
+            raise RuntimeError("Ahead makes things in its thread inside `with` alone, where compilations wait for it.")
         if self._coming is None or self._coming[0] != step:
             self.settle()
             self._coming = step, self._thread.submit(self._beside, step)
@@ -68,7 +71,8 @@ class Ahead(Generic[T]):
             wait_for_beside(self.device)
 
     def __enter__(self) -> "Ahead[T]":
-        if self._thread is not None:
+        if self.on:
+            self._thread = ThreadPoolExecutor(1)
             callback_handler.register_start_callback(self._before_compiling)
             callback_handler.register_end_callback(self._after_compiling)
         return self
@@ -76,6 +80,7 @@ class Ahead(Generic[T]):
     def __exit__(self, *_: object) -> None:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
+            self._thread = self._coming = None
             with suppress(ValueError):  # torch._dynamo.reset() has taken them away
                 callback_handler.remove_start_callback(self._before_compiling)
                 callback_handler.remove_end_callback(self._after_compiling)

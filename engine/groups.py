@@ -51,7 +51,7 @@ class GroupSampler:
     A prompt whose completions all earn the same has nothing to teach. With `rollout.resample_rounds` others take the
     place of such prompts, as often as that says (dynamic sampling, DAPO, arXiv 2503.14476, with a limit).
 
-    Where a GPU samples, the prompts of the next step are written meanwhile. A context manager that stops the thread.
+    Where a GPU samples, the prompts of the next step are written meanwhile, in a thread that runs inside `with`.
 
     Args:
         samples: that prompts are drawn from.
@@ -84,6 +84,7 @@ class GroupSampler:
         self.coming = Ahead(self._first_prompts, runtime.device, num_steps=config.run.steps, on=on)
 
     def __enter__(self) -> "GroupSampler":
+        self.coming.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
@@ -54,3 +55,15 @@ def test_compiling_waits_for_what_is_being_made_and_holds_up_nothing_afterwards(
         assert ahead[1] == 1 and ahead[2] == 2
     assert order == ["made", "compiled"]
     torch.compile(lambda x: x + 2, backend="eager")(torch.ones(2))  # after the thread nobody holds it up
+
+
+def test_outside_of_with_the_thread_would_not_pause_and_there_is_none():
+    ahead = Ahead(lambda step: step, torch.device("cpu"), num_steps=3, on=True)
+    with pytest.raises(RuntimeError, match="inside `with` alone"):
+        ahead[0]
+    with ahead:
+        assert ahead[0] == 0
+    with pytest.raises(RuntimeError, match="inside `with` alone"):
+        ahead[1]
+    with ahead:  # and again
+        assert ahead[1] == 1

@@ -1,5 +1,6 @@
 """Which groups a GRPO step learns from, substitutes for prompts that teach nothing or are too long, and packs."""
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -135,6 +136,31 @@ def test_prompts_written_ahead_are_the_same(stand_ins):
             ours, theirs = (sampler.collect(step, Phases(CPU)) for sampler in (beside, plain))
             assert [rollout.texts for rollout in ours.rollouts] == [rollout.texts for rollout in theirs.rollouts]
             assert ours.metrics == theirs.metrics and ours.metrics["too_long"] > 0
+
+
+def test_compiling_waits_for_prompts_that_are_being_written(stand_ins, monkeypatch):
+    """The thread calls modules, and torch.fx takes their calls over while it traces (engine/ahead.py)."""
+    begun, let_go, order = threading.Event(), threading.Event(), []
+    beside = make_groups(samples(20), only_odd_differ, "run.steps=3", ahead=True)
+    write = beside.coming.make
+
+    def slow(step):
+        if step == 1:
+            begun.set()
+            assert let_go.wait(30)
+            order.append("written")
+        return write(step)
+
+    monkeypatch.setattr(beside.coming, "make", slow)
+    torch._dynamo.reset()
+    with beside:
+        beside.collect(0, Phases(CPU))
+        assert begun.wait(30)
+        threading.Timer(0.3, let_go.set).start()
+        torch.compile(lambda x: x + 3, backend="eager")(torch.ones(2))
+        order.append("compiled")
+        beside.collect(1, Phases(CPU))
+    assert order == ["written", "compiled"]
 
 
 def test_prompts_with_nothing_to_teach_make_room_for_others(stand_ins):
