@@ -358,16 +358,18 @@ def move_behind(layout: Layout, prompts: Sequence[int], completions: Sequence[in
         for each token of the pack the one that predicts it, [L].
     """
     before_L = torch.arange(layout.token_ids_BL.shape[1]) - 1
-    ends = list(accumulate(prompts))
     positions_4L = layout.position_ids_4BL[:, 0]
-    start = ends[-1]
-    for length, prompt in zip(completions, after, strict=True):
-        of_prompt_4P = positions_4L[:, ends[prompt] - prompts[prompt] : ends[prompt]]
-        here = slice(start, start + length)
-        positions_4L[0, here] += of_prompt_4P[0].max() + 1
-        positions_4L[1:, here] += of_prompt_4P[1:].max() + 1
-        before_L[start : start + min(length, 1)] = ends[prompt] - 1
-        start += length
+    begin, end = sum(prompts), sum(prompts) + sum(completions)
+    # where a text behind each prompt begins: its own position, and the three that images share
+    of_prompts = positions_4L[:, :begin].split(list(prompts), dim=1)
+    next_P2 = torch.tensor([[int(part_4P[0].max()), int(part_4P[1:].max())] for part_4P in of_prompts]) + 1
+    lengths, its_prompt = (torch.tensor(numbers, dtype=torch.int64) for numbers in (completions, after))
+    text_T, images_T = next_P2[its_prompt].repeat_interleave(lengths, dim=0).unbind(1)
+    positions_4L[0, begin:end] += text_T
+    positions_4L[1:, begin:end] += images_T
+    starts, last_P = begin + lengths.cumsum(0) - lengths, torch.tensor(prompts).cumsum(0) - 1
+    some = lengths > 0
+    before_L[starts[some]] = last_P[its_prompt[some]]
     return before_L
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...utils.boxes import match_boxes, volumes
+from ...utils.boxes import match_boxes, paired_iou, volumes
 from ...utils.metrics.grounding import matched_iou
 from ...utils.text import parse_response, resolve_boxes
 
@@ -60,19 +60,27 @@ class PerceptionReward:
         **columns: Any,  # noqa: ARG002
     ) -> list[float | None]:
         # completions of one prompt share its arrays, and many of them their answer: each is scored once
-        known: dict[tuple[str, int, int], float] = {}
-        rewards: list[float | None] = []
+        wanted: dict[tuple[str, int, int], tuple[np.ndarray, np.ndarray]] = {}
+        keys: list[tuple[str, int, int] | None] = []
         for completion, target_M7, proposals_K7 in zip(completions, target_boxes, proposals, strict=True):
             if target_M7 is None or not len(target_M7):
-                rewards.append(None)
+                keys.append(None)
                 continue
             answer = parse_response(completion).answer
             key = (answer, id(target_M7), id(proposals_K7))
-            if key not in known:
-                known[key] = self._score(answer, target_M7, proposals_K7)
-            rewards.append(known[key])
-        return rewards
+            keys.append(key)
+            if key not in wanted:
+                boxes = resolve_boxes(answer, np.asarray(proposals_K7).tolist())
+                wanted[key] = np.array(boxes, dtype=np.float64).reshape(-1, 7), target_M7
+        known = dict(zip(wanted, self._scores(list(wanted.values())), strict=True))
+        return [None if key is None else known[key] for key in keys]
 
-    def _score(self, answer: str, target_M7: np.ndarray, proposals_K7: np.ndarray) -> float:
-        boxes = resolve_boxes(answer, np.asarray(proposals_K7).tolist())
-        return box_set_score(np.array(boxes), target_M7, self.shape)
+    def _scores(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+        """`box_set_score` of each pair of sets; IoUs of one box with one, as most are, are worked out together."""
+        iou = self.shape == "iou"
+        alone = [row for row, (ours_K7, theirs_M7) in enumerate(pairs) if iou and len(ours_K7) == len(theirs_M7) == 1]
+        single: dict[int, float] = {}
+        if alone:
+            sides = (np.concatenate([pairs[row][side] for row in alone]).clip(-_FAR, _FAR) for side in (0, 1))
+            single = dict(zip(alone, paired_iou(*sides).tolist(), strict=True))
+        return [single[row] if row in single else box_set_score(*sets, self.shape) for row, sets in enumerate(pairs)]

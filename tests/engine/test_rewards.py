@@ -21,6 +21,7 @@ from threedr1.engine.rewards import (
     build_configured_rewards,
     build_rewards,
     format_reward,
+    perception,
     task_reward,
 )
 from threedr1.engine.rewards.semantic import repeats_question
@@ -128,17 +129,37 @@ def test_missing_and_surplus_boxes_cost_the_same():
 
 
 def test_equal_answers_of_one_prompt_are_scored_once_and_of_others_apart(monkeypatch):
-    scored = []
+    read, resolve = [], perception.resolve_boxes
     monkeypatch.setattr(
-        "threedr1.engine.rewards.perception.box_set_score",
-        lambda boxes, targets, _shape: scored.append(len(boxes)) or float(targets[0, 0]),
+        perception, "resolve_boxes", lambda answer, boxes: read.append(answer) or resolve(answer, boxes)
     )
-    prompts = [(np.array([[k, 0, 0, 1, 1, 1, 0.0]]), np.array([UNIT])) for k in (1, 2)]
+    moved = np.array(UNIT) + [0.5, 0, 0, 0, 0, 0, 0]  # a third is shared
+    prompts = [(np.array([UNIT]), np.array([UNIT])), (np.array([UNIT]), moved[None])]
     texts = [respond("<obj0>"), respond("<obj0>"), respond("<obj9>"), respond("<obj0>")]
     targets, proposals = zip(*(prompts[k] for k in (0, 0, 0, 1)), strict=True)
     rewards = PerceptionReward()(texts, target_boxes=targets, proposals=proposals)
-    assert rewards == [1.0, 1.0, 1.0, 2.0]
-    assert scored == [1, 0, 1]
+    assert rewards == [1.0, 1.0, 0.0, pytest.approx(1 / 3)]
+    assert read == ["<obj0>", "<obj9>", "<obj0>"]
+
+
+@pytest.mark.parametrize("shape", ["iou", "giou"])
+def test_many_completions_earn_what_each_alone_does(shape):
+    """Single boxes are compared together, sets one by one; far ones and turned ones among them."""
+    rng = np.random.default_rng(3)
+    proposals, targets, texts, expected = [], [], [], []
+    for _ in range(60):
+        boxes_K7 = np.concatenate(
+            [rng.normal(0, 0.6, (6, 3)), rng.uniform(0.4, 2, (6, 3)), rng.normal(0, 1, (6, 1))], 1
+        )
+        boxes_K7[rng.random(6) < 0.5, 6] = 0
+        boxes_K7[0, 0] = 1e200
+        named = rng.permutation(6)[: rng.choice([0, 1, 1, 1, 3])]
+        targets.append(boxes_K7[rng.permutation(6)[: rng.choice([1, 1, 2])]] + rng.normal(0, 0.1, 7))
+        proposals.append(boxes_K7)
+        texts.append(respond("the " + " ".join(f"<obj{name}>" for name in named)))
+        expected.append(box_set_score(boxes_K7[named], targets[-1], shape))
+    found = PerceptionReward(shape)(texts, target_boxes=targets, proposals=proposals)
+    assert found == pytest.approx(expected, abs=1e-12) and 10 < sum(value > 0 for value in expected) < 60
 
 
 def test_perception_without_boxes():
