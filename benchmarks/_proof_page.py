@@ -229,8 +229,6 @@ def curves_of(runs: Sequence[Run], names: Mapping[str, str], metric: str) -> dic
 def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
     """The pictures by file name; those without any curve are left out."""
     detect, trained = {"detect": "scene encoder"}, {"blind": "blind", "sft": "SFT"}
-    rewards = {f"rewards/{name}/mean": name for name in ("format", "perception", "semantic", "combined")}
-    parts = {text: curves_of(runs, {"grpo": text}, metric).get(text, []) for metric, text in rewards.items()}
     found = {
         "detect.png": [
             Panel("loss of the scene encoder", curves_of(runs, detect, "loss")),
@@ -245,8 +243,8 @@ def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
             Panel("questions EM, held-out", curves_of(runs, trained, "eval/scanqa/EM")),
         ],
         "grpo.png": [
-            Panel("rewards of GRPO", {text: curves for text, curves in parts.items() if curves}),
-            Panel("grounding Acc@0.25, held-out", curves_of(runs, {"grpo": "GRPO"}, "eval/scanrefer/Acc@0.25")),
+            Panel(f"reward, {name}", curves_of(runs, {"grpo": "all three rewarded"}, f"rewards/{name}/mean"))
+            for name in ("format", "perception", "semantic", "combined")
         ],
     }
     kept = {name: [panel for panel in row if any(panel.curves.values())] for name, row in found.items()}
@@ -296,7 +294,7 @@ def render(runs: Sequence[Run], findings: str = "") -> str:
     lines = [INTRODUCTION, "## Blind, SFT, GRPO", "", *table(runs, MAIN, everything, "model"), "", *demands(runs)]
     lines += thoughts(runs)
     lines += picture("sft.png", "Loss and held-out scores while training: of the scene, and blind")
-    lines += picture("grpo.png", "Rewards by component, and held-out grounding, while GRPO trains")
+    lines += picture("grpo.png", "Rewards by component while GRPO trains")
     lines += picture("detect.png", "Loss and mAP of the scene encoder while it is pre-trained")
     for title, names, base, note in (
         ("Rewards alone and in pairs (the paper's table 7)", REWARDS, "sft", REWARDS_NOTE),
