@@ -24,6 +24,9 @@ from itertools import islice
 import torch
 from scipy.optimize import brentq
 from torch import Tensor
+from torch.nn import functional as F
+
+_REGISTERS = 64  # numbers that fill registers of every kind
 
 
 def soft_top_k(utility_V: Tensor, count: int, temperature: float) -> Tensor:
@@ -50,7 +53,9 @@ def soft_top_k(utility_V: Tensor, count: int, temperature: float) -> Tensor:
         share_V = slope_V / slope_V.sum().clamp_min(torch.finfo(slope_V.dtype).tiny)
     # implicit function theorem: b moves with the utilities as the weights `share_V` say
     threshold = root + (share_V * (scaled_V - scaled_V.detach())).sum()
-    return torch.sigmoid(scaled_V - threshold)
+    # a whole number of vector registers: what is left over another routine computes, and equals would differ in a bit
+    whole = F.pad(scaled_V - threshold, (0, -len(scaled_V) % _REGISTERS))
+    return torch.sigmoid(whole)[: len(scaled_V)]
 
 
 def straight_through(p_V: Tensor, chosen: Sequence[int]) -> Tensor:
