@@ -73,7 +73,7 @@ def serve(
         try:
             threading.Event().wait()
         finally:
-            page.close(verbose=False)
+            stop(page, scenes)
 
 
 def launch(scenes: DemoScenes, host: str, port: int) -> tuple[Any, str]:
@@ -111,3 +111,10 @@ def launch(scenes: DemoScenes, host: str, port: int) -> tuple[Any, str]:
             "with --port or --host."
         ) from None
     return page, address
+
+
+def stop(page: Any, scenes: DemoScenes) -> None:
+    """Stop serving, and wait for what the model is doing: a thread that is in torch as the process ends aborts it."""
+    page.close(verbose=False)
+    with scenes.lock:
+        pass

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from threedr1.engine.demo import launch, private_folder
+from threedr1.engine.demo import launch, private_folder, stop
 from threedr1.engine.demo_page import BROKEN
 from threedr1.engine.demo_scenes import DemoScenes, Limits
 from threedr1.models.scene_vlm import SceneVLM
@@ -53,7 +53,7 @@ def served(demo_model, rooms_root) -> Iterator[Served]:
         scenes = DemoScenes(model, threading.Lock(), uploads, limits, rooms_root)
         page, address = launch(scenes, "127.0.0.1", port)
         yield Served(address, port, scenes)
-        page.close(verbose=False)
+        stop(page, scenes)
     for name, value in before.items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
