@@ -129,10 +129,15 @@ def test_missing_and_surplus_boxes_cost_the_same():
 
 
 def test_equal_answers_of_one_prompt_are_scored_once_and_of_others_apart(monkeypatch):
-    read, resolve = [], perception.resolve_boxes
-    monkeypatch.setattr(
-        perception, "resolve_boxes", lambda answer, boxes: read.append(answer) or resolve(answer, boxes)
-    )
+    read, scored = [], []
+
+    def noting(name, note):
+        function = getattr(perception, name)
+        monkeypatch.setattr(perception, name, lambda *given: note(given) or function(*given))
+
+    noting("resolve_boxes", lambda given: read.append(given[0]))
+    noting("paired_iou", lambda given: scored.extend([1] * len(given[0])))
+    noting("box_set_score", lambda given: scored.append(len(given[0])))
     moved = np.array(UNIT) + [0.5, 0, 0, 0, 0, 0, 0]  # a third is shared
     prompts = [(np.array([UNIT]), np.array([UNIT])), (np.array([UNIT]), moved[None])]
     texts = [respond("<obj0>"), respond("<obj0>"), respond("<obj9>"), respond("<obj0>")]
@@ -140,6 +145,7 @@ def test_equal_answers_of_one_prompt_are_scored_once_and_of_others_apart(monkeyp
     rewards = PerceptionReward()(texts, target_boxes=targets, proposals=proposals)
     assert rewards == [1.0, 1.0, 0.0, pytest.approx(1 / 3)]
     assert read == ["<obj0>", "<obj9>", "<obj0>"]
+    assert sorted(scored) == [0, 1, 1]
 
 
 @pytest.mark.parametrize("shape", ["iou", "giou"])
