@@ -38,12 +38,14 @@ REWARDS = {
 }
 VIEWS = {
     "views.none": "none",
+    "views.uniform": "uniform",
     "views.coverage": "best coverage",
     "views.ring": "ring",
     "views.top": "top-down",
     "views.ours": "selected",
 }
 ENCODERS = {
+    "views.none": "text",
     "views.ours": "text, image",
     "encoders.depth": "text, image, depth",
     "encoders.point": "text, image, point cloud",
@@ -51,8 +53,9 @@ ENCODERS = {
 }
 REWARDS_NOTE = "Where the form is not rewarded, it does not gate the other rewards either."
 VIEWS_NOTE = """\
-Pictures alone, no token of the point cloud. *Selected* are four of twelve views, by the question; *best coverage* the
-four that show most of the room and its detected objects, whatever the question."""
+Pictures alone, no token of the point cloud. *Selected* are four of twelve views, by the question; *uniform* four of
+the same twelve, evenly spaced among them; *best coverage* the four that show most of the room and its detected
+objects; *ring* and *top-down* four from fixed places. All but *selected* are the same whatever the question."""
 ENCODERS_NOTE = """\
 With the point cloud there are objects to point at by name, and inventories that teach the names; without it boxes are
 asked for and given in numbers. What the rows differ by is therefore more than an encoder."""

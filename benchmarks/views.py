@@ -23,7 +23,7 @@ from ..datasets.scene import Scene, load_scene
 from ..models.dual_encoder import DualEncoder
 from ..models.image_encoder import Encoder, load_text_encoder
 from ..models.view_pool import ViewPool, build_view_pool
-from ..models.view_selector import ViewSelector, top_views
+from ..models.view_selector import ViewSelector, evenly_spaced, top_views
 from ..utils.labels import NUM_CLASSES
 from ..utils.metrics.result import Aggregate, bootstrap_intervals
 from ..utils.render import Camera, splat_batch
@@ -98,7 +98,7 @@ def chosen_views(
     for way, term in TERMS.items():
         if term != "clip" or first.encoder.has_images:
             found[way] = top_views(scores[term], first.num_views)
-    found["uniform"] = np.linspace(0, len(pool) - 1, first.num_views).round().astype(int).tolist()
+    found["uniform"] = evenly_spaced(len(pool), first.num_views)
     found["random"] = generator.permutation(len(pool))[: first.num_views].tolist()
     return found
 

@@ -85,6 +85,7 @@ _SCANREFER = Origin("by form, https://github.com/daveredrum/ScanRefer", "ScanRef
 _NR3D = Origin("nr3d.csv, linked from https://github.com/referit3d/referit3d", "see there")
 _LLM3D = Origin("folder data/3D_LLM of https://github.com/Open3DA/LL3DA", "see there")
 _SCENE30K = Origin("https://huggingface.co/datasets/AIGeeksGroup/Scene-30K", "see there")
+_OWN_LABELS = Origin("the prepared scenes' own labels", "that of the scans")
 _REPACKAGED = Origin("re-packaged by other projects; no official source", "those of ScanRefer and Nr3D")
 ORIGINS = {
     "scanrefer": _SCANREFER,
@@ -100,7 +101,8 @@ ORIGINS = {
     "scene_description": _LLM3D,
     "scene30k": _SCENE30K,
     "scene30k_captions": _SCENE30K,
-    "inventory": Origin("the prepared scenes' own labels", "that of the scans"),
+    "inventory": _OWN_LABELS,
+    "contents": _OWN_LABELS,
     "cap3d": Origin("https://huggingface.co/datasets/tiange/Cap3D (csv of 131 MB)", "ODC-By"),
     "scanrefer_targets": _REPACKAGED,
     "nr3d_targets": _REPACKAGED,

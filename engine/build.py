@@ -31,6 +31,7 @@ def build_view_selector(config: ViewsConfig) -> ViewSelector | None:
             "num_references": config.num_references,
             "redundancy": config.redundancy,
             "standardize": config.standardize,
+            "choice": config.choice,
         }
     )
 
@@ -111,7 +112,7 @@ def check_settings(model: SceneVLM, config: ModelConfig, data: DataConfig) -> No
         pairs[name] = (getattr(config.language, name), getattr(model.connector, name))
     if model.view_selector is not None:
         pairs["num_views"] = (config.views.num_views, model.view_selector.num_views)
-        for name in ("num_references", "redundancy", "standardize"):
+        for name in ("num_references", "redundancy", "standardize", "choice"):
             pairs[name] = (getattr(config.views, name), getattr(model.view_selector, name))
         pairs["view encoder"] = (config.views.encoder, model.view_selector.encoder_name)
         if config.views.weights == "fixed":

@@ -80,6 +80,7 @@ class ViewsConfig:
     num_references: int = 3  # views of highest text score that the image score compares with
     standardize: bool = False  # weigh the three scores as standard deviations over the pool, not as cosines
     redundancy: float = 2.5  # 0: plain top-k; how much a view loses that shows only what the chosen ones show
+    choice: str = "utility"  # uniform: evenly spaced in the pool whatever is asked, to compare with
     weights: str = "fixed"  # learned: w_text and w_image start as above and learn from the language model's loss
     # of learned weights:
     temperature: float = 0.5  # of the relaxed choice, in standard deviations of a pool's utilities
@@ -88,7 +89,7 @@ class ViewsConfig:
 
     def __post_init__(self):
         kinds_of(self.source)
-        one_of(self, weights=("fixed", "learned"))
+        one_of(self, weights=("fixed", "learned"), choice=("utility", "uniform"))
         at_least(self, num_candidates=1, num_views=1, num_references=1, image_size=1)
         at_least(self, redundancy=0, pull=0, lr_factor=0)
         _square(self, "image_encoder_tokens", "depth_tokens")
@@ -98,6 +99,8 @@ class ViewsConfig:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0.")
         if self.weights == "learned" and self.source == "none":
             raise ValueError("weights is 'learned', but source is 'none'; without views there is nothing to learn.")
+        if self.weights == "learned" and self.choice == "uniform":
+            raise ValueError("weights is 'learned', but choice is 'uniform'; set choice to utility.")
 
 
 @dataclass(frozen=True)

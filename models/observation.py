@@ -63,6 +63,12 @@ class EncodedScene:
         """Which are valid, bool, on the host."""
         return torch.zeros(len(self.boxes_K7), dtype=torch.bool).index_fill_(0, self.valid_n, True)
 
+    @cached_property
+    def host_probs_nC(self) -> torch.Tensor:
+        """Class probabilities of the valid ones, float32, on the host, fetched once for all questions."""
+        valid_n = to_device(self.valid_n, self.class_probs_KC.device)
+        return self.class_probs_KC.detach()[valid_n].float().cpu()
+
     @property
     def proposals(self) -> np.ndarray:
         """Boxes of the valid proposals [n, 7], float32, model frame."""

@@ -53,9 +53,8 @@ def choose_spread(
     utility_V, visible_VK = np.asarray(utility_V, np.float64), np.asarray(visible_VK, np.float64)
     scale = redundancy * utility_V.std()
     chosen: list[int] = []
-    taken_off_V = np.zeros(len(utility_V))
+    left_V, taken_off_V = np.ones(len(utility_V), dtype=bool), np.zeros(len(utility_V))
     for _ in range(min(count, len(utility_V))):
-        left_V = ~np.isin(np.arange(len(utility_V)), chosen)
         marginal_V = np.round((utility_V - taken_off_V) * 1e6)
         chosen.append(int(np.argmax(np.where(left_V, marginal_V, -np.inf))))
         left_V[chosen[-1]] = False

@@ -25,6 +25,7 @@ from .relaxed_top_k import soft_top_k, straight_through
 from .view_pool import ViewPool
 from .view_redundancy import choose_spread, question_weights
 
+CHOICES = ("utility", "uniform")
 _CACHED_TEXTS = 8192
 _LEAST_SPREAD = 1e-3  # of utilities; bounds the gradient where a question prefers no view
 _LEAST_SCORE_SPREAD = 1e-5  # of cosines; below it they differ by rounding
@@ -89,11 +90,17 @@ def top_views(utility_V: Tensor, count: int) -> list[int]:
     return torch.argsort(-rounded_V, stable=True)[:count].tolist()
 
 
+def evenly_spaced(size: int, count: int) -> list[int]:
+    """`count` of `size` indices, as far apart as they go, from the first to the last; all where there are no more."""
+    return np.linspace(0, size - 1, min(count, size)).round().astype(int).tolist()
+
+
 @dataclass(frozen=True)
 class Selection:
     """Chosen views, best first, and every candidate's scores: text_to_3d, image_to_3d, clip, utility, each [V].
 
-    `marginal_V` is the utility less what redundancy took off it; its highest are the chosen views.
+    `marginal_V` is the utility less what redundancy took off it; its highest are the chosen views, unless the choice
+    is uniform.
     """
 
     indices: list[int]
@@ -115,7 +122,8 @@ class ViewSelector(nn.Module):
     """Chooses the views of a pool that fit a question.
 
     The weights w_t and w_c are parameters, so that they are saved and can be trained; w_clip is 1 - w_c. The encoder
-    is frozen, and is not part of the state: `settings()` names it.
+    is frozen, and is not part of the state: `settings()` names it. While the weights do not learn, views are chosen on
+    the host, where pools are: a choice is some thirty operations on a few numbers, and would wait for a GPU ten times.
 
     Args:
         encoder: text and pictures in one space, or text only (then w_clip must be 0).
@@ -131,6 +139,7 @@ class ViewSelector(nn.Module):
             of the pool's utilities (view_redundancy.py); 0 is the paper's plain top-k.
         standardize: weigh the scores as standard deviations from their mean over the pool. The paper weighs the
             cosines as they are, and how much each then decides depends on how far its cosines spread.
+        choice: "utility", or "uniform": the same views evenly spaced in the pool whatever is asked, to compare with.
         class_names: names of the detector's classes, in its order.
         learn_weights: see `train_weights`.
     """
@@ -147,6 +156,7 @@ class ViewSelector(nn.Module):
         num_references: int = 3,
         redundancy: float = 0.0,
         standardize: bool = False,
+        choice: str = "utility",
         class_names: Sequence[str] = DETECTION_CLASSES,
         learn_weights: bool = False,
     ):
@@ -162,6 +172,8 @@ class ViewSelector(nn.Module):
             )
         if redundancy < 0:
             raise ValueError(f"redundancy is {redundancy}; it must not be negative, and 0 turns it off.")
+        if choice not in CHOICES:
+            raise ValueError(f"choice is {choice!r}; choose {' or '.join(CHOICES)}.")
         if w_clip > 0 and not encoder.has_images:
             raise ValueError(
                 f"The encoder {encoder_name!r} reads text only, so the question cannot be compared with pictures: "
@@ -171,11 +183,13 @@ class ViewSelector(nn.Module):
         self.num_references = num_references
         self.redundancy = float(redundancy)
         self.standardize = bool(standardize)
+        self.choice = choice
         self.encoder_name = encoder_name
         self.class_names = tuple(class_names)
         self.w_text = nn.Parameter(torch.tensor(float(w_text)))
         self.w_image = nn.Parameter(torch.tensor(float(w_image)))
         self._encoder = (encoder,)  # inside a tuple: no submodule, so its weights stay out of state_dict
+        self._fetched: tuple[object, tuple[Tensor, Tensor]] | None = None
         self._texts: OrderedDict[str, Tensor] = OrderedDict()  # questions and class names, the latest used last
         self.train_weights(learn_weights)
 
@@ -198,6 +212,7 @@ class ViewSelector(nn.Module):
             "num_references": self.num_references,
             "redundancy": self.redundancy,
             "standardize": self.standardize,
+            "choice": self.choice,
         }
 
     def train_weights(self, learn: bool) -> None:
@@ -209,6 +224,20 @@ class ViewSelector(nn.Module):
     def learns(self) -> bool:
         """Whether the weights move, so that no choice outlives a step."""
         return self.w_text.requires_grad
+
+    @property
+    def _device(self) -> torch.device:
+        """Where views are chosen."""
+        return self.w_text.device if self.learns else torch.device("cpu")
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """w_t and w_c where views are chosen; fetched from a GPU when they have changed."""
+        if self._device == self.w_text.device:
+            return self.w_text, self.w_image
+        key = tuple((weight.data_ptr(), weight._version) for weight in (self.w_text, self.w_image))
+        if self._fetched is None or self._fetched[0] != key:
+            self._fetched = key, (self.w_text.detach().cpu(), self.w_image.detach().cpu())
+        return self._fetched[1]
 
     @torch.no_grad()
     def project(self) -> None:
@@ -233,7 +262,7 @@ class ViewSelector(nn.Module):
         return (self.w_text - _WEIGHT_PRIOR) ** 2
 
     def scores(self, question: str, pool: ViewPool, class_probs_KC: Tensor | np.ndarray) -> dict[str, Tensor]:
-        """The three scores and their utility [V] of every view of a pool, float32, on the device of the weights.
+        """The three scores and their utility [V] of every view of a pool, float32, where views are chosen.
 
         The scores are cosines (overlaps without a picture side), even where the utility weighs them standardised.
 
@@ -255,7 +284,7 @@ class ViewSelector(nn.Module):
             found["image_to_3d"] = s_image_to_3d(coverage_VS, references)
             found["clip"] = torch.zeros(len(pool), device=probs_KC.device)
         weighed = {name: standardized(score_V) for name, score_V in found.items()} if self.standardize else found
-        found["utility"] = utility(weighed, self.w_text, self.w_image)
+        found["utility"] = utility(weighed, *self._weights())
         return found
 
     def select(
@@ -269,15 +298,18 @@ class ViewSelector(nn.Module):
 
         `focus_V` is how much of one object each view shows, for a question about that very object: it decides, and
         the utility only between views that show it alike. Redundancy is left out then: all views are of that object.
+        A uniform choice follows neither.
         """
         if not len(pool):
-            none = torch.zeros(0, device=self.w_text.device)
+            none = torch.zeros(0, device=self._device)
             return Selection([], [], dict.fromkeys(("text_to_3d", "image_to_3d", "clip", "utility"), none), none)
         scores = self.scores(question, pool, class_probs_KC)
         if focus_V is not None:
             scores["utility"] = torch.as_tensor(focus_V).to(scores["utility"]) + 0.01 * scores["utility"]
         marginal_V = scores["utility"]
-        if self.redundancy == 0 or focus_V is not None:
+        if self.choice == "uniform":
+            indices = evenly_spaced(len(pool), self.num_views)
+        elif self.redundancy == 0 or focus_V is not None:
             indices = top_views(marginal_V, self.num_views)
         else:
             probs_KC, _ = self._checked(pool, class_probs_KC)
@@ -297,10 +329,9 @@ class ViewSelector(nn.Module):
         return self.select(question, pool, class_probs_KC)
 
     def _checked(self, pool: ViewPool, class_probs_KC: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
-        """Class probabilities [K, C] and visibility [V, K] on the device of the weights; ValueError on a misfit."""
-        device = self.w_text.device
-        probs_KC = torch.as_tensor(class_probs_KC, dtype=torch.float32, device=device)
-        visible_VK = torch.from_numpy(np.asarray(pool.visible_VK, dtype=np.float32)).to(device)
+        """Class probabilities [K, C] and visibility [V, K] where views are chosen; ValueError on a misfit."""
+        probs_KC = torch.as_tensor(class_probs_KC, dtype=torch.float32, device=self._device)
+        visible_VK = torch.from_numpy(np.asarray(pool.visible_VK, dtype=np.float32)).to(self._device)
         num_classes = len(self.class_names)
         if probs_KC.ndim != 2 or probs_KC.shape[1] not in (num_classes, num_classes + 1):
             raise ValueError(f"Class probabilities must be [K, {num_classes}], not {tuple(probs_KC.shape)}.")
@@ -317,7 +348,6 @@ class ViewSelector(nn.Module):
 
     def _embed(self, texts: list[str]) -> Tensor:
         """Embeddings [n, D] of texts, from the cache where they were asked for before."""
-        device = self.w_text.device
         missing = [text for text in dict.fromkeys(texts) if text not in self._texts]
         if missing:
             # a batch changes the last bits of its texts, which the gradient of learned weights would carry on
@@ -327,7 +357,7 @@ class ViewSelector(nn.Module):
                 self._texts.update(zip(part, self.encoder.embed_texts(part).cpu(), strict=True))
         for text in texts:
             self._texts.move_to_end(text)
-        rows_ND = torch.stack([self._texts[text] for text in texts]).to(device)
+        rows_ND = torch.stack([self._texts[text] for text in texts]).to(self._device)
         while len(self._texts) > _CACHED_TEXTS:
             self._texts.popitem(last=False)
         return rows_ND

@@ -11,7 +11,7 @@
 #   bash script/proof.sh sft                  the model of the scene, from what align left
 #   bash script/proof.sh grpo                 reinforcement learning from sft, all three rewards
 #   bash script/proof.sh table7               rewards alone and in pairs
-#   bash script/proof.sh table8               views: selected, best coverage, ring, top-down, none
+#   bash script/proof.sh table8               views: selected, uniform, best coverage, ring, top-down, none
 #   bash script/proof.sh table10              encoders one by one (text and image: table8's selected views)
 #   bash script/proof.sh real                 the same question of real scans: data, encoder, models (REAL=)
 #   bash script/proof.sh page                 docs/proof.md, and its headline in README.md, from what is scored
@@ -27,6 +27,7 @@
 #   RUN=runs/proof DATA=data/proof REAL_DATA=data/proof-real
 #   REAL=folder                  scannet_instances/, scannet/ and annotations/ of real scans (benchmarks/real_split.py)
 #   ROOMS=2500 HELD_OUT=200      generated rooms
+#   PICTURED=64 PICTURE_STEPS=2000   rooms and steps of the encoder of pictures (tables 8 and 10)
 #   SET="run.steps=20"           overrides of every training stage;  EVAL_SET= of every evaluation
 #   SHAPE=tiny                   size of the model (main.py tiny --shape);  RECIPES=script/recipes/proof
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -53,7 +54,7 @@ gpus() {
 # typed STAGE: what somebody types to get this result, for starts.jsonl: what changes a result, seeds apart.
 typed() {
     local name words=""
-    for name in ROOMS HELD_OUT SHAPE SET EVAL_SET RECIPES; do
+    for name in ROOMS HELD_OUT PICTURED PICTURE_STEPS SHAPE SET EVAL_SET RECIPES; do
         if [[ -n "${!name:-}" ]]; then words+="$name='${!name}' "; fi
     done
     echo "${words}bash script/proof.sh $1"
@@ -114,6 +115,12 @@ detect() {
     stage encoder "$RUN/encoder" export --model "$RUN/detect" --out "$RUN/encoder" --dtype float16
 }
 
+# What stands for the paper's encoders of text and pictures: trained on some of the training rooms, then frozen.
+dual() {
+    previous="$(rooms_version)"
+    stage dual "$RUN/dual" dual --out "$RUN/dual" --rooms "${PICTURED:-64}" --steps "${PICTURE_STEPS:-2000}" --seed 0
+}
+
 real_data() {
     [[ -n "${REAL:-}" ]] || fail "proof: set REAL to the folder of scannet_instances/, scannet/ and annotations/."
     previous=""
@@ -149,8 +156,9 @@ make() {
         mapfile -t given < <(of_rewards "$1")
         reinforce "$@" "${given[@]}"
         ;;
-    views.none) train "$@" views model.views.source=none ;;
+    views.none) train "$@" views model.views.source=none model.views.image_encoder_tokens=0 ;;
     views.ours) train "$@" views ;;
+    views.uniform) train "$@" views model.views.choice=uniform ;;
     # a pool no larger than what is chosen leaves nothing to choose
     views.coverage) train "$@" views model.views.num_candidates=4 ;;
     views.ring | views.top) train "$@" views model.views.num_candidates=4 "model.views.source=${1#views.}" ;;
@@ -164,15 +172,16 @@ make() {
 
 # train NAME SEED RECIPE [KEY=VALUE…]
 train() {
-    local needed=("${part}model" "${part}encoder")
+    local needed=("${part}model" "${part}encoder") pictures=()
     case "$1" in
     sft) needed+=("align-$2") ;;
     blind) needed=(model) ;;
+    views.* | encoders.*) needed+=(dual) pictures=("model.views.encoder=$RUN/dual") ;;
     esac
     after "${needed[@]}"
     stage "$1-$2" "$RUN/$1-$2" sft --config "$recipes/$3.yaml" --resume \
         --set "run.dir=$RUN/$1-$2" "run.seed=$2" "data.root=$root" "model.language.model=$RUN/${part}model" \
-        "model.encoder.pretrained=$RUN/${part}encoder" "${@:4}" "${overrides[@]}"
+        "model.encoder.pretrained=$RUN/${part}encoder" "${pictures[@]}" "${@:4}" "${overrides[@]}"
 }
 
 # reinforce NAME SEED [KEY=VALUE…]
@@ -193,7 +202,7 @@ evaluate() {
 # packed_files LABEL: what travels of a run, relative to RUN: its newest checkpoint without the optimizer, logs, scores.
 # The untrained model does not: its seed and the rooms make it again.
 packed_files() {
-    local path paths=({,real-}encoder {,real-}detect/{metrics,starts}.jsonl stages/{,real-}{detect,encoder}.done)
+    local path paths=({,real-}encoder dual {,real-}detect/{metrics,starts}.jsonl stages/{{,real-}{detect,encoder},dual}.done)
     if [[ "$1" != base ]]; then
         path="$(cd "$RUN" && printf '%s\n' "$1"/checkpoints/step-* | tail -n 1)"
         paths=("$path"/{config.yaml,model} "$1"/{metrics,speed,starts,completions}.jsonl "eval/$1" stages/{,eval-}"$1".done)
@@ -236,7 +245,7 @@ unpack() {
 group() {
     case "$1" in
     table7) printf 'grpo.%s\n' format perception semantic format+perception format+semantic perception+semantic ;;
-    table8) printf 'views.%s\n' none ours coverage ring top ;;
+    table8) printf 'views.%s\n' none ours uniform coverage ring top ;;
     table10) printf 'encoders.%s\n' depth point full ;;
     real) printf '%s\n' real real.blind ;;
     *) tr , '\n' <<<"$1" ;;
@@ -258,6 +267,7 @@ for name in "${stages[@]}"; do
     *)
         mapfile -t models < <(group "$name")
         if [[ " ${models[*]}" == *" real"* ]]; then real_data; fi
+        if [[ " ${models[*]}" =~ " views."|" encoders." ]]; then dual; fi
         side_by_side "${models[@]}"
         ;;
     esac

@@ -74,12 +74,15 @@ def test_tables_train_and_evaluate_their_rows(shell: Shell):  # noqa: F811
         assert len(reward.names) == len(reward.weights) and sum(reward.weights) == 1
         assert entry["reward.gate_by_format"] == ("true" if "format" in reward.names else "false")
         assert entry["run.dir"] == f"{RUN}/grpo.{entry['reward.names'].replace(',', '+')}-1"
-    views = proof(shell, "table8", SEEDS="1")
-    rows = ("none", "ours", "coverage", "ring", "top")
+    dual, *views = proof(shell, "table8", SEEDS="1")
+    assert dual[:3] == ["dual", "--out", f"{RUN}/dual"]
+    rows = ("none", "ours", "uniform", "coverage", "ring", "top")
     assert made(views) == both(*(f"views.{row}" for row in rows), seeds="1")
     trained = {settings(command)["run.dir"]: settings(command) for command in views if command[0] == "sft"}
     sources = [trained[f"{RUN}/views.{row}-1"].get("model.views.source") for row in rows]
-    assert sources == ["none", None, None, "ring", "top"]
+    assert sources == ["none", None, None, None, "ring", "top"]
+    assert trained[f"{RUN}/views.uniform-1"]["model.views.choice"] == "uniform"
+    assert {values["model.views.encoder"] for values in trained.values()} == {f"{RUN}/dual"}
     assert made(proof(shell, "table10", SEEDS="1")) == both(
         *(f"encoders.{row}" for row in ("depth", "point", "full")), seeds="1"
     )
@@ -88,7 +91,8 @@ def test_tables_train_and_evaluate_their_rows(shell: Shell):  # noqa: F811
 
 def test_one_row_of_a_table_can_be_asked_for(shell: Shell):  # noqa: F811
     proof(shell, "data", "detect", SEEDS="0")
-    commands = proof(shell, "views.ring,encoders.depth", SEEDS="0")
+    dual, *commands = proof(shell, "views.ring,encoders.depth", SEEDS="0")
+    assert dual[0] == "dual"
     assert made(commands) == both("views.ring", "encoders.depth", seeds="0")
 
 

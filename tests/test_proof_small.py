@@ -69,7 +69,13 @@ def checkout(tmp_path_factory) -> Path:
 def run(checkout: Path, *stages: str, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("THREEDR1_")}
     kept |= {"THREEDR1_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "ROOMS": "3", "HELD_OUT": "3", "SET": SET}
-    kept |= {"SEEDS": "0", "SHAPE": "tiny", "EVAL_SET": "data.max_samples=2 max_new_tokens=4 run.batch_size=8"}
+    kept |= {
+        "PICTURED": "2",
+        "PICTURE_STEPS": "4",
+        "SEEDS": "0",
+        "SHAPE": "tiny",
+        "EVAL_SET": "data.max_samples=2 max_new_tokens=4 run.batch_size=8",
+    }
     done = subprocess.run(
         ["bash", str(checkout / "script" / "proof.sh"), *stages],
         env=kept | variables,

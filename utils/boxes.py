@@ -33,7 +33,8 @@ except ModuleNotFoundError:  # not built; a build that is broken raises
 
 ArrayLike: TypeAlias = "Tensor | np.ndarray | Sequence[Sequence[float]]"
 
-_MAX_CONTAINMENT_ELEMENTS = 1 << 24
+_CONTAINMENT_ELEMENTS_CPU = 1 << 18  # points times boxes at once: a core's cache holds what is made of them
+_CONTAINMENT_ELEMENTS_GPU = 1 << 24
 # All pairs are computed in blocks of rows, whose intermediates stay close to a core's cache, or below a gigabyte on a
 # GPU; the hull needs many more numbers a pair.
 _BLOCK_PAIRS_CPU = 1 << 14
@@ -212,22 +213,21 @@ def points_in_boxes(points_P3: ArrayLike, boxes_K7: ArrayLike) -> Tensor:
     """Which points lie in which boxes, faces included: bool [P, K]."""
     boxes = as_boxes(boxes_K7)
     points = points_P3 if isinstance(points_P3, Tensor) else torch.as_tensor(np.asarray(points_P3))
-    points = points.to(device=boxes.device, dtype=boxes.dtype).reshape(-1, 3)
-    inside_PK = torch.empty(len(points), len(boxes), dtype=torch.bool, device=boxes.device)
-    step = max(1, _MAX_CONTAINMENT_ELEMENTS // max(1, len(points)))
+    x_P, y_P, z_P = points.to(device=boxes.device, dtype=boxes.dtype).reshape(-1, 3).T.contiguous()
+    inside_KP = torch.empty(len(boxes), len(x_P), dtype=torch.bool, device=boxes.device)
+    limit = _CONTAINMENT_ELEMENTS_CPU if boxes.device.type == "cpu" else _CONTAINMENT_ELEMENTS_GPU
+    step = max(1, limit // max(1, len(x_P)))
     for start in range(0, len(boxes), step):
-        chunk_C7 = boxes[start : start + step]
-        offset_PC3 = points[:, None] - chunk_C7[None, :, :3]
-        cos_C, sin_C = chunk_C7[:, 6].cos(), chunk_C7[:, 6].sin()
-        half_C3 = chunk_C7[:, 3:6] / 2
-        along_PC = offset_PC3[..., 0] * cos_C + offset_PC3[..., 1] * sin_C
-        across_PC = offset_PC3[..., 1] * cos_C - offset_PC3[..., 0] * sin_C
-        inside_PK[:, start : start + step] = (
-            (along_PC.abs() <= half_C3[:, 0])
-            & (across_PC.abs() <= half_C3[:, 1])
-            & (offset_PC3[..., 2].abs() <= half_C3[:, 2])
+        chunk_C71 = boxes[start : start + step, :, None]
+        x_CP, y_CP, z_CP = x_P - chunk_C71[:, 0], y_P - chunk_C71[:, 1], z_P - chunk_C71[:, 2]
+        cos_C1, sin_C1 = chunk_C71[:, 6].cos(), chunk_C71[:, 6].sin()
+        half_C31 = chunk_C71[:, 3:6] / 2
+        inside_KP[start : start + step] = (
+            ((x_CP * cos_C1 + y_CP * sin_C1).abs() <= half_C31[:, 0])
+            & ((y_CP * cos_C1 - x_CP * sin_C1).abs() <= half_C31[:, 1])
+            & (z_CP.abs() <= half_C31[:, 2])
         )
-    return inside_PK
+    return inside_KP.T
 
 
 def match_boxes(predicted_K7: ArrayLike, target_T7: ArrayLike, metric: Literal["iou", "giou"] = "iou") -> BoxMatches:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..scene import Sample
 from . import (
     cap3d,
+    contents,
     dialogue,
     embodied_qa,
     inventory,
@@ -45,6 +46,7 @@ LOADERS: dict[str, Benchmark] = {
     "planning": planning.BENCHMARK,
     "scene_description": scene_description.BENCHMARK,
     "inventory": inventory.BENCHMARK,
+    "contents": contents.BENCHMARK,
     "scene30k": scene30k.BENCHMARK,
     "scene30k_captions": scene30k_captions.BENCHMARK,
     "scanrefer_targets": targets.SCANREFER,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..scannet import read_split
 from ..scene import Sample, Scene
 from ..scene_store import SceneInfo
 from .problems import Report
@@ -64,6 +65,16 @@ def scene_of(index: Index, scene_id: str, row: Row) -> SceneInfo:
             scene_id=scene_id,
         )
     return info
+
+
+def of_each_scene(
+    root: Path, split: str, index: Index, report: Report, make: Callable[[SceneInfo], list[Sample]]
+) -> list[Sample]:
+    """What is made of every scene that a split's list names; one that is not prepared is reported."""
+    path = root / f"scannetv2_{split}.txt"
+    rows = [Row(path, number, {"scene_id": name}) for number, name in enumerate(read_split(root, split), 1)]
+    groups = report.keep(rows, lambda row: make(scene_of(index, str(row.record["scene_id"]), row)))
+    return [sample for group in groups for sample in group]
 
 
 def boxes_of(info: SceneInfo, object_ids: Sequence[int], row: Row) -> np.ndarray:

@@ -21,12 +21,10 @@ import numpy as np
 import orjson
 
 from ...utils.text import format_box, split_at_boxes
-from ..scannet import read_split
 from ..scene import Sample
 from ..scene_store import SceneInfo
-from .common import Benchmark, Index, Inputs, scene_of
+from .common import Benchmark, Index, Inputs, of_each_scene
 from .problems import Report
-from .rows import Row
 
 NAME = "inventory"
 ORDERS = 2  # samples of each direction and training scene, each in an order of its own
@@ -51,17 +49,14 @@ def load(root: Path, split: str, index: Index, report: Report) -> list[Sample]:
     Raises:
         ValueError: the file of colours is not a table of colours by scene and object.
     """
-    colors = _read_colors(root / COLORS)
-    path = root / f"scannetv2_{split}.txt"
-    rows = [Row(path, number, {"scene_id": name}) for number, name in enumerate(read_split(root, split), 1)]
+    colors = read_colors(root / COLORS)
+    orders, starts = (ORDERS, STARTS) if split == "train" else (1, 1)
 
-    def read(row: Row) -> list[Sample]:
-        info = scene_of(index, str(row.record["scene_id"]), row)
+    def make(info: SceneInfo) -> list[Sample]:
         its = colors.get(info.scene_id, {})
-        orders, starts = (ORDERS, STARTS) if split == "train" else (1, 1)
         return _samples(info, its, report.dataset, orders, starts) if len(info.boxes_K7) else []
 
-    return [sample for group in report.keep(rows, read) for sample in group]
+    return of_each_scene(root, split, index, report, make)
 
 
 def leave_out(answer: str, kept: Sequence[bool]) -> str:
@@ -83,8 +78,12 @@ def leave_out(answer: str, kept: Sequence[bool]) -> str:
     return ", ".join(order.format(word, " ".join(its)) for word, its in groups if its)
 
 
-def _read_colors(path: Path) -> dict[str, dict[int, str]]:
-    """Colour words by scene id and objectId; none where there is no such file."""
+def read_colors(path: Path) -> dict[str, dict[int, str]]:
+    """Colour words by scene id and objectId; none where there is no such file.
+
+    Raises:
+        ValueError: it is no such table.
+    """
     if not path.exists():
         return {}
     try:

@@ -199,6 +199,7 @@ ANNOTATION_FILES = {
     "nr3d_captions": "nr3d_captions_by_scene.json",
     "cap3d": "Cap3D_automated_Objaverse_full.csv",
     "inventory": "../scannetv2_train.txt",
+    "contents": "../scannetv2_train.txt",
 }
 
 

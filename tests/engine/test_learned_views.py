@@ -185,7 +185,16 @@ def test_checkpoints_from_before_resume_with_plain_top_k(rooms_root, tmp_path):
     config = sft_config(rooms_root, tmp_path, "model.views.redundancy=0.0", "run.steps=0")
     saved = sft.train(config) / "config.yaml"
     old = yaml.safe_load(saved.read_text())
-    for name in ("redundancy", "num_references", "standardize", "weights", "temperature", "pull", "lr_factor"):
+    for name in (
+        "redundancy",
+        "num_references",
+        "standardize",
+        "weights",
+        "temperature",
+        "pull",
+        "lr_factor",
+        "choice",
+    ):
         del old["model"]["views"][name]
     saved.write_text(yaml.safe_dump(old))
     assert open_run(config, resume=True) == saved.parent
@@ -201,6 +210,7 @@ def test_what_cannot_be_learned_is_refused(rooms_root, tmp_path):
         ("model.views.redundancy=-1", "must be at least 0"),
         ("model.views.num_references=0", "must be at least 1"),
         ("model.views={weights: learned, source: none}", "nothing to learn"),
+        ("model.views={weights: learned, choice: uniform}", "set choice to utility"),
     ):
         with pytest.raises(ValueError, match=sentence):
             sft_config(rooms_root, tmp_path, setting)

@@ -13,6 +13,7 @@ from threedr1.models.view_frames import spread_frames
 from threedr1.models.view_pool import ViewPool, build_view_pool, display_colors
 from threedr1.models.view_selector import (
     ViewSelector,
+    evenly_spaced,
     relevant_views,
     s_clip,
     s_image_to_3d,
@@ -522,6 +523,19 @@ class TestViewSelector:
         )
         with pytest.raises(ValueError, match="redundancy is -1"):
             text_selector(minilm, redundancy=-1)
+
+    def test_a_uniform_choice_is_the_same_whatever_is_asked(self, minilm, scene, pool):
+        assert evenly_spaced(12, 4) == [0, 4, 7, 11]
+        assert evenly_spaced(3, 6) == [0, 1, 2] and evenly_spaced(5, 1) == [0] and evenly_spaced(0, 2) == []
+        selector = text_selector(minilm, num_views=3, redundancy=2.5, choice="uniform")
+        selector = ViewSelector.from_settings(selector.settings())
+        expected = evenly_spaced(len(pool), 3)
+        for question, focus in (("Where is the chair?", None), ("Where is the lamp?", pool.visible_VK[:, 1])):
+            selection = selector.select(question, pool, one_hot(scene), focus)
+            assert selection.indices == expected
+            assert selection.names == [pool.names[index] for index in expected]
+        with pytest.raises(ValueError, match="choice is 'best'; choose utility or uniform"):
+            text_selector(minilm, choice="best")
 
     def test_standardized_scores_weigh_alike_however_far_they_spread(self, clip, scene, pool):
         torch.testing.assert_close(

@@ -282,7 +282,7 @@ class TestGeometry:
         points = np.random.default_rng(1).uniform(-2, 2, (50, 3))
         boxes = np.concatenate([np.random.default_rng(2).uniform(0.2, 2, (7, 6)), np.zeros((7, 1))], axis=1)
         whole = points_in_boxes(points, boxes)
-        monkeypatch.setattr("threedr1.utils.boxes._MAX_CONTAINMENT_ELEMENTS", 60)
+        monkeypatch.setattr("threedr1.utils.boxes._CONTAINMENT_ELEMENTS_CPU", 60)
         assert torch.equal(points_in_boxes(points, boxes), whole)
         assert points_in_boxes(np.zeros((0, 3)), boxes).shape == (0, 7)
 
