@@ -6,6 +6,7 @@
 #
 #   bash script/proof.sh data                 rooms, prepared scenes, the untrained model
 #   bash script/proof.sh detect               scene encoder
+#   bash script/proof.sh dual                 encoder of text and pictures; tables 8 and 10 begin with it
 #   bash script/proof.sh blind                a model that sees nothing of the scene, at any time after data
 #   bash script/proof.sh align                what names stand for
 #   bash script/proof.sh sft                  the model of the scene, from what align left
@@ -257,7 +258,7 @@ for name in "${stages[@]}"; do
     THREEDR1_TYPED="$(typed "$name")"
     export THREEDR1_TYPED
     case "$name" in
-    data | detect) "$name" ;;
+    data | detect | dual) "$name" ;;
     page) "$PY" main.py bench proof --collect "$RUN" ;;
     pack)
         pack "${@:2}"

@@ -593,3 +593,19 @@ def test_real_scan_selection_beats_random_choice(real_data, minilm):
         chosen.append(shown[selector.select(f"Where is the {names[row]}?", pool, probs).indices].max())
         chance.append(np.mean([shown[generator.permutation(16)[:6]].max() for _ in range(100)]))
     assert np.mean(chosen) > np.mean(chance) + 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_views_are_chosen_on_the_host_by_the_weights_as_they_are(minilm, scene, pool):
+    question = "Where is the chair?"
+    expected = text_selector(minilm, num_views=3).select(question, pool, one_hot(scene))
+    selector = text_selector(minilm, num_views=3).cuda()
+    found = selector.select(question, pool, one_hot(scene))
+    assert found.indices == expected.indices and found.marginal_V.device.type == "cpu"
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
+    selector.load_state_dict({"w_text": torch.tensor(0.0), "w_image": torch.tensor(1.0)})
+    found = selector.select(question, pool, one_hot(scene))
+    torch.testing.assert_close(found.scores["utility"], found.scores["image_to_3d"])
+    selector.train_weights(True)
+    assert selector.select(question, pool, one_hot(scene)).marginal_V.device.type == "cuda"
