@@ -67,11 +67,9 @@ class ObservationCache:
         return [found[scene_id] for scene_id in scene_ids]
 
     def of(self, samples: Sequence[Sample]) -> list[Observation]:
-        """Observations of the samples' scenes, encoded, with candidate views; samples of one scene share one."""
+        """Observations of the samples' scenes, encoded; samples of one scene share one."""
         observations = self._observed([sample.scene_id for sample in samples])
         self.model.encode(observations)
-        if self.model.view_selector is not None:
-            self.model.view_pools(observations)
         return observations
 
     def resampled(self, samples: Sequence[Sample], seed: int) -> list[Observation]:

@@ -7,8 +7,6 @@ Shapes: B scenes, K proposals, T encoder tokens, E encoder width, N points, F fe
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +26,6 @@ from .view_selector import Selection, ViewSelector
 
 _UNNAMED = 64  # proposals that views are chosen by where the language model is told of none
 _ENCODED_TOGETHER = 8  # scenes in one pass of the scene encoder
-_RENDERED_TOGETHER = 4  # scenes whose candidate views are made at the same time
 
 
 def view_question(sample: Sample) -> str:
@@ -127,39 +124,12 @@ class SceneObserver(nn.Module):
         Cameras look for what the encoder detected. While the encoder trains, its detections move; then the pool is
         made from the points alone, so that it is the same at every step and after a resume.
         """
-        return self.view_pools([observation])[0]
-
-    def view_pools(self, observations: Sequence[Observation]) -> list[ViewPool]:
-        """The same of several scenes; what is not made yet is made of some scenes at once.
-
-        A scene takes thousands of short operations, most of them outside Python's lock.
-        """
-        todo = list({id(entry): entry for entry in observations if entry.pool is None}.values())
-        if not self.train_scene_encoder:
-            self.encode(todo)
-        if len(todo) > 1:
-            with ThreadPoolExecutor(_RENDERED_TOGETHER) as threads:
-                made = list(threads.map(self._made_views, todo))
-        else:
-            made = list(map(self._made_views, todo))
-        selector = self.view_selector
-        for observation, pool in zip(todo, made, strict=True):
-            observation.pool = pool
-            if self.view_cache is not None and selector is not None and selector.encoder.has_images:
-                name = selector.encoder_name
-                self.view_cache.embed(observation.scene.scene_id, pool, selector.encoder, name)
-        return [observation.pool for observation in observations if observation.pool is not None]
-
-    def _made_views(self, observation: Observation) -> ViewPool:
-        """The candidate views of a scene; of its detections, where the encoder is frozen and has encoded it."""
-        boxes_K7 = np.zeros((0, 7), dtype=np.float32)
-        if not self.train_scene_encoder:
-            assert observation.encoded is not None
-            boxes_K7 = observation.scene.to_world(observation.encoded.proposals)
-        build = build_view_pool if self.view_cache is None else self.view_cache.pool
-        # which GPU is the current one is each thread's own
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            return build(
+        if observation.pool is None:
+            boxes_K7 = np.zeros((0, 7), dtype=np.float32)
+            if not self.train_scene_encoder:
+                boxes_K7 = observation.scene.to_world(self.encode([observation])[0].proposals)
+            build = build_view_pool if self.view_cache is None else self.view_cache.pool
+            observation.pool = build(
                 observation.scene,
                 source=self.settings.view_source,  # type: ignore[arg-type]
                 num_candidates=self.settings.num_candidates,
@@ -168,6 +138,11 @@ class SceneObserver(nn.Module):
                 boxes_K7=boxes_K7,
                 device=self.device,
             )
+            selector = self.view_selector
+            if self.view_cache is not None and selector is not None and selector.encoder.has_images:
+                name = selector.encoder_name
+                self.view_cache.embed(observation.scene.scene_id, observation.pool, selector.encoder, name)
+        return observation.pool
 
     def choose_views(self, sample: Sample, observation: Observation) -> list[int]:
         """Indices of the views selected for a sample in the scene's pool, best first.

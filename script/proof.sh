@@ -160,9 +160,11 @@ make() {
     views.none) train "$@" views model.views.source=none model.views.image_encoder_tokens=0 ;;
     views.ours) train "$@" views ;;
     views.uniform) train "$@" views model.views.choice=uniform ;;
-    # a pool no larger than what is chosen leaves nothing to choose
-    views.coverage) train "$@" views model.views.num_candidates=4 ;;
-    views.ring | views.top) train "$@" views model.views.num_candidates=4 "model.views.source=${1#views.}" ;;
+    # a pool no larger than what is shown leaves nothing to choose but the order
+    views.coverage) train "$@" views model.views.num_candidates=4 model.views.choice=uniform ;;
+    views.ring | views.top)
+        train "$@" views model.views.num_candidates=4 model.views.choice=uniform "model.views.source=${1#views.}"
+        ;;
     encoders.*) train "$@" "$1" ;;
     real) train "$@" real.sft ;;
     real.blind) train "$@" real.blind ;;

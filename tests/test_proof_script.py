@@ -81,7 +81,8 @@ def test_tables_train_and_evaluate_their_rows(shell: Shell):  # noqa: F811
     trained = {settings(command)["run.dir"]: settings(command) for command in views if command[0] == "sft"}
     sources = [trained[f"{RUN}/views.{row}-1"].get("model.views.source") for row in rows]
     assert sources == ["none", None, None, None, "ring", "top"]
-    assert trained[f"{RUN}/views.uniform-1"]["model.views.choice"] == "uniform"
+    choices = [trained[f"{RUN}/views.{row}-1"].get("model.views.choice") for row in rows]
+    assert choices == [None, None, "uniform", "uniform", "uniform", "uniform"]
     assert {values["model.views.encoder"] for values in trained.values()} == {f"{RUN}/dual"}
     assert made(proof(shell, "table10", SEEDS="1")) == both(
         *(f"encoders.{row}" for row in ("depth", "point", "full")), seeds="1"

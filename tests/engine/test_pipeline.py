@@ -2,19 +2,15 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from threedr1.datasets.scene import Sample
-from threedr1.datasets.scene_store import SceneStore
 from threedr1.engine import evaluate, grpo, sft
 from threedr1.engine.checkpoint import latest_checkpoint, list_checkpoints
 from threedr1.engine.config import load_config
-from threedr1.engine.data import ObservationCache
 from threedr1.engine.references import score_dataset
 from threedr1.engine.tracking import read_metrics
 from threedr1.models.scene_vlm import SceneVLM
@@ -195,6 +191,9 @@ def test_resuming_on_other_data_is_refused(sft_run, rooms_root, tmp_path):
 
 
 def test_views_of_a_caption_show_its_object_and_situations_count(sft_run, rooms_root):
+    from threedr1.datasets.scene import Sample
+    from threedr1.datasets.scene_store import SceneStore
+
     model = SceneVLM.from_pretrained(latest_checkpoint(sft_run) / "model")
     store = SceneStore(rooms_root / "prepared")
     observation = model.observe(store[store.scene_ids[0]])
@@ -210,26 +209,6 @@ def test_views_of_a_caption_show_its_object_and_situations_count(sft_run, rooms_
     for sample in asked:
         model.choose_views(sample, observation)
     assert {f"I sit. {question}", question} <= observation.choices.keys()
-
-
-def test_views_of_several_scenes_are_those_of_each(sft_run, rooms_root):
-    model = SceneVLM.from_pretrained(latest_checkpoint(sft_run) / "model")
-    store = SceneStore(rooms_root / "prepared")
-    scenes = store.scene_ids[:3]
-    alone = [model.view_pool(model.observe(store[scene], 5)) for scene in scenes]
-    asked = [Sample(scene, "qa", "own", scene, "What is here?", "") for scene in (*scenes, scenes[0])]
-    together = ObservationCache(store, model, seed=5).of(asked)
-    assert together[0] is together[3] and len({id(entry.pool) for entry in together}) == 3
-    for observation, expected in zip(together, alone, strict=False):
-        assert observation.pool is not None and observation.pool.names == expected.names
-        np.testing.assert_array_equal(observation.pool.images_VHW3, expected.images_VHW3)
-        np.testing.assert_array_equal(observation.pool.visible_VK, expected.visible_VK)
-        assert model.view_pool(observation) is observation.pool
-    empty = replace(store[scenes[0]], points_N3=np.zeros((0, 3), np.float32))
-    broken = replace(together[0], scene=empty, pool=None)
-    fresh = model.observe(store[scenes[1]], 5)
-    with pytest.raises(ValueError, match="has no points"):
-        model.view_pools([fresh, broken])
 
 
 def test_a_saved_model_answers_as_the_one_in_memory(sft_run, rooms_root):
