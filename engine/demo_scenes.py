@@ -253,7 +253,7 @@ def opened_scene(model: SceneVLM, scene: Scene, title: str) -> Opened:
     session = Session(model, scene)
     encoded = session.observation.encoded
     assert encoded is not None
-    classes_K = encoded.class_probs_KC[encoded.valid_K].argmax(-1).tolist()
+    classes_K = encoded.host_probs_nC.argmax(-1).tolist()
     objects_K7 = scene.to_world(encoded.proposals)
     return Opened(title, session, objects_K7, object_names(classes_K))
 

@@ -23,7 +23,7 @@ def detected_boxes(
     model = open_model(model_folder(model_path), device=device, language_model=language_model, multiview=multiview)
     with torch.no_grad():
         (encoded,) = model.encode([model.observe(scene)])
-    classes = encoded.class_probs_KC[encoded.valid_K, :NUM_CLASSES].argmax(1).tolist()
+    classes = encoded.host_probs_nC[:, :NUM_CLASSES].argmax(1).tolist()
     scores = encoded.objectness_K[encoded.valid_K].float().tolist()
     rows = scene.to_world(encoded.proposals).tolist()
     return ShownBoxes.from_rows(rows, [DETECTION_CLASSES[number] for number in classes], scores)

@@ -58,7 +58,7 @@ class SelectedViews:
             observation = self._observations[scene_id]
             (encoded,) = self._model.encode([observation])
             pool = self._model.view_pool(observation)
-            chosen = self._selector.select(question, pool, encoded.class_probs_KC[encoded.valid_K]).indices
+            chosen = self._selector.select(question, pool, encoded.host_probs_nC).indices
             return tuple(self._picture(scene_id, pool.names[row], pool.images_VHW3[row]) for row in chosen)
 
     def _picture(self, scene_id: str, name: str, image_HW3: object) -> bytes:

@@ -111,7 +111,7 @@ def _by_model(
     with torch.no_grad():
         (encoded,) = model.encode([observation])
         pool = model.view_pool(observation)
-    probs_KC = encoded.class_probs_KC[encoded.valid_K]
+    probs_KC = encoded.host_probs_nC
     return model.view_selector, pool, probs_KC, ["detected objects"]
 
 

@@ -20,7 +20,6 @@ from .common import Benchmark, Index, Inputs, of_each_scene
 from .inventory import COLORS, read_colors
 from .problems import Report
 
-NAME = "contents"
 PARTS = 3  # questions about some of the kinds, of a training scene
 COUNTS = "List the kinds of objects in the room, each with how many there are."
 COLORS_BY_KIND = "List the kinds of objects in the room, each with their colors."
