@@ -98,7 +98,7 @@ class DataConfig:
     weights: dict[str, float] = field(
         default_factory=dict
     )  # data set: turns of each sample in an epoch of sft or grpo
-    workers: int = 0  # processes that make the batches of detect, or write those of sft; 0: the process that trains
+    workers: int = 0  # processes that make batches of detect, or rows and views of sft; 0: the process that trains
     multiview: str = ""  # HDF5 file of multi-view features, where the encoder takes them
 
     def __post_init__(self):

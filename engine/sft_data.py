@@ -1,10 +1,12 @@
 """What supervised fine-tuning trains on: rows with their targets, batch by batch, made while the GPU computes."""
 
+import itertools
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -72,7 +74,7 @@ def write_targets(
     pointers: str,
     naming: Naming | None = None,
     shown: "ShownPart | None" = None,
-    writers: "Writers | None" = None,
+    helpers: "Helpers | None" = None,
 ) -> list[Taught]:
     """Rows with the targets that the samples teach.
 
@@ -85,16 +87,18 @@ def write_targets(
         naming: gives, by a sample's place, the generator that draws the names of its proposals, where the model has a
             pool of them; None: 0, 1, 2 …
         shown: how many proposals a sample is shown, drawn by the same generator; None: all.
-        writers: processes that write; None: this one.
+        helpers: processes that write, and make the views of new scenes; None: this one.
     """
     model.expect(samples)
+    if helpers is not None and model.view_selector is not None:
+        helpers.make_pools(model, observations)
     views = [model.choose_views(*pair) for pair in zip(samples, observations, strict=True)]
     unwritten = [
         Unwritten(sample, encoded.told, model.asked_box(sample, seen), model.view_grids(seen, chosen))
         for sample, seen, encoded, chosen in zip(samples, observations, model.encode(observations), views, strict=True)
     ]
-    if writers is not None:
-        written = writers.write(unwritten, pointers, naming, shown)
+    if helpers is not None:
+        written = helpers.write(unwritten, pointers, naming, shown)
     else:
         prompts, rngs = model.prompts, [None if naming is None else naming(place) for place in range(len(samples))]
         written = [write_target(prompts, *pair, pointers, shown) for pair in zip(unwritten, rngs, strict=True)]
@@ -130,8 +134,10 @@ def write_target(
     return Written(row, sample.answer, rows)
 
 
-class Writers:
-    """Processes that write the rows of batches. Each has scenes of its own, whose boxes it covers once.
+class Helpers:
+    """Processes that write the rows of batches, and make the candidate views of their scenes, on a CPU.
+
+    Each has scenes of its own, whose boxes it covers once.
 
     Args:
         prompts: the model's.
@@ -146,6 +152,19 @@ class Writers:
         for pool in self._pools:
             pool.submit(os.getpid)
 
+    def make_pools(self, model: SceneVLM, observations: Sequence[Observation]) -> None:
+        """Give the scenes their candidate views that have none yet.
+
+        Raises:
+            ValueError: a scene of which none can be made; a process was killed, or did not start.
+        """
+        new = list({id(seen): seen for seen in observations if seen.pool is None}.values())
+        turns = zip(itertools.cycle(self._pools), new, strict=False)
+        with _all_alive():
+            under_way = [pool.submit(model.pool_maker(seen), device="cpu") for pool, seen in turns]
+            for seen, future in zip(new, under_way, strict=True):
+                model.give_pool(seen, future.result())
+
     def write(
         self, unwritten: Sequence[Unwritten], pointers: str, naming: Naming | None, shown: "ShownPart | None"
     ) -> list[Written]:
@@ -158,23 +177,30 @@ class Writers:
         for place, its in enumerate(unwritten):
             parts[zlib.crc32(its.sample.scene_id.encode()) % len(parts)].append(place)
         written: dict[int, Written] = {}
-        try:
+        with _all_alive():
             under_way = [
                 pool.submit(_write_part, [unwritten[place] for place in places], places, pointers, naming, shown)
                 for pool, places in zip(self._pools, parts, strict=True)
             ]
             for places, future in zip(parts, under_way, strict=True):
                 written.update(zip(places, future.result(), strict=True))
-        except BrokenProcessPool:
-            raise ValueError(
-                "A process that writes batches was killed (memory?) or did not start; lower data.workers."
-            ) from None
         return [written[place] for place in range(len(unwritten))]
 
     def close(self) -> None:
         """Stop the processes, all at the same time: to wait for one after the other takes a second each."""
         with ThreadPoolExecutor(len(self._pools)) as closing:
             list(closing.map(lambda pool: pool.shutdown(cancel_futures=True), self._pools))
+
+
+@contextmanager
+def _all_alive() -> Iterator[None]:
+    """Say what a killed process means: ValueError, whether it is noticed when it is asked or when it should answer."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise ValueError(
+            "A process that makes batches was killed (memory?) or did not start; lower data.workers."
+        ) from None
 
 
 _adopted: list[PromptWriter] = []  # in a writing process: what it writes with
@@ -273,7 +299,7 @@ class Batches(Ahead[list[Taught]]):
         num_steps: of the run.
         naming: as in `write_targets`, by step and place; None: proposals are called in order.
         shown: as in `write_targets`, by step.
-        workers: processes that write; 0: this one.
+        workers: processes that write and make views; 0: this one.
         ahead: whether the thread is used; None decides.
     """
 
@@ -296,7 +322,7 @@ class Batches(Ahead[list[Taught]]):
         self.pointers = pointers
         self.naming = naming
         self.shown = shown
-        self._writers = Writers(model.prompts, workers) if workers else None
+        self._helpers = Helpers(model.prompts, workers) if workers else None
         selector = model.view_selector
         moved = model.train_scene_encoder or (selector is not None and selector.learns)
         if ahead is None:
@@ -313,16 +339,16 @@ class Batches(Ahead[list[Taught]]):
         naming = None if self.naming is None else partial(self.naming, step)
         shown = self.shown(step) if self.shown else None
         return write_targets(
-            model, samples, seen, pointers=self.pointers, naming=naming, shown=shown, writers=self._writers
+            model, samples, seen, pointers=self.pointers, naming=naming, shown=shown, helpers=self._helpers
         )
 
     def __enter__(self) -> "Batches":
         super().__enter__()
-        if self._writers is not None:
-            self._writers.start()
+        if self._helpers is not None:
+            self._helpers.start()
         return self
 
     def __exit__(self, *reason: object) -> None:
         super().__exit__(*reason)
-        if self._writers is not None:
-            self._writers.close()
+        if self._helpers is not None:
+            self._helpers.close()

@@ -6,8 +6,9 @@ encoder is frozen its output is computed once for each scene.
 Shapes: B scenes, K proposals, T encoder tokens, E encoder width, N points, F features, V views, k chosen views.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -119,30 +120,37 @@ class SceneObserver(nn.Module):
     # -- views -----------------------------------------------------------------------------------------------------
 
     def view_pool(self, observation: Observation) -> ViewPool:
-        """The scene's candidate views, made once.
+        """The scene's candidate views, made once."""
+        if observation.pool is None:
+            self.give_pool(observation, self.pool_maker(observation)(device=self.device))
+        assert observation.pool is not None
+        return observation.pool
+
+    def pool_maker(self, observation: Observation) -> Callable[..., ViewPool]:
+        """What makes the scene's candidate views on a `device`; it pickles, so that another process may call it.
 
         Cameras look for what the encoder detected. While the encoder trains, its detections move; then the pool is
         made from the points alone, so that it is the same at every step and after a resume.
         """
-        if observation.pool is None:
-            boxes_K7 = np.zeros((0, 7), dtype=np.float32)
-            if not self.train_scene_encoder:
-                boxes_K7 = observation.scene.to_world(self.encode([observation])[0].proposals)
-            build = build_view_pool if self.view_cache is None else self.view_cache.pool
-            observation.pool = build(
-                observation.scene,
-                source=self.settings.view_source,  # type: ignore[arg-type]
-                num_candidates=self.settings.num_candidates,
-                image_size=(self.settings.view_size, self.settings.view_size),
-                seed=observation.seed,
-                boxes_K7=boxes_K7,
-                device=self.device,
-            )
-            selector = self.view_selector
-            if self.view_cache is not None and selector is not None and selector.encoder.has_images:
-                name = selector.encoder_name
-                self.view_cache.embed(observation.scene.scene_id, observation.pool, selector.encoder, name)
-        return observation.pool
+        boxes_K7 = np.zeros((0, 7), dtype=np.float32)
+        if not self.train_scene_encoder:
+            boxes_K7 = observation.scene.to_world(self.encode([observation])[0].proposals)
+        return partial(
+            build_view_pool if self.view_cache is None else self.view_cache.pool,
+            observation.scene,
+            source=self.settings.view_source,
+            num_candidates=self.settings.num_candidates,
+            image_size=(self.settings.view_size, self.settings.view_size),
+            seed=observation.seed,
+            boxes_K7=boxes_K7,
+        )
+
+    def give_pool(self, observation: Observation, pool: ViewPool) -> None:
+        """Let a scene keep its candidate views, with their embeddings where those are on disk."""
+        observation.pool = pool
+        selector = self.view_selector
+        if self.view_cache is not None and selector is not None and selector.encoder.has_images:
+            self.view_cache.embed(observation.scene.scene_id, pool, selector.encoder, selector.encoder_name)
 
     def choose_views(self, sample: Sample, observation: Observation) -> list[int]:
         """Indices of the views selected for a sample in the scene's pool, best first.

@@ -88,6 +88,10 @@ class ViewCache:
         self._known: tuple[Encoder, str] | None = None  # the last encoder and its fingerprint
         self._writable = True
 
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        """Another process gets the folder, not the encoder."""
+        return type(self), (self.folder,)
+
     def pool(
         self,
         scene: Scene,

@@ -127,7 +127,7 @@ def test_processes_write_the_batches_that_one_writes(rooms_root, pointers, drawn
         )
         with batches:
             made = [taught for step in range(2) for taught in batches[step]]
-            pools = batches._writers._pools if workers else []
+            pools = batches._helpers._pools if workers else []
             running = [process for pool in pools for process in pool._processes.values()]
         assert len(running) == workers and not any(process.is_alive() for process in running)
         shown = [taught.observation.encoded.named.tolist() for taught in made]
@@ -144,7 +144,7 @@ def test_a_killed_writing_process_is_told(model, rooms_root):  # noqa: F811
     batches = batches_of(model, ObservationCache(store, model, seed=0), samples[:2], pointers="name", workers=1)
     with batches:
         assert len(batches[0]) == 2
-        (pool,) = batches._writers._pools
+        (pool,) = batches._helpers._pools
         (process,) = pool._processes.values()
         process.kill()
         process.join()

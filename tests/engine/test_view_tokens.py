@@ -15,13 +15,15 @@ from threedr1.engine import grpo, sft
 from threedr1.engine.build import build_model
 from threedr1.engine.checkpoint import latest_checkpoint, list_checkpoints
 from threedr1.engine.config import load_config
+from threedr1.engine.data import ObservationCache, load_split
 from threedr1.engine.grpo_packs import make_packs
 from threedr1.engine.rollout import roll_out, write_prompts
 from threedr1.engine.sft import sft_loss
-from threedr1.engine.sft_data import write_targets
+from threedr1.engine.sft_data import Batches, write_targets
 from threedr1.engine.tracking import read_metrics
 from threedr1.models.inputs import SCENE, VIEW_DEPTH, VIEW_IMAGE
 from threedr1.models.scene_vlm import SceneVLM
+from threedr1.models.view_cache import ViewCache
 from threedr1.models.view_tokens import DEPTH_CELLS, IMAGE_FEATURES
 
 from ..models.test_view_selector import write_dual_encoder
@@ -309,3 +311,42 @@ def test_the_recipes_differ_only_in_what_table_10_names():
         language = replace(model.language, num_proposals=64, num_layout_tokens=32, object_token=True)
         assert replace(model, views=views, language=language, depth=full.depth) == full
         assert replace(config, run=configs["full"].run, model=full) == configs["full"]
+
+
+@pytest.mark.parametrize("kept_on_disk", [False, True])
+def test_processes_make_the_views_that_one_makes(rooms_root, encoders, tmp_path, kept_on_disk):
+    config = sft_config(rooms_root, "unused", "data.datasets=scanqa")
+    samples, store = load_split(config.data, "train", 0)
+    its = samples[:: max(len(samples) // 6, 1)]
+    assert len({sample.scene_id for sample in its}) > 1
+
+    def made_by(workers: int) -> tuple[list, list[dict]]:
+        model = build(rooms_root, *both(encoders))
+        cache = ObservationCache(store, model, seed=0)
+        if kept_on_disk:
+            model.view_cache = ViewCache(tmp_path / str(workers))
+        with Batches(model, lambda _: its, cache, pointers="name", num_steps=1, workers=workers) as batches:
+            taught = batches[0]
+        pools = [vars(cache[sample.scene_id].pool) for sample in its]
+        written = sorted(path.name for path in (tmp_path / str(workers)).glob("*.pool.npz"))
+        assert len(written) == (len({sample.scene_id for sample in its}) if kept_on_disk else 0)
+        return [(entry.row, entry.views) for entry in taught], pools
+
+    (rows, pools), (expected_rows, expected_pools) = made_by(2), made_by(0)
+    assert rows == expected_rows and all(len(views) == 2 for _, views in rows)
+    for pool, expected in zip(pools, expected_pools, strict=True):
+        assert pool["names"] == expected["names"] and len(pool["names"]) == 4
+        for name in ("images_VHW3", "visible_VK", "coverage_VS", "points_N3", "seen_VN"):
+            assert np.array_equal(pool[name], expected[name]), name
+        for camera, other in zip(pool["cameras"], expected["cameras"], strict=True):
+            assert np.array_equal(camera.pose_44, other.pose_44)
+
+
+def test_a_scene_without_the_views_asked_for_is_told_from_the_process(rooms_root, encoders):
+    model = build(rooms_root, *both(encoders, "model.views.source=posed"))
+    samples, store = load_split(sft_config(rooms_root, "unused", "data.datasets=scanqa").data, "train", 0)
+    cache = ObservationCache(store, model, seed=0)
+    batches = Batches(model, lambda _: samples[:1], cache, pointers="name", num_steps=1, workers=1)
+    cache[samples[0].scene_id].scene.frames = []
+    with batches, pytest.raises(ValueError, match="has no posed frames"):
+        batches[0]
