@@ -24,9 +24,9 @@ def retrieval(encoder: Encoder, rooms: Sequence[RoomPictures], nouns: Sequence[s
     known = known_nouns([entry.room for entry in rooms])
     firsts, chances, areas, crops = [], [], [], []
     nouns = list(nouns)
-    nouns_ND = encoder.embed_texts(nouns).numpy()
+    nouns_ND = encoder.embed_texts(nouns).cpu().numpy()
     for entry in rooms:
-        views_VD = encoder.embed_images(list(entry.images_VSS3)).numpy()
+        views_VD = encoder.embed_images(list(entry.images_VSS3)).cpu().numpy()
         share_VK = np.stack([shares(owner_SS, len(entry.room.objects)) for owner_SS in entry.owners_VSS])
         for score_V, truth_V in _asked(encoder, entry, known, views_VD, share_VK):
             firsts.append(truth_V[score_V.argmax()] == 1)
@@ -58,7 +58,7 @@ def _asked(encoder: Encoder, entry: RoomPictures, known: frozenset[str], views_V
     """Scores and truth [V] of every `Where is the …?` that some view answers and some does not."""
     objects = entry.room.objects
     keys = sorted({(thing.label, thing.color) for thing in objects})
-    texts_TD = encoder.embed_texts([f"Where is the {color} {label}?" for label, color in keys]).numpy()
+    texts_TD = encoder.embed_texts([f"Where is the {color} {label}?" for label, color in keys]).cpu().numpy()
     for text_D, key in zip(texts_TD, keys, strict=True):
         of_K = np.array([fits(thing, key, known) for thing in objects])
         most_V = share_VK[:, of_K].max(1)
@@ -87,6 +87,6 @@ def _crops(
             right.append([row for row, noun in enumerate(nouns) if noun in nouns_of(thing, known)])
     if not pictures:
         return []
-    score_nN = encoder.embed_images(pictures).numpy() @ nouns_ND.T
+    score_nN = encoder.embed_images(pictures).cpu().numpy() @ nouns_ND.T
     ranks = (-score_nN).argsort(1).argsort(1)
     return [int(rank_N[rows].min()) for rank_N, rows in zip(ranks, right, strict=True) if rows]

@@ -75,9 +75,10 @@ after() {
 
 # side_by_side NAME…: every model for every seed, as many at once as there are places, what they print marked.
 side_by_side() {
-    local devices places name seed place=0 failed=0 running=()
+    local devices places threads name seed place=0 failed=0 running=()
     mapfile -t devices < <(gpus)
     places=$((${AT_ONCE:-3} * (${#devices[@]} > 0 ? ${#devices[@]} : 1)))
+    threads=$(($(getconf _NPROCESSORS_ONLN) / places))
     for name; do
         for seed in "${seeds[@]}"; do
             while [[ -n "${running[place]:-}" ]] && kill -0 "${running[place]}" 2>/dev/null; do
@@ -87,6 +88,8 @@ side_by_side() {
             if [[ -n "${running[place]:-}" ]]; then wait "${running[place]}" || failed=1; fi
             (
                 if ((${#devices[@]})); then export CUDA_VISIBLE_DEVICES="${devices[place % ${#devices[@]}]}"; fi
+                # or each waits with as many threads as there are cores for those of all the others
+                export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}"
                 make "$name" "$seed" 2>&1 | tr '\r' '\n' | sed -u "/^ *$/d; s/^/[$name-$seed] /"
             ) &
             running[place]=$!

@@ -10,7 +10,7 @@ import torch
 
 from threedr1 import main as cli
 from threedr1.datasets.rooms import generate_room
-from threedr1.engine.dual import TrainingSet, cell_batch, cell_loss, fit_images, fit_texts, text_batch
+from threedr1.engine.dual import TrainingSet, cell_batch, cell_loss, fit_images, fit_texts, text_batch, train_dual
 from threedr1.engine.dual_data import (
     SHOWN,
     cell_owners,
@@ -193,3 +193,14 @@ def test_the_command_trains_tests_and_repeats(tmp_path, capsys):
     assert torch.equal(*found)
     assert "view_auc" in capsys.readouterr().out
     assert pytest.approx(100 / 224**2, abs=1e-5) == SHOWN
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_it_is_trained_and_tested_alike(tmp_path):
+    found = [
+        train_dual(tmp_path / device, rooms=1, held_out=1, steps=2, seed=3, device=device)["held_out"]
+        for device in ("cuda", "cpu")
+    ]
+    assert found[0]["questions"] == found[1]["questions"] > 5 and found[0]["crops"] == found[1]["crops"] > 5
+    assert all(0 <= found[0][key] <= 1 for key in ("view_first", "view_auc", "crop_first", "crop_five"))

@@ -163,6 +163,11 @@ def scene() -> Scene:
     return make_scene()
 
 
+@pytest.fixture(scope="module")
+def pool(scene) -> ViewPool:
+    return build_view_pool(scene, source="rendered", num_candidates=16, image_size=(48, 48))
+
+
 def one_hot(scene: Scene) -> torch.Tensor:
     return torch.nn.functional.one_hot(torch.from_numpy(scene.class_ids_K).long(), NUM_CLASSES).float()
 
@@ -406,10 +411,6 @@ def text_selector(minilm, **options) -> ViewSelector:
 
 
 class TestViewSelector:
-    @pytest.fixture(scope="class")
-    def pool(self, scene) -> ViewPool:
-        return build_view_pool(scene, source="rendered", num_candidates=16, image_size=(48, 48))
-
     def test_selected_views_show_what_is_asked_for(self, scene, pool, minilm):
         selector = text_selector(minilm, num_views=3)
         for column, name in enumerate(["chair", "bed", "bookshelf"]):
