@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..utils.metrics.seeds import Estimate, difference_over_seeds, over_seeds
-from ..visualization.curves import Panel, draw_panels
-from ._proof_runs import Curve, Run
+from ..visualization.curves import Curve, Panel, draw_panels
+from ._proof_runs import Run
 
 HEADLINE = ("scanrefer/Acc@0.25", "nr3d/Acc@0.25", "scanqa/EM", "sqa3d/EM")
 TASKS = {
@@ -231,24 +231,33 @@ def curves_of(runs: Sequence[Run], names: Mapping[str, str], metric: str) -> dic
 
 def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
     """The pictures by file name; those without any curve are left out."""
-    detect, trained = {"detect": "scene encoder"}, {"blind": "blind", "sft": "SFT"}
+
+    def of_encoder(name: str) -> list[Panel]:
+        its = {name: "scene encoder"}
+        found = {metric: curves_of(runs, its, metric).get("scene encoder", []) for metric in ("map25", "map50")}
+        return [
+            Panel("loss of the scene encoder", curves_of(runs, its, "loss")),
+            Panel("mAP, held-out", {metric: curves for metric, curves in found.items() if curves}),
+        ]
+
+    def of_models(names: Mapping[str, str], grounding: str = "scanrefer") -> list[Panel]:
+        return [
+            Panel("loss, training", curves_of(runs, names, "loss")),
+            Panel("grounding Acc@0.25, held-out", curves_of(runs, names, f"eval/{grounding}/Acc@0.25")),
+            Panel("questions EM, held-out", curves_of(runs, names, "eval/scanqa/EM")),
+        ]
+
     found = {
-        "detect.png": [
-            Panel("loss of the scene encoder", curves_of(runs, detect, "loss")),
-            Panel(
-                "mAP on held-out rooms",
-                {name: curves_of(runs, detect, name).get("scene encoder", []) for name in ("map25", "map50")},
-            ),
-        ],
-        "sft.png": [
-            Panel("loss, training", curves_of(runs, trained, "loss")),
-            Panel("grounding Acc@0.25, held-out", curves_of(runs, trained, "eval/scanrefer/Acc@0.25")),
-            Panel("questions EM, held-out", curves_of(runs, trained, "eval/scanqa/EM")),
-        ],
+        "detect.png": of_encoder("detect"),
+        "align.png": of_models({"align": "align"}),
+        "sft.png": of_models({"blind": "blind", "sft": "SFT"}),
         "grpo.png": [
             Panel(f"reward, {name}", curves_of(runs, {"grpo": "all three rewarded"}, f"rewards/{name}/mean"))
             for name in ("format", "perception", "semantic", "combined")
         ],
+        "views.png": of_models(VIEWS),
+        "encoders.png": of_models(ENCODERS),
+        "real.png": [*of_encoder("real-detect"), *of_models(REAL, "scanrefer_targets")],
     }
     kept = {name: [panel for panel in row if any(panel.curves.values())] for name, row in found.items()}
     return {name: row for name, row in kept.items() if row}
@@ -296,13 +305,27 @@ def render(runs: Sequence[Run], findings: str = "") -> str:
 
     lines = [INTRODUCTION, "## Blind, SFT, GRPO", "", *table(runs, MAIN, everything, "model"), "", *demands(runs)]
     lines += thoughts(runs)
+    lines += ["", "While they train; a thick line is the mean of the runs."]
+    lines += picture("detect.png", "Loss and mAP of the scene encoder while it is pre-trained")
+    lines += picture("align.png", "Loss and held-out grounding while the model learns what names stand for (align)")
     lines += picture("sft.png", "Loss and held-out scores while training: of the scene, and blind")
     lines += picture("grpo.png", "Rewards by component while GRPO trains")
-    lines += picture("detect.png", "Loss and mAP of the scene encoder while it is pre-trained")
-    for title, names, base, note in (
-        ("Rewards alone and in pairs (the paper's table 7)", REWARDS, "sft", REWARDS_NOTE),
-        ("Selection of views (table 8)", VIEWS, "views.ours", VIEWS_NOTE),
-        ("Encoders one by one (table 10)", ENCODERS, "views.ours", ENCODERS_NOTE),
+    for title, names, base, note, shown_by in (
+        ("Rewards alone and in pairs (the paper's table 7)", REWARDS, "sft", REWARDS_NOTE, []),
+        (
+            "Selection of views (table 8)",
+            VIEWS,
+            "views.ours",
+            VIEWS_NOTE,
+            picture("views.png", "Loss and held-out scores by choice of views"),
+        ),
+        (
+            "Encoders one by one (table 10)",
+            ENCODERS,
+            "views.ours",
+            ENCODERS_NOTE,
+            picture("encoders.png", "Loss and held-out scores by encoders"),
+        ),
     ):
         lines += [
             "",
@@ -312,9 +335,11 @@ def render(runs: Sequence[Run], findings: str = "") -> str:
             "",
             *table(runs, names, everything, "model"),
             *differences(runs, names, base, HEADLINE),
+            *shown_by,
         ]
     lines += ["", "## Real scans", "", REAL_INTRODUCTION, *table(runs, REAL, tuple(REAL_TASKS), "model")]
     lines += differences(runs, REAL, "real.blind", tuple(REAL_TASKS))
+    lines += picture("real.png", "The same of real scans: scene encoder, model and blind model")
     if findings:
         lines += ["", findings.strip()]
     lines += ["", "## How it was measured", "", *provenance(runs)]

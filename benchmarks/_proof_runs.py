@@ -16,6 +16,7 @@ from ..engine.tracking import STARTS
 from ..utils.files import read_log, write_whole
 from ..utils.metrics.score import score_predictions
 from ..utils.predictions import Prediction, read_predictions
+from ..visualization.curves import Curve, matching, read_curve
 from ._proof_thoughts import told
 from .results import rounded
 
@@ -40,8 +41,6 @@ CURVES = (
     "rewards/*/mean",
 )
 _MOST_POINTS = 60
-
-Curve = tuple[list[float], list[float]]  # steps, values
 
 
 @dataclass
@@ -89,8 +88,6 @@ def thinned(curve: Curve, most: int = _MOST_POINTS) -> Curve:
 
 def curves_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     """The kept curves out of rows of a metrics.jsonl."""
-    from ..visualization.curves import matching, read_curve
-
     names = [name for pattern in CURVES for name in matching(rows, pattern)]
     return {name: thinned(read_curve(rows, name)) for name in names}
 

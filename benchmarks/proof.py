@@ -16,11 +16,13 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def collect_all(run: Path, folder: Path) -> list[Path]:
-    """Keep every evaluated run below the proof's folder, and the scene encoder's curves; returns what was written."""
+    """Keep every evaluated run below the proof's folder, and the curves of others; returns what was written."""
     from ._proof_runs import collect, write_run
 
     written = []
-    for label, trained in (("detect-0", "detect"), ("real-detect-0", "real-detect")):
+    unscored = {"detect-0": "detect", "real-detect-0": "real-detect"}
+    unscored |= {path.name: path.name for path in sorted(run.glob("align-*"))}
+    for label, trained in unscored.items():
         if finished(run, trained):
             written.append(write_run(collect(label, run / "eval" / label, run / trained), folder))
     for evaluated in sorted((run / "eval").glob("*")):

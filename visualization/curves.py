@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+Curve = tuple[list[float], list[float]]  # steps, values
 _STYLES = ("-", "--", ":")  # for more curves than there are colours
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes of a picture: by label the curves of one kind, (steps, values) of each run, which share a colour."""
+    """Axes of a picture: by label the curves of one kind, one of each run, which share a colour."""
 
     title: str
-    curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]
+    curves: Mapping[str, Sequence[Curve]]
 
 
 def draw_panels(panels: Sequence[Panel], path: str | Path) -> Path:
-    """Panels side by side as a PNG."""
+    """Panels side by side as a PNG: runs of one label in thin lines, and their mean in a thick one."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -30,8 +31,10 @@ def draw_panels(panels: Sequence[Panel], path: str | Path) -> Path:
     )
     for axis, panel in zip(axes[0], panels, strict=True):
         for number, (label, runs) in enumerate(panel.curves.items()):
-            for run, (steps, values) in enumerate(runs):
-                axis.plot(steps, values, color=f"C{number % 10}", linewidth=1.2, label=label if run == 0 else None)
+            color = f"C{number % 10}"
+            for steps, values in runs if len(runs) > 1 else []:
+                axis.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
+            axis.plot(*mean_curve(runs), color=color, linewidth=1.6, label=label)
         axis.set_title(panel.title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
@@ -43,7 +46,14 @@ def draw_panels(panels: Sequence[Panel], path: str | Path) -> Path:
     return Path(path)
 
 
-def read_curve(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """The mean of some curves at the steps that all of them have, in order."""
+    values_of = [dict(zip(*curve, strict=True)) for curve in curves]
+    shared = sorted(set.intersection(*(set(values) for values in values_of))) if values_of else []
+    return shared, [sum(values[step] for values in values_of) / len(values_of) for step in shared]
+
+
+def read_curve(rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
     """Steps and values of one metric; rows without it are left out."""
     found = [(float(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
     return [step for step, _ in found], [value for _, value in found]
