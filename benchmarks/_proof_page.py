@@ -305,7 +305,8 @@ def render(runs: Sequence[Run], findings: str = "") -> str:
 
     lines = [INTRODUCTION, "## Blind, SFT, GRPO", "", *table(runs, MAIN, everything, "model"), "", *demands(runs)]
     lines += thoughts(runs)
-    lines += ["", "While they train; a thick line is the mean of the runs."]
+    if pictures:
+        lines += ["", "In pictures of training a thick line is the mean of the runs."]
     lines += picture("detect.png", "Loss and mAP of the scene encoder while it is pre-trained")
     lines += picture("align.png", "Loss and held-out grounding while the model learns what names stand for (align)")
     lines += picture("sft.png", "Loss and held-out scores while training: of the scene, and blind")

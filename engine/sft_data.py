@@ -32,7 +32,7 @@ from .runtime import Runtime, batch_positions
 Naming = Callable[[int], np.random.Generator]  # by a sample's place
 
 _NAME_STREAM = 14  # name of a random stream
-_KEPT_SCENES = 8192  # whose boxes a writing process remembers
+_KEPT_SCENES = 8192  # whose boxes a helper remembers
 
 
 class Taught(NamedTuple):
@@ -137,7 +137,7 @@ def write_target(
 class Helpers:
     """Processes that write the rows of batches, and make the candidate views of their scenes, on a CPU.
 
-    Each has scenes of its own, whose boxes it covers once.
+    Each writes about scenes of its own, whose boxes it covers once; views are made in turn.
 
     Args:
         prompts: the model's.
@@ -203,7 +203,7 @@ def _all_alive() -> Iterator[None]:
         ) from None
 
 
-_adopted: list[PromptWriter] = []  # in a writing process: what it writes with
+_adopted: list[PromptWriter] = []  # in a helper: what it writes with
 
 
 def _adopt(prompts: PromptWriter) -> None:
@@ -212,7 +212,7 @@ def _adopt(prompts: PromptWriter) -> None:
 
 @lru_cache(maxsize=_KEPT_SCENES)
 def _kept(boxes: bytes) -> NamedProposals:
-    """In a writing process: the named proposals of a scene, with what is known of them."""
+    """In a helper: the named proposals of a scene, with what is known of them."""
     return NamedProposals(np.frombuffer(boxes, dtype=np.float32).reshape(-1, 7).copy())
 
 

@@ -137,7 +137,7 @@ class SceneObserver(nn.Module):
             boxes_K7 = observation.scene.to_world(self.encode([observation])[0].proposals)
         return partial(
             build_view_pool if self.view_cache is None else self.view_cache.pool,
-            observation.scene,
+            replace(observation.scene),  # without its normals, which are not sent
             source=self.settings.view_source,
             num_candidates=self.settings.num_candidates,
             image_size=(self.settings.view_size, self.settings.view_size),

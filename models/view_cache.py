@@ -14,7 +14,8 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,9 @@ class ViewCache:
         self._known: tuple[Encoder, str] | None = None  # the last encoder and its fingerprint
         self._writable = True
 
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
-        """Another process gets the folder, not the encoder."""
-        return type(self), (self.folder,)
+    def __reduce__(self) -> tuple[Callable[[Path], "ViewCache"], tuple[Path]]:
+        """Another process has one of its own for the folder: encoders stay here, and what is said is said once."""
+        return _of_folder, (self.folder,)
 
     def pool(
         self,
@@ -109,8 +110,7 @@ class ViewCache:
             "num_candidates": num_candidates,
             "image_size": tuple(image_size),
             "seed": seed,
-            "device": torch.device(device).type,  # another kind of device rounds otherwise
-        }
+        }  # not the device: a kind of its own rounds otherwise, and views made on another show the same
         key = pool_key(scene, settings, boxes_K7)
         path = self._path(scene.scene_id, "pool")
         arrays = self._read(path, key, _POOL_ARRAYS)
@@ -176,6 +176,11 @@ class ViewCache:
         except OSError as error:
             self._writable = False
             _log.warning("%s cannot be written (%s): views are rendered and embedded at each start.", path, error)
+
+
+@cache
+def _of_folder(folder: Path) -> ViewCache:
+    return ViewCache(folder)
 
 
 _POOL_ARRAYS = {"images", "poses", "intrinsics", "names", "visible", "coverage", "points", "seen"}

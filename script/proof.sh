@@ -29,7 +29,8 @@
 #   REAL=folder                  scannet_instances/, scannet/ and annotations/ of real scans (benchmarks/real_split.py)
 #   ROOMS=2500 HELD_OUT=200      generated rooms
 #   PICTURED=64 PICTURE_STEPS=2000   rooms and steps of the encoder of pictures (tables 8 and 10)
-#   SET="run.steps=20"           overrides of every training stage;  EVAL_SET= of every evaluation
+#   SET="run.steps=20"           overrides of every training stage;  EVAL_SET= of every evaluation. On a CPU that does
+#                                not multiply in bfloat16 model.language.dtype=float32 is ten times as fast
 #   SHAPE=tiny                   size of the model (main.py tiny --shape);  RECIPES=script/recipes/proof
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -75,10 +76,11 @@ after() {
 
 # side_by_side NAME…: every model for every seed, as many at once as there are places, what they print marked.
 side_by_side() {
-    local devices places threads name seed place=0 failed=0 running=()
+    local devices places runs threads name seed place=0 failed=0 running=()
     mapfile -t devices < <(gpus)
     places=$((${AT_ONCE:-3} * (${#devices[@]} > 0 ? ${#devices[@]} : 1)))
-    threads=$(($(getconf _NPROCESSORS_ONLN) / places))
+    runs=$(($# * ${#seeds[@]}))
+    threads=$(($(getconf _NPROCESSORS_ONLN) / (runs < places ? runs : places)))
     for name; do
         for seed in "${seeds[@]}"; do
             while [[ -n "${running[place]:-}" ]] && kill -0 "${running[place]}" 2>/dev/null; do

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -161,11 +162,15 @@ def test_runs_are_collected_from_predictions_and_metrics(tmp_path, capsys):
             proof.main(["--collect", str(tmp_path), "--docs", str(docs)])
         assert "left out: sft-1" in capsys.readouterr().out
     (stages / "eval-sft-1.done").write_text("key 7 100\n")
+    for name in ("align-1", "align-2"):  # kept once it is finished, though it is not scored
+        shutil.copytree(trained, tmp_path / name)
+    (stages / "align-1.done").write_text("key 4 90\n")
     assert proof.main(["--collect", str(tmp_path), "--docs", str(docs)]) == 0
     shown = readme.read_text()
     assert "old" not in shown and shown.startswith("# It\n\n<!-- proof:begin") and shown.endswith("-->\n\n## More\n")
     assert "| SFT | 1 | 33.3 (" in shown and "Small-scale" in shown
-    assert (docs / "proof" / "runs" / "sft-1.json").exists() and (docs / "proof" / "sft.png").stat().st_size > 5000
+    assert {path.name for path in (docs / "proof" / "runs").iterdir()} == {"sft-1.json", "align-1.json"}
+    assert (docs / "proof" / "align.png").exists() and (docs / "proof" / "sft.png").stat().st_size > 5000
     assert (docs / "proof.md").read_text() == proof.page(docs)
     (docs / "proof" / "findings.md").write_text("## Findings\n\nWhat was found.\n")
     assert "\n## Findings\n\nWhat was found.\n\n## How it was measured" in proof.page(docs)

@@ -313,23 +313,40 @@ def test_the_recipes_differ_only_in_what_table_10_names():
         assert replace(config, run=configs["full"].run, model=full) == configs["full"]
 
 
-@pytest.mark.parametrize("kept_on_disk", [False, True])
-def test_processes_make_the_views_that_one_makes(rooms_root, encoders, tmp_path, kept_on_disk):
+@pytest.mark.parametrize(
+    ("kept_on_disk", "trains"),
+    [(False, False), (True, False), (False, True)],
+    ids=["kept", "on disk", "encoder trains"],
+)
+def test_processes_make_the_views_that_one_makes(rooms_root, encoders, tmp_path, monkeypatch, kept_on_disk, trains):
     config = sft_config(rooms_root, "unused", "data.datasets=scanqa")
     samples, store = load_split(config.data, "train", 0)
     its = samples[:: max(len(samples) // 6, 1)]
-    assert len({sample.scene_id for sample in its}) > 1
+    scenes = {sample.scene_id for sample in its}
+    assert len(scenes) > 1
+    made_here = []
+    monkeypatch.setattr(
+        SceneVLM,
+        "view_pool",
+        lambda self, observation, plain=SceneVLM.view_pool: (
+            made_here.append(observation.pool is None) or plain(self, observation)
+        ),
+    )
 
     def made_by(workers: int) -> tuple[list, list[dict]]:
         model = build(rooms_root, *both(encoders))
+        if trains:
+            model.set_trainable(language="none", connector=True, scene_encoder=True)
         cache = ObservationCache(store, model, seed=0)
         if kept_on_disk:
             model.view_cache = ViewCache(tmp_path / str(workers))
+        made_here.clear()
         with Batches(model, lambda _: its, cache, pointers="name", num_steps=1, workers=workers) as batches:
             taught = batches[0]
-        pools = [vars(cache[sample.scene_id].pool) for sample in its]
+        assert sum(made_here) == (0 if workers and not trains else len(scenes))
+        pools = [vars(entry.observation.pool) for entry in taught]
         written = sorted(path.name for path in (tmp_path / str(workers)).glob("*.pool.npz"))
-        assert len(written) == (len({sample.scene_id for sample in its}) if kept_on_disk else 0)
+        assert len(written) == (len(scenes) if kept_on_disk else 0)
         return [(entry.row, entry.views) for entry in taught], pools
 
     (rows, pools), (expected_rows, expected_pools) = made_by(2), made_by(0)
@@ -348,5 +365,18 @@ def test_a_scene_without_the_views_asked_for_is_told_from_the_process(rooms_root
     cache = ObservationCache(store, model, seed=0)
     batches = Batches(model, lambda _: samples[:1], cache, pointers="name", num_steps=1, workers=1)
     cache[samples[0].scene_id].scene.frames = []
-    with batches, pytest.raises(ValueError, match="has no posed frames"):
+    with batches, pytest.raises(ValueError, match="has no posed frames") as told:
         batches[0]
+    assert type(told.value.__cause__).__name__ == "_RemoteTraceback"
+
+
+def test_another_process_says_once_that_views_cannot_be_kept(rooms_root, encoders, tmp_path, capfd):
+    (tmp_path / "views").touch()
+    model = build(rooms_root, *both(encoders))
+    samples, store = load_split(sft_config(rooms_root, "unused", "data.datasets=scanqa").data, "train", 0)
+    its = list({sample.scene_id: sample for sample in samples}.values())
+    cache = ObservationCache(store, model, seed=0)
+    model.view_cache = ViewCache(tmp_path / "views")
+    with Batches(model, lambda _: its, cache, pointers="name", num_steps=1, workers=1) as batches:
+        assert len(batches[0]) == len(its) > 1
+    assert capfd.readouterr().err.count(".pool.npz cannot be written") == 1
