@@ -93,12 +93,13 @@ def test_the_whole_proof_in_small(checkout):
     printed = run(checkout, "page").stdout
     docs = checkout / "docs"
     kept = {path.stem for path in (docs / "proof" / "runs").glob("*.json")}
-    assert kept == {"detect-0", "sft-0", "blind-0", "grpo-0", "views.ring-0"}
+    assert kept == {"detect-0", "align-0", "sft-0", "blind-0", "grpo-0", "views.ring-0"}
     scores = json.loads((docs / "proof" / "runs" / "sft-0.json").read_text())["scores"]
     assert {"scanrefer/Acc@0.25", "nr3d/Acc@0.25", "scanqa/EM", "sqa3d/EM", "planning/CIDEr"} <= set(scores)
     page = (docs / "proof.md").read_text()
     assert page == proof.page(docs) and "| SFT + GRPO | 1 |" in page and "| ring | 1 |" in page
-    assert {path.name for path in (docs / "proof").glob("*.png")} == {"detect.png", "sft.png", "grpo.png"}
+    pictures = {path.stem for path in (docs / "proof").glob("*.png")}
+    assert pictures == {"detect", "align", "sft", "grpo", "views"}
     assert "| SFT | 1 |" in printed and "| SFT | 1 |" in (checkout / "README.md").read_text()
     assert "SET='run.steps=2" in page
 
