@@ -114,7 +114,8 @@ def launch(scenes: DemoScenes, host: str, port: int) -> tuple[Any, str]:
 
 
 def stop(page: Any, scenes: DemoScenes) -> None:
-    """Stop serving, and wait for what the model is doing: a thread that is in torch as the process ends aborts it."""
+    """Stop serving, and wait for what is being done: a thread that is in torch as the process ends aborts it."""
     page.close(verbose=False)
+    scenes.openings.end()
     with scenes.lock:
         pass

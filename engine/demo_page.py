@@ -219,7 +219,9 @@ class Page:
         """Opens a scene in the place of the one that is open."""
 
         def opening(wanted: Any, before: str | None) -> Values:
-            with InWords():
+            with InWords(), self.scenes.openings.begin() as may_begin:
+                if not may_begin:
+                    return {self.status: notice("The demo is being stopped.")}
                 try:
                     key = open_scene(wanted)
                 except ValueError as error:

@@ -14,7 +14,7 @@ import threading
 import time
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,6 +110,37 @@ class Shelf:
         """Put a scene away, if it is there."""
         with self._lock:
             self._kept.pop(key or "", None)
+
+
+class Openings:
+    """Counts the scenes that are being opened, so that the process can wait for them before it ends. Thread-safe.
+
+    The framework's threads do not outlive the process, and one that is in torch as it ends aborts it.
+    """
+
+    def __init__(self):
+        self._changed = threading.Condition()
+        self._under_way = 0
+        self._ended = False
+
+    @contextlib.contextmanager
+    def begin(self) -> Iterator[bool]:
+        """A block in which a scene is opened and drawn; False where none may be begun any more."""
+        with self._changed:
+            may_begin = not self._ended
+            self._under_way += may_begin
+        try:
+            yield may_begin
+        finally:
+            with self._changed:
+                self._under_way -= may_begin
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        """Let no further one begin, and wait for those that are under way."""
+        with self._changed:
+            self._ended = True
+            self._changed.wait_for(lambda: not self._under_way)
 
 
 def shown_name(name: str) -> str:
@@ -213,6 +244,7 @@ class DemoScenes:
     limits: Limits = Limits()
     data: Path | None = None
     shelf: Shelf = field(init=False)
+    openings: Openings = field(init=False, default_factory=Openings)
     prepared: list[str] = field(init=False)  # names of the scenes on offer
 
     def __post_init__(self) -> None:

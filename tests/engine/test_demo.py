@@ -25,6 +25,7 @@ from threedr1.engine.demo_scenes import (
     DemoScenes,
     Limits,
     Opened,
+    Openings,
     Shelf,
     check_header,
     object_names,
@@ -321,6 +322,34 @@ def test_several_visitors_get_their_own_answers(scenes, opened):
     for visitor in visitors:
         visitor.join(60)
     assert [found[number] for number in range(len(asked))] == alone
+
+
+def test_the_end_waits_for_scenes_that_are_being_opened_and_lets_none_begin():
+    openings, inside, leave, told = Openings(), threading.Event(), threading.Event(), []
+
+    def visit() -> None:
+        with openings.begin() as may_begin:
+            inside.set()
+            leave.wait(30)
+            told.append(may_begin)
+
+    visitor, ending = threading.Thread(target=visit), threading.Thread(target=openings.end)
+    visitor.start()
+    assert inside.wait(30)
+    ending.start()
+    ending.join(0.2)
+    assert ending.is_alive() and not told
+    with openings.begin() as may_begin:
+        assert not may_begin
+    leave.set()
+    for thread in (visitor, ending):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert told == [True]
+    failed = Openings()
+    with pytest.raises(RuntimeError), failed.begin():
+        raise RuntimeError("a fault in opening")
+    failed.end()  # what has failed is not waited for
 
 
 def test_a_fault_reaches_the_caller(scenes, opened, monkeypatch):
