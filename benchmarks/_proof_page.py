@@ -55,8 +55,8 @@ REWARDS_NOTE = "Where the form is not rewarded, it does not gate the other rewar
 VIEWS_NOTE = """\
 Pictures alone, no token of the point cloud. *Selected* are four of twelve views, by the question; *uniform* four of
 the same twelve, evenly spaced among them; *best coverage* the four that show most of the room and its detected
-objects; *ring* and *top-down* four from fixed places. All but *selected* are the same whatever the question. The tokens
-of a view do not say where it was taken from, so that a place in the room is not to be read off them."""
+objects; *ring* and *top-down* four from fixed places. All but *selected* are the same whatever the question. A view's
+tokens do not say where it was taken from, so that a place in the room is not to be read off them."""
 ENCODERS_NOTE = """\
 With the point cloud there are objects to point at by name, and inventories that teach the names; without it boxes are
 asked for and given in numbers. What the rows differ by is therefore more than an encoder."""

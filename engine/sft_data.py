@@ -91,7 +91,7 @@ def write_targets(
     """
     model.expect(samples)
     if helpers is not None and model.view_selector is not None:
-        helpers.make_pools(model, observations)
+        helpers.make_views(model, observations)
     views = [model.choose_views(*pair) for pair in zip(samples, observations, strict=True)]
     unwritten = [
         Unwritten(sample, encoded.told, model.asked_box(sample, seen), model.view_grids(seen, chosen))
@@ -152,7 +152,7 @@ class Helpers:
         for pool in self._pools:
             pool.submit(os.getpid)
 
-    def make_pools(self, model: SceneVLM, observations: Sequence[Observation]) -> None:
+    def make_views(self, model: SceneVLM, observations: Sequence[Observation]) -> None:
         """Give the scenes their candidate views that have none yet.
 
         Raises:
