@@ -14,6 +14,7 @@
 #   bash script/proof.sh table7               rewards alone and in pairs
 #   bash script/proof.sh table8               views: selected, uniform, best coverage, ring, top-down, none
 #   bash script/proof.sh table10              encoders one by one (text and image: table8's selected views)
+#   bash script/proof.sh table11              ranks of LoRA, on what table8's selected views left
 #   bash script/proof.sh real                 the same question of real scans: data, encoder, models (REAL=)
 #   bash script/proof.sh page                 docs/proof.md, and its headline in README.md, from what is scored
 #   bash script/proof.sh pack sft             trained models as files of at most 15 MB in RUN/packed: weights in half
@@ -141,6 +142,16 @@ real_data() {
     stage real-encoder "$RUN/real-encoder" export --model "$RUN/real-detect" --out "$RUN/real-encoder" --dtype float16
 }
 
+# newest NAME: the last checkpoint of a run, relative to RUN.
+newest() {
+    (cd "$RUN" && printf '%s\n' "$1"/checkpoints/step-* | tail -n 1)
+}
+
+# pictured SEED: the language model that was trained on text and pictures, which table 11 begins with.
+pictured() {
+    echo "$RUN/$(newest "views.ours-$1")/model/language_model"
+}
+
 # of_rewards NAME: what a row of table 7 asks for. Gated by a form that is not rewarded, a reward would hold it too.
 of_rewards() {
     local names="${1#grpo.}" weights='[1.0]' gate=false
@@ -171,6 +182,7 @@ make() {
         train "$@" views model.views.num_candidates=4 model.views.choice=uniform "model.views.source=${1#views.}"
         ;;
     encoders.*) train "$@" "$1" ;;
+    lora.*) train "$@" lora "model.language.lora_rank=${1#lora.}" ;;
     real) train "$@" real.sft ;;
     real.blind) train "$@" real.blind ;;
     *) fail "proof: there is no stage $1; bash script/proof.sh --help lists them." ;;
@@ -180,15 +192,17 @@ make() {
 
 # train NAME SEED RECIPE [KEY=VALUE…]
 train() {
-    local needed=("${part}model" "${part}encoder") pictures=()
+    local needed=("${part}model" "${part}encoder") pictures=() language="$RUN/${part}model"
     case "$1" in
     sft) needed+=("align-$2") ;;
     blind) needed=(model) ;;
     views.* | encoders.*) needed+=(dual) pictures=("model.views.encoder=$RUN/dual") ;;
+    lora.*) needed=("views.ours-$2" encoder) ;;
     esac
     after "${needed[@]}"
+    if [[ "$1" == lora.* ]]; then language="$(pictured "$2")"; fi
     stage "$1-$2" "$RUN/$1-$2" sft --config "$recipes/$3.yaml" --resume \
-        --set "run.dir=$RUN/$1-$2" "run.seed=$2" "data.root=$root" "model.language.model=$RUN/${part}model" \
+        --set "run.dir=$RUN/$1-$2" "run.seed=$2" "data.root=$root" "model.language.model=$language" \
         "model.encoder.pretrained=$RUN/${part}encoder" "${pictures[@]}" "${@:4}" "${overrides[@]}"
 }
 
@@ -201,10 +215,13 @@ reinforce() {
 
 # evaluate NAME SEED
 evaluate() {
+    local elsewhere=()
     after "$1-$2"
+    # an adapter says where its language model was, which need not be where it was unpacked
+    if [[ "$1" == lora.* ]]; then elsewhere=("language_model=$(pictured "$2")"); fi
     stage "eval-$1-$2" "$RUN/eval/$1-$2" eval --config "$recipes/$scored.yaml" \
         --set "run.dir=$RUN/eval/$1-$2" "run.seed=$2" "data.root=$root" "label=$1-$2" "model=$RUN/$1-$2" \
-        "${eval_overrides[@]}"
+        "${elsewhere[@]}" "${eval_overrides[@]}"
 }
 
 # packed_files LABEL: what travels of a run, relative to RUN: its newest checkpoint without the optimizer, logs, scores.
@@ -212,7 +229,7 @@ evaluate() {
 packed_files() {
     local path paths=({,real-}encoder dual {,real-}detect/{metrics,starts}.jsonl stages/{{,real-}{detect,encoder},dual}.done)
     if [[ "$1" != base ]]; then
-        path="$(cd "$RUN" && printf '%s\n' "$1"/checkpoints/step-* | tail -n 1)"
+        path="$(newest "$1")"
         paths=("$path"/{config.yaml,model} "$1"/{metrics,speed,starts,completions}.jsonl "eval/$1" stages/{,eval-}"$1".done)
     fi
     for path in "${paths[@]}"; do
@@ -255,6 +272,7 @@ group() {
     table7) printf 'grpo.%s\n' format perception semantic format+perception format+semantic perception+semantic ;;
     table8) printf 'views.%s\n' none ours uniform coverage ring top ;;
     table10) printf 'encoders.%s\n' depth point full ;;
+    table11) printf 'lora.%s\n' 4 8 12 16 32 ;;
     real) printf '%s\n' real real.blind ;;
     *) tr , '\n' <<<"$1" ;;
     esac

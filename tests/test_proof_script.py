@@ -87,7 +87,17 @@ def test_tables_train_and_evaluate_their_rows(shell: Shell):  # noqa: F811
     assert made(proof(shell, "table10", SEEDS="1")) == both(
         *(f"encoders.{row}" for row in ("depth", "point", "full")), seeds="1"
     )
-    assert proof(shell, "table8", "table10", SEEDS="1") == []
+    kept = shell.root / RUN / "views.ours-1" / "checkpoints"
+    for step in (750, 1500):
+        (kept / f"step-{step:06d}").mkdir(parents=True)
+    ranks = proof(shell, "table11", SEEDS="1")
+    assert made(ranks) == both(*(f"lora.{rank}" for rank in (4, 8, 12, 16, 32)), seeds="1")
+    for values in map(settings, ranks):
+        language = values.get("language_model") or values["model.language.model"]
+        assert language == f"{RUN}/views.ours-1/checkpoints/step-001500/model/language_model"
+        assert values.get("model.language.lora_rank") in (None, values["run.dir"].split(".")[-1].split("-")[0])
+    assert sum("model.language.lora_rank" in settings(command) for command in ranks) == 5
+    assert proof(shell, "table8", "table10", "table11", SEEDS="1") == []
 
 
 def test_one_row_of_a_table_can_be_asked_for(shell: Shell):  # noqa: F811
@@ -205,7 +215,12 @@ def test_a_change_of_a_recipes_base_counts_and_of_another_recipe_does_not(shell:
 
 
 @pytest.mark.parametrize(
-    ("stages", "words"), [(("sft",), "stage model comes first"), (("table11",), "no stage table11")]
+    ("stages", "words"),
+    [
+        (("sft",), "stage model comes first"),
+        (("table11",), "stage views.ours-0 comes first"),
+        (("table12",), "no stage table12"),
+    ],
 )
 def test_what_cannot_be_done_is_said(shell: Shell, stages, words):  # noqa: F811
     done = shell.run("proof.sh", *stages, SEEDS="0")

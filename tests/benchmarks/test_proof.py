@@ -93,9 +93,21 @@ def test_runs_that_were_asked_other_questions_are_not_compared(runs):
     assert proof_page.estimate(runs, "blind", "scanqa/EM").mean == pytest.approx(10)
 
 
+def test_a_table_waits_for_a_row_of_its_own(runs):
+    runs = [*runs, run("views.ours", 0, 0.4)]  # a row of tables 8, 10 and 11
+    page = proof_page.render(runs)
+    assert page.count("| selected | 1 |") == 1 and "| text, image | 1 |" not in page and "| before | 1 |" not in page
+    assert set(proof_page.panels(runs)) == {"sft.png", "views.png"}
+    runs += [run("lora.12", 0, 0.7), run("lora.4", 0, 0.5)]
+    page = proof_page.render(runs)
+    rows = [line.split(" |")[0] for line in page.splitlines() if line.startswith(("| before", "| rank"))]
+    assert rows == ["| before", "| rank 4", "| rank 12"] and "- rank 4: questions, ScanQA's form, EM -20.0 (" in page
+    assert "ranks.png" in proof_page.panels(runs) and "| text, image | 1 |" not in page
+
+
 def test_a_page_of_nothing_says_so():
     page = proof_page.render([])
-    assert page.count("Not measured yet.") == 5 and "Nothing has been measured yet." in page
+    assert page.count("Not measured yet.") == 6 and "Nothing has been measured yet." in page
 
 
 def answers(dataset: str, task: str, **fields) -> list[Prediction]:
