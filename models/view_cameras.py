@@ -73,15 +73,18 @@ def candidate_poses(points_N3: np.ndarray, floor: float, num_positions: int) -> 
     ceiling = float(np.percentile(points_N3[:, 2], 99.5))
     eye_height = min(EYE_HEIGHT, 0.65 * max(ceiling - floor, 1e-3))
     free_P2 = np.zeros((0, 2)) if is_object(points_N3) else walkable_positions(points_N3, floor, eye_height)
-    angles = np.arange(_DIRECTIONS) * 2 * np.pi / _DIRECTIONS
     if not len(free_P2):
         return object_poses(points_N3)
+    down = eye_height * (_LOOK_HEIGHT / EYE_HEIGHT - 1)
+    turned = [
+        look_at(np.zeros(3), np.array([_LOOK_AHEAD * np.cos(angle), _LOOK_AHEAD * np.sin(angle), down]))
+        for angle in np.arange(_DIRECTIONS) * 2 * np.pi / _DIRECTIONS
+    ]
     poses = []
     for x, y in free_P2[spread(free_P2, num_positions)]:
-        eye_3 = np.array([x, y, floor + eye_height])
-        for angle in angles:
-            ahead_3 = np.array([np.cos(angle), np.sin(angle), 0]) * _LOOK_AHEAD
-            poses.append(look_at(eye_3, eye_3 + ahead_3 + [0, 0, _LOOK_HEIGHT * eye_height / EYE_HEIGHT - eye_height]))
+        for pose_44 in turned:
+            poses.append(pose_44.copy())
+            poses[-1][:3, 3] = x, y, floor + eye_height
     return poses
 
 

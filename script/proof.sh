@@ -225,7 +225,7 @@ evaluate() {
 }
 
 # packed_files LABEL: what travels of a run, relative to RUN: its newest checkpoint without the optimizer, logs, scores.
-# The untrained model does not: its seed and the rooms make it again.
+# The untrained model does not: its seed and the rooms make it again. Nor does what table 11 begins with: pack views.ours.
 packed_files() {
     local path paths=({,real-}encoder dual {,real-}detect/{metrics,starts}.jsonl stages/{{,real-}{detect,encoder},dual}.done)
     if [[ "$1" != base ]]; then
