@@ -154,6 +154,13 @@ def run_tiny(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_names(args: argparse.Namespace) -> int:
+    from .engine.names import write_named
+
+    say(f"wrote {write_named(args.model, args.out, names=args.names, seed=args.seed)}")
+    return 0
+
+
 def run_export(args: argparse.Namespace) -> int:
     from .engine.export import export_model
 
@@ -216,6 +223,7 @@ FUNCTIONS = {
     "prepare": run_prepare,
     "synthesize": synthesize.run,
     "tiny": run_tiny,
+    "names": run_names,
     "dual": run_dual,
     "detect": run_loop,
     "sft": run_loop,

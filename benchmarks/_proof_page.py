@@ -64,8 +64,9 @@ asked for and given in numbers. What the rows differ by is therefore more than a
 RANKS = {"views.ours": "before", **{f"lora.{rank}": f"rank {rank}" for rank in (4, 8, 12, 16, 32)}}
 RANKS_NOTE = """\
 *Before* is the model of table 8's *selected*: it was trained on text and pictures alone. In the other rows it learns
-the scene, tokens of the point cloud and the names of what they stand for, its own weights frozen, by adapters of one
-rank on all of its blocks; what makes the tokens is trained whole. It sees no pictures then. The paper's rank is 12."""
+the scene, tokens of the point cloud and names, words that are new to it (`python main.py names`), its own weights
+frozen, by adapters of one rank on all of its blocks; what makes the tokens is trained whole. It sees no pictures then.
+The paper's rank is 12."""
 
 
 @dataclass(frozen=True)

@@ -224,13 +224,14 @@ def load_language_model(
     """Load a Qwen2.5-VL checkpoint from the hub or a local folder.
 
     Args:
+        dtype: bfloat16, float16 or float32; auto is that of the checkpoint.
         attention: `packed` (models/attention.py), or one of transformers' own: sdpa, eager, ...
 
     Raises:
         ValueError: no such checkpoint, not a Qwen2.5-VL, or weights that are broken or not of its config's size.
     """
-    precision = getattr(torch, dtype, None)
-    if not isinstance(precision, torch.dtype):
+    precision = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if precision != "auto" and not isinstance(precision, torch.dtype):
         raise ValueError(f"Unknown dtype {dtype!r} of the language model; choose bfloat16, float16 or float32.")
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise ValueError(

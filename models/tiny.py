@@ -22,7 +22,7 @@ from transformers import (
 
 from ..datasets.prompts import MODE_INSTRUCTIONS, SYSTEM_PROMPT, TASK_TEMPLATES
 from ..utils.files import readable_as_its_folder
-from ..utils.text import format_name
+from .name_tokens import name_tokens
 
 # Qwen2.5's special tokens, in its order.
 SPECIAL_TOKENS = (
@@ -159,7 +159,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, names: int = 0) -> Qw
     tokenizer.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS], special_tokens=True
     )
-    tokenizer.add_tokens([AddedToken(format_name(name), normalized=False, lstrip=True) for name in range(names)])
+    tokenizer.add_tokens(name_tokens(names))
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     return tokenizer
 

@@ -147,9 +147,14 @@ newest() {
     (cd "$RUN" && printf '%s\n' "$1"/checkpoints/step-* | tail -n 1)
 }
 
-# pictured SEED: the language model that was trained on text and pictures, which table 11 begins with.
+# What table 11 begins with: models that were trained on text and pictures, to which the names are new words.
 pictured() {
-    echo "$RUN/$(newest "views.ours-$1")/model/language_model"
+    local seed
+    for seed in "${seeds[@]}"; do
+        after "views.ours-$seed"
+        stage "pictured-$seed" "$RUN/pictured-$seed" names --names 100 --seed "$seed" --out "$RUN/pictured-$seed" \
+            --model "$RUN/$(newest "views.ours-$seed")/model/language_model"
+    done
 }
 
 # of_rewards NAME: what a row of table 7 asks for. Gated by a form that is not rewarded, a reward would hold it too.
@@ -197,10 +202,9 @@ train() {
     sft) needed+=("align-$2") ;;
     blind) needed=(model) ;;
     views.* | encoders.*) needed+=(dual) pictures=("model.views.encoder=$RUN/dual") ;;
-    lora.*) needed=("views.ours-$2" encoder) ;;
+    lora.*) needed=("pictured-$2" encoder) language="$RUN/pictured-$2" ;;
     esac
     after "${needed[@]}"
-    if [[ "$1" == lora.* ]]; then language="$(pictured "$2")"; fi
     stage "$1-$2" "$RUN/$1-$2" sft --config "$recipes/$3.yaml" --resume \
         --set "run.dir=$RUN/$1-$2" "run.seed=$2" "data.root=$root" "model.language.model=$language" \
         "model.encoder.pretrained=$RUN/${part}encoder" "${pictures[@]}" "${@:4}" "${overrides[@]}"
@@ -218,19 +222,20 @@ evaluate() {
     local elsewhere=()
     after "$1-$2"
     # an adapter says where its language model was, which need not be where it was unpacked
-    if [[ "$1" == lora.* ]]; then elsewhere=("language_model=$(pictured "$2")"); fi
+    if [[ "$1" == lora.* ]]; then elsewhere=("language_model=$RUN/pictured-$2"); fi
     stage "eval-$1-$2" "$RUN/eval/$1-$2" eval --config "$recipes/$scored.yaml" \
         --set "run.dir=$RUN/eval/$1-$2" "run.seed=$2" "data.root=$root" "label=$1-$2" "model=$RUN/$1-$2" \
         "${elsewhere[@]}" "${eval_overrides[@]}"
 }
 
 # packed_files LABEL: what travels of a run, relative to RUN: its newest checkpoint without the optimizer, logs, scores.
-# The untrained model does not: its seed and the rooms make it again. Nor does what table 11 begins with: pack views.ours.
+# The untrained model does not: its seed and the rooms make it again.
 packed_files() {
     local path paths=({,real-}encoder dual {,real-}detect/{metrics,starts}.jsonl stages/{{,real-}{detect,encoder},dual}.done)
     if [[ "$1" != base ]]; then
         path="$(newest "$1")"
         paths=("$path"/{config.yaml,model} "$1"/{metrics,speed,starts,completions}.jsonl "eval/$1" stages/{,eval-}"$1".done)
+        if [[ "$1" == lora.* ]]; then paths+=("pictured-${1##*-}" "stages/pictured-${1##*-}.done"); fi
     fi
     for path in "${paths[@]}"; do
         if [[ -e "$RUN/$path" ]]; then echo "$path"; fi
@@ -294,6 +299,7 @@ for name in "${stages[@]}"; do
         mapfile -t models < <(group "$name")
         if [[ " ${models[*]}" == *" real"* ]]; then real_data; fi
         if [[ " ${models[*]}" =~ " views."|" encoders." ]]; then dual; fi
+        if [[ " ${models[*]}" == *" lora."* ]]; then pictured; fi
         side_by_side "${models[@]}"
         ;;
     esac

@@ -797,6 +797,8 @@ def test_missing_predictions(refused: Refused):
         (["tiny", "--out", "tiny", "--corpus", "none"], "There are no annotation files under none/annotations"),
         (["tiny", "--out", "tiny", "--corpus", "corpus"], "broken.json is not whole JSON"),
         (["synthesize", "--root", "none", "--out", "chains.jsonl"], "There are no prepared scenes in none/prepared"),
+        (["names", "--model", "corpus", "--out", "new"], "Cannot load the language model 'corpus'"),
+        (["names", "--model", "corpus", "--out", "file"], "file is there already; name a new folder."),
     ],
 )
 def test_making_things(argv: list[str], words: str, refused: Refused):

@@ -90,14 +90,22 @@ def test_tables_train_and_evaluate_their_rows(shell: Shell):  # noqa: F811
     kept = shell.root / RUN / "views.ours-1" / "checkpoints"
     for step in (750, 1500):
         (kept / f"step-{step:06d}").mkdir(parents=True)
-    ranks = proof(shell, "table11", SEEDS="1")
+    named, *ranks = proof(shell, "table11", SEEDS="1")
+    assert named[0] == "names" and named[named.index("--out") + 1] == f"{RUN}/pictured-1"
+    assert named[-1] == f"{RUN}/views.ours-1/checkpoints/step-001500/model/language_model"
     assert made(ranks) == both(*(f"lora.{rank}" for rank in (4, 8, 12, 16, 32)), seeds="1")
     for values in map(settings, ranks):
-        language = values.get("language_model") or values["model.language.model"]
-        assert language == f"{RUN}/views.ours-1/checkpoints/step-001500/model/language_model"
+        assert (values.get("language_model") or values["model.language.model"]) == f"{RUN}/pictured-1"
         assert values.get("model.language.lora_rank") in (None, values["run.dir"].split(".")[-1].split("-")[0])
     assert sum("model.language.lora_rank" in settings(command) for command in ranks) == 5
     assert proof(shell, "table8", "table10", "table11", SEEDS="1") == []
+    for step in (8, 1500):
+        (shell.root / RUN / "lora.8-1" / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    proof(shell, "pack", "lora.8", SEEDS="1")  # with the model that it is an adapter of
+    other = shell.root / "runs" / "other"
+    shutil.copytree(shell.root / RUN / "packed", other / "packed")
+    proof(shell, "unpack", RUN="runs/other")
+    assert (other / "pictured-1").exists() and (other / "stages" / "pictured-1.done").exists()
 
 
 def test_one_row_of_a_table_can_be_asked_for(shell: Shell):  # noqa: F811

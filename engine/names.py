@@ -1,0 +1,29 @@
+"""A language model with names of detected objects that are one token each, as a folder of its own."""
+
+from pathlib import Path
+
+from ..models.language_model import load_language_model, save_language_model
+from ..models.name_tokens import add_names
+from .checkpoint import write_folder
+
+
+def write_named(model: str, out: str | Path, *, names: int, seed: int = 0) -> Path:
+    """Write a language model with names to a new folder, whole or not at all; returns the folder.
+
+    Its weights keep their precision.
+
+    Args:
+        model: a Qwen2.5-VL, a folder or a name on the hub; the `language_model` of a checkpoint that was trained whole
+            is one.
+        names: how many, `<obj0>` and on; `model.language.name_pool` may be so large then.
+        seed: of their embeddings (`models/name_tokens.py`).
+
+    Raises:
+        ValueError: no such model, a folder that is there already.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"{out} is there already; name a new folder.")
+    language = load_language_model(model, dtype="auto")
+    add_names(language, names, seed=seed)
+    return write_folder(out, lambda partial: save_language_model(language, partial))
