@@ -8,8 +8,8 @@ Shapes: P names, V tokens that are known already, D width of the language model.
 """
 
 import torch
-from tokenizers import AddedToken
 from torch import Tensor
+from transformers import AddedToken
 
 from ..utils.text import format_name
 from .language_model import LanguageModel
@@ -39,7 +39,7 @@ def add_names(language: LanguageModel, count: int, *, seed: int = 0) -> None:
     names = [token.content for token in tokens]
     known = sorted(set(tokenizer.get_vocab().values()) - {tokenizer.get_vocab().get(name) for name in names})
     tokenizer.add_tokens(tokens)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > language.embedding.num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     ids_P = torch.tensor(tokenizer.convert_tokens_to_ids(names))
     drawn_PV = torch.randn(count, len(known), generator=torch.Generator().manual_seed(seed))
