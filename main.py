@@ -157,7 +157,7 @@ def run_tiny(args: argparse.Namespace) -> int:
 def run_names(args: argparse.Namespace) -> int:
     from .engine.names import write_named
 
-    say(f"wrote {write_named(args.model, args.out, names=args.names, seed=args.seed)}")
+    say(f"wrote {write_named(args.model, args.out, names=args.names, redraw=args.redraw, seed=args.seed)}")
     return 0
 
 

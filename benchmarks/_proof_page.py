@@ -64,9 +64,9 @@ asked for and given in numbers. What the rows differ by is therefore more than a
 RANKS = {"views.ours": "before", **{f"lora.{rank}": f"rank {rank}" for rank in (4, 8, 12, 16, 32)}}
 RANKS_NOTE = """\
 *Before* is the model of table 8's *selected*: it was trained on text and pictures alone. In the other rows it learns
-the scene, tokens of the point cloud and names, words that are new to it (`python main.py names`), its own weights
-frozen, by adapters of one rank on all of its blocks; what makes the tokens is trained whole. It sees no pictures then.
-The paper's rank is 12."""
+the scene, tokens of the point cloud and names, whose embeddings are drawn anew (`python main.py names`) and stay, as
+do its own weights, by adapters of one rank on all of its blocks (alpha 32); the connector, which makes the tokens of
+what the frozen scene encoder finds, is trained whole. It sees no pictures then. The paper's rank is 12 (alpha 16)."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Ablation:
 
     title: str
     names: Mapping[str, str]
-    own: str  # what the names begin with that no other table has
+    own: str  # what the names begin with that no other of these tables has
     base: str  # what the others are compared to
     note: str
-    picture: str = ""  # file name
+    picture: str = ""  # file name of its curves; table 7's are those of GRPO
     caption: str = ""
 
     def measured(self, runs: Sequence[Run]) -> Mapping[str, str]:
@@ -271,7 +271,8 @@ def differences(runs: Sequence[Run], names: Mapping[str, str], base: str, metric
         for metric in metrics:
             value = gain(runs, name, base, metric) if name != base else None
             if value is not None and value.certain:
-                found.append(f"- {text}: {_called(metric)} {shown(value, signed=True)} points.")
+                single = ", of a single run" if value.runs == 1 else ""
+                found.append(f"- {text}: {_called(metric)} {shown(value, signed=True)} points{single}.")
     measured = any(gain(runs, name, base, metric) for name in names if name != base for metric in metrics)
     if not measured:
         return []

@@ -125,10 +125,20 @@ def _add_loop_commands(add: AddCommand) -> None:
     tiny.add_argument("--seed", type=at_least(0), default=0, help="of the random weights (default: %(default)s)")
 
     names = add("names", "give a language model names of detected objects that are one token each")
-    names.add_argument("--model", required=True, metavar="NAME", help="a Qwen2.5-VL: folder, or name on the hub")
+    names.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="a Qwen2.5-VL: folder (model/language_model of a checkpoint trained whole, too), or name on the hub",
+    )
     names.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
     names.add_argument(
         "--names", type=at_least(1), default=100, metavar="N", help="<obj0> and on (default: %(default)s)"
+    )
+    names.add_argument(
+        "--redraw",
+        action="store_true",
+        help="draw the embeddings of names that it has, too: for names that it was never taught (default: keep them)",
     )
     names.add_argument("--seed", type=at_least(0), default=0, help="of their embeddings (default: %(default)s)")
 

@@ -7,7 +7,7 @@ from ..models.name_tokens import add_names
 from .checkpoint import write_folder
 
 
-def write_named(model: str, out: str | Path, *, names: int, seed: int = 0) -> Path:
+def write_named(model: str, out: str | Path, *, names: int, redraw: bool = False, seed: int = 0) -> Path:
     """Write a language model with names to a new folder, whole or not at all; returns the folder.
 
     Its weights keep their precision.
@@ -16,14 +16,14 @@ def write_named(model: str, out: str | Path, *, names: int, seed: int = 0) -> Pa
         model: a Qwen2.5-VL, a folder or a name on the hub; the `language_model` of a checkpoint that was trained whole
             is one.
         names: how many, `<obj0>` and on; `model.language.name_pool` may be so large then.
-        seed: of their embeddings (`models/name_tokens.py`).
+        redraw, seed: of their embeddings (`models/name_tokens.py`).
 
     Raises:
-        ValueError: no such model, a folder that is there already.
+        ValueError: no such model, a folder that is there already, names that it has.
     """
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} is there already; name a new folder.")
     language = load_language_model(model, dtype="auto")
-    add_names(language, names, seed=seed)
+    add_names(language, names, redraw=redraw, seed=seed)
     return write_folder(out, lambda partial: save_language_model(language, partial))

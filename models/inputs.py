@@ -152,7 +152,7 @@ class RowWriter:
                 raise ValueError(
                     f"model.language.token_in_name takes names of one token each, and {format_name(name)} is "
                     f"{len(its)}; set it to false, or take a language model whose tokenizer has the first {count} "
-                    "names (python main.py tiny --names)."
+                    "names (python main.py names)."
                 )
         name_of_V = torch.full((vocabulary,), count)
         name_of_V[torch.tensor([token for (token,) in ids])] = torch.arange(count)

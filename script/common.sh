@@ -47,8 +47,9 @@ stage() {
         echo "complete: $result"
     else
         rm -f "$stamps/$name.done"
-        if [[ ! -f "$stamps/$name.begun" || "$(cat "$stamps/$name.begun")" != "$key" ]]; then
-            # What another command left must not be resumed. Rooms and scenes check that for themselves.
+        # What another command left must not be resumed. Rooms and scenes check that for themselves; what export and
+        # names write is whole, and they refuse a folder that is there.
+        if [[ ! -f "$stamps/$name.begun" || "$(cat "$stamps/$name.begun")" != "$key" || " export names " == *" $1 "* ]]; then
             case "$result" in "$RUN"/*) rm -rf "$result" ;; esac
             echo "$key" >"$stamps/$name.begun"
         fi

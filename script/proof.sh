@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Whether it learns, and what each idea is worth, on generated rooms and one GPU (docs/proof.md): a model of 15 M weights
 # from random ones, trained and tested on held-out rooms. Every stage is meant for nine minutes on an H100 (align and
-# blind: with fewer runs at once than three; grpo: and a minute of scoring), and goes on where it was interrupted; one
-# that is complete is skipped.
+# blind: with fewer runs at once than three; grpo: and a minute of scoring; rows of tables 8 and 10, which render each
+# room, took 11 to 18 side by side), and goes on where it was interrupted; one that is complete is skipped.
 #
 #   bash script/proof.sh data                 rooms, prepared scenes, the untrained model
 #   bash script/proof.sh detect               scene encoder
@@ -14,7 +14,7 @@
 #   bash script/proof.sh table7               rewards alone and in pairs
 #   bash script/proof.sh table8               views: selected, uniform, best coverage, ring, top-down, none
 #   bash script/proof.sh table10              encoders one by one (text and image: table8's selected views)
-#   bash script/proof.sh table11              ranks of LoRA, on what table8's selected views left
+#   bash script/proof.sh table11              ranks of LoRA, on what table8's selected views (views.ours) left
 #   bash script/proof.sh real                 the same question of real scans: data, encoder, models (REAL=)
 #   bash script/proof.sh page                 docs/proof.md, and its headline in README.md, from what is scored
 #   bash script/proof.sh pack sft             trained models as files of at most 15 MB in RUN/packed: weights in half
@@ -149,11 +149,15 @@ newest() {
 
 # What table 11 begins with: models that were trained on text and pictures, to which the names are new words.
 pictured() {
-    local seed
+    local seed language
     for seed in "${seeds[@]}"; do
+        # as it was unpacked, without what it was made of
+        if [[ -f "$stamps/pictured-$seed.done" && ! -f "$stamps/views.ours-$seed.done" ]]; then continue; fi
         after "views.ours-$seed"
-        stage "pictured-$seed" "$RUN/pictured-$seed" names --names 100 --seed "$seed" --out "$RUN/pictured-$seed" \
-            --model "$RUN/$(newest "views.ours-$seed")/model/language_model"
+        language="$RUN/$(newest "views.ours-$seed")/model/language_model"
+        [[ -d "$language" ]] || fail "proof: there is no $language; remove $stamps/views.ours-$seed.done, and train it again."
+        stage "pictured-$seed" "$RUN/pictured-$seed" names --names 100 --redraw --seed "$seed" \
+            --out "$RUN/pictured-$seed" --model "$language"
     done
 }
 
@@ -232,11 +236,14 @@ evaluate() {
 # The untrained model does not: its seed and the rooms make it again.
 packed_files() {
     local path paths=({,real-}encoder dual {,real-}detect/{metrics,starts}.jsonl stages/{{,real-}{detect,encoder},dual}.done)
-    if [[ "$1" != base ]]; then
+    case "$1" in
+    base) ;;
+    pictured-*) paths=("$1" "stages/$1.done") ;;
+    *)
         path="$(newest "$1")"
         paths=("$path"/{config.yaml,model} "$1"/{metrics,speed,starts,completions}.jsonl "eval/$1" stages/{,eval-}"$1".done)
-        if [[ "$1" == lora.* ]]; then paths+=("pictured-${1##*-}" "stages/pictured-${1##*-}.done"); fi
-    fi
+        ;;
+    esac
     for path in "${paths[@]}"; do
         if [[ -e "$RUN/$path" ]]; then echo "$path"; fi
     done
@@ -251,6 +258,8 @@ pack() {
                 fail "proof: $name-$seed is not trained and scored; nothing was packed."
             fi
             labels+=("$name-$seed")
+            # what these are adapters of, once
+            if [[ "$name" == lora.* && " ${labels[*]} " != *" pictured-$seed "* ]]; then labels+=("pictured-$seed"); fi
         done
     done
     ((${#labels[@]})) || fail "proof: name the models to pack, such as: bash script/proof.sh pack sft."

@@ -87,9 +87,10 @@ def test_tables_train_and_evaluate_their_rows(shell: Shell):  # noqa: F811
     assert made(proof(shell, "table10", SEEDS="1")) == both(
         *(f"encoders.{row}" for row in ("depth", "point", "full")), seeds="1"
     )
+    assert "there is no runs/proof/views.ours-1/checkpoints" in shell.run("proof.sh", "table11", SEEDS="1").stderr
     kept = shell.root / RUN / "views.ours-1" / "checkpoints"
     for step in (750, 1500):
-        (kept / f"step-{step:06d}").mkdir(parents=True)
+        (kept / f"step-{step:06d}" / "model" / "language_model").mkdir(parents=True)
     named, *ranks = proof(shell, "table11", SEEDS="1")
     assert named[0] == "names" and named[named.index("--out") + 1] == f"{RUN}/pictured-1"
     assert named[-1] == f"{RUN}/views.ours-1/checkpoints/step-001500/model/language_model"
@@ -99,13 +100,40 @@ def test_tables_train_and_evaluate_their_rows(shell: Shell):  # noqa: F811
         assert values.get("model.language.lora_rank") in (None, values["run.dir"].split(".")[-1].split("-")[0])
     assert sum("model.language.lora_rank" in settings(command) for command in ranks) == 5
     assert proof(shell, "table8", "table10", "table11", SEEDS="1") == []
-    for step in (8, 1500):
-        (shell.root / RUN / "lora.8-1" / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
-    proof(shell, "pack", "lora.8", SEEDS="1")  # with the model that it is an adapter of
-    other = shell.root / "runs" / "other"
-    shutil.copytree(shell.root / RUN / "packed", other / "packed")
-    proof(shell, "unpack", RUN="runs/other")
-    assert (other / "pictured-1").exists() and (other / "stages" / "pictured-1.done").exists()
+
+
+def test_an_adapter_travels_with_the_model_that_it_is_of(shell: Shell):  # noqa: F811
+    proof(shell, "data", "detect", "views.ours", SEEDS="1")
+    run = shell.root / RUN
+    (run / "views.ours-1" / "checkpoints" / "step-000007" / "model" / "language_model").mkdir(parents=True)
+    proof(shell, "lora.8,lora.12", SEEDS="1")
+    for rank in (8, 12):
+        (run / f"lora.{rank}-1" / "checkpoints" / "step-000009" / "model").mkdir(parents=True)
+        (run / f"lora.{rank}-1" / "checkpoints" / "step-000009" / "model" / "adapter").touch()
+    proof(shell, "pack", "lora.8", "lora.12", SEEDS="1")
+    packed = sorted(path.name.removesuffix(".tar.gz.aa") for path in (run / "packed").iterdir())
+    assert packed == ["base", "lora.12-1", "lora.8-1", "pictured-1"]
+    shutil.move(run / "packed", shell.root / "packed")  # to another machine
+    shutil.rmtree(run)
+    shutil.rmtree(shell.root / "data" / "proof")
+    shutil.move(shell.root / "packed", run / "packed")
+    proof(shell, "unpack")
+    assert (run / "lora.8-1" / "checkpoints" / "step-000009" / "model" / "adapter").exists()
+    assert (run / "pictured-1").is_dir() and not (run / "views.ours-1").exists()
+    proof(shell, "data")
+    assert proof(shell, "lora.8", "lora.12", SEEDS="1") == []
+    assert made(proof(shell, "lora.4", SEEDS="1")) == ["eval/lora.4-1", "lora.4-1"]
+
+
+def test_what_cannot_go_on_begins_anew(shell: Shell):  # noqa: F811
+    proof(shell, "data", "detect", SEEDS="0")
+    stages = shell.root / RUN / "stages"
+    key = (stages / "encoder.done").read_text().split()[:-1]
+    (stages / "encoder.done").unlink()
+    (stages / "encoder.begun").write_text(" ".join(key) + "\n")  # killed behind the last write
+    (shell.root / RUN / "encoder" / "left").touch()
+    assert names(proof(shell, "detect")) == ["export"]
+    assert not (shell.root / RUN / "encoder" / "left").exists()
 
 
 def test_one_row_of_a_table_can_be_asked_for(shell: Shell):  # noqa: F811

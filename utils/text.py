@@ -77,6 +77,11 @@ def format_name(index: int) -> str:
     return f"<obj{index}>"
 
 
+def is_name(text: str) -> bool:
+    """Whether a text is the name of a proposal and nothing else."""
+    return _NAME.fullmatch(text) is not None
+
+
 def parse_box(numbers: str) -> list[float]:
     """Numbers of one `<box>` as 7 floats."""
     return list(_parsed(numbers))

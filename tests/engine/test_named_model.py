@@ -3,12 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from threedr1.engine import sft
 from threedr1.engine.names import write_named
 from threedr1.main import main
 from threedr1.models.inputs import RowWriter
-from threedr1.models.language_model import load_language_model
+from threedr1.models.language_model import load_language_model, save_language_model
 from threedr1.models.scene_vlm import SceneVLM
 
 from .test_object_token import settings
@@ -29,6 +30,15 @@ def test_the_folder_holds_a_whole_model_with_names(rooms_root, named):
     names = [RowWriter(after.tokenizer)._text(f"<obj{name}>") for name in range(31)]
     assert all(len(ids) == 1 for ids in names[:30]) and len(names[30]) > 1
     assert after.image_processor.to_dict() == before.image_processor.to_dict()
+
+
+def test_weights_keep_their_precision(rooms_root, tmp_path):
+    whole = load_language_model(rooms_root / "tiny", dtype="bfloat16")
+    save_language_model(whole, tmp_path / "half")
+    out = write_named(str(tmp_path / "half"), tmp_path / "named", names=5)
+    named = load_language_model(out, dtype="auto")
+    rows = whole.embedding.weight
+    assert named.dtype == torch.bfloat16 and torch.equal(named.embedding.weight[: len(rows)], rows)
 
 
 def test_an_adapter_learns_on_it(rooms_root, named, tmp_path):

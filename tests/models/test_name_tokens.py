@@ -56,13 +56,32 @@ def test_names_that_nothing_was_taught_are_told_apart_again(tmp_path):
     words = language.embedding.weight.detach().clone()
     size, alike = len(language.tokenizer), torch.nn.functional.cosine_similarity(words[names[0]], words[names[1:]])
     assert alike.min() > 0.95
-    add_names(language, 20, seed=3)
+    add_names(language, 20, redraw=True, seed=3)
     after = language.embedding.weight.detach()
     assert len(language.tokenizer) == size == len(after)
     changed = (after != words).any(1)
     assert changed[names].all() and changed.sum() == 20
     alike = torch.nn.functional.cosine_similarity(after[names[0]], after[names[1:]])
     assert alike.abs().max() < 0.7
+
+
+def test_names_that_were_taught_are_kept(tmp_path):
+    language = built(tmp_path, names=8)
+    before, size = language.embedding.weight.detach().clone(), len(language.tokenizer)
+    with pytest.raises(ValueError, match="has these 8 names already; ask for more, or draw them anew"):
+        add_names(language, 8)
+    add_names(language, 12)
+    assert len(language.tokenizer) == size + 4
+    assert torch.equal(language.embedding.weight[:size], before)
+
+
+def test_names_beyond_those_asked_for_are_no_words(tmp_path):
+    language = built(tmp_path, names=30)
+    names = torch.tensor([token for name in range(30) for token in ids(language, f"<obj{name}>")])
+    with torch.no_grad():
+        language.embedding.weight[names] = 100.0
+    add_names(language, 20, redraw=True)
+    assert float(language.embedding.weight.detach().abs().max()) < 2  # all were drawn again, none of them of others
 
 
 def test_what_copies_a_word_copies_a_name(tmp_path):
