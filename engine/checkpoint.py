@@ -68,6 +68,13 @@ def save_checkpoint(
     return final
 
 
+def new_folder(path: str | Path) -> Path:
+    """The path of a folder that somebody asks to have written; ValueError where something is there already."""
+    if Path(path).exists():
+        raise ValueError(f"{path} is there already; name a new folder.")
+    return Path(path)
+
+
 def write_folder(final: Path, fill: Callable[[Path], None]) -> Path:
     """Put a folder that `fill` writes in the place of `final`, whole or not at all.
 

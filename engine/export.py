@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..models.scene_vlm import SceneVLM
-from .checkpoint import model_folder, write_folder
+from .checkpoint import model_folder, new_folder, write_folder
 from .model_card import CARD
 
 
@@ -24,9 +24,7 @@ def export_model(source: str | Path, out: str | Path, *, merge: bool = False, dt
     Raises:
         ValueError: no such model, a folder that is there already, no adapter to merge.
     """
-    folder, out = model_folder(source), Path(out)
-    if out.exists():
-        raise ValueError(f"{out} is there already; name a new folder.")
+    folder, out = model_folder(source), new_folder(out)
     model = SceneVLM.from_pretrained(folder, dtype=dtype) if merge else None
     if model is not None:
         model.merge_adapter()

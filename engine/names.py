@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..models.language_model import load_language_model, save_language_model
 from ..models.name_tokens import add_names
-from .checkpoint import write_folder
+from .checkpoint import new_folder, write_folder
 
 
 def write_named(model: str, out: str | Path, *, names: int, redraw: bool = False, seed: int = 0) -> Path:
@@ -21,9 +21,7 @@ def write_named(model: str, out: str | Path, *, names: int, redraw: bool = False
     Raises:
         ValueError: no such model, a folder that is there already, names that it has.
     """
-    out = Path(out)
-    if out.exists():
-        raise ValueError(f"{out} is there already; name a new folder.")
+    out = new_folder(out)
     language = load_language_model(model, dtype="auto")
     add_names(language, names, redraw=redraw, seed=seed)
     return write_folder(out, lambda partial: save_language_model(language, partial))

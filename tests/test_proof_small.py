@@ -89,16 +89,16 @@ def run(checkout: Path, *stages: str, **variables: str) -> subprocess.CompletedP
 
 
 def test_the_whole_proof_in_small(checkout):
-    run(checkout, "data", "detect", "align", "sft,blind,views.ours", "grpo,lora.4")
+    run(checkout, "data", "detect", "align", "sft,blind,views.ring,views.ours", "grpo,lora.4")
     printed = run(checkout, "page").stdout
     docs = checkout / "docs"
     kept = {path.stem for path in (docs / "proof" / "runs").glob("*.json")}
-    assert kept == {"detect-0", "align-0", "sft-0", "blind-0", "grpo-0", "views.ours-0", "lora.4-0"}
+    assert kept == {"detect-0", "align-0", "sft-0", "blind-0", "grpo-0", "views.ring-0", "views.ours-0", "lora.4-0"}
     scores = json.loads((docs / "proof" / "runs" / "sft-0.json").read_text())["scores"]
     assert {"scanrefer/Acc@0.25", "nr3d/Acc@0.25", "scanqa/EM", "sqa3d/EM", "planning/CIDEr"} <= set(scores)
     page = (docs / "proof.md").read_text()
     assert page == proof.page(docs)
-    assert all(f"| {row} | 1 |" in page for row in ("SFT + GRPO", "selected", "rank 4"))
+    assert all(f"| {row} | 1 |" in page for row in ("SFT + GRPO", "ring", "selected", "rank 4"))
     pictures = {path.stem for path in (docs / "proof").glob("*.png")}
     assert pictures == {"detect", "align", "sft", "grpo", "views", "ranks"}
     assert "| SFT | 1 |" in printed and "| SFT | 1 |" in (checkout / "README.md").read_text()
