@@ -4,7 +4,7 @@ import itertools
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from ..models.observation import Observation
 from ..models.prompt_writer import PromptWriter
 from ..models.scene_vlm import SceneVLM
 from ..models.view_pixels import Grid
+from ..models.view_pool import ViewPool
 from ..utils.streams import stream
 from ..utils.text import find_boxes
 from ..utils.workers import start_pool
@@ -146,11 +147,25 @@ class Helpers:
 
     def __init__(self, prompts: PromptWriter, workers: int):
         self._pools = [start_pool(1, _adopt, prompts) for _ in range(workers)]
+        self._turns = itertools.cycle(self._pools)
+        self._begun: dict[int, tuple[Observation, Future[ViewPool]]] = {}  # by id of the scene's observation
 
     def start(self) -> None:
         """Start the processes now: a pool starts its own with its first task, and that takes seconds."""
         for pool in self._pools:
             pool.submit(os.getpid)
+
+    def begin_views(self, model: SceneVLM, observations: Sequence[Observation]) -> None:
+        """Begin to make the candidate views of scenes that have none yet; `make_views` waits for them.
+
+        Raises:
+            ValueError: a process was killed, or did not start.
+        """
+        with _all_alive():
+            for seen in observations:
+                if seen.pool is None and id(seen) not in self._begun:
+                    maker = model.pool_maker(seen)
+                    self._begun[id(seen)] = seen, next(self._turns).submit(maker, device="cpu")
 
     def make_views(self, model: SceneVLM, observations: Sequence[Observation]) -> None:
         """Give the scenes their candidate views that have none yet.
@@ -158,12 +173,12 @@ class Helpers:
         Raises:
             ValueError: a scene of which none can be made; a process was killed, or did not start.
         """
-        new = list({id(seen): seen for seen in observations if seen.pool is None}.values())
-        turns = zip(itertools.cycle(self._pools), new, strict=False)
+        self.begin_views(model, observations)
         with _all_alive():
-            under_way = [pool.submit(model.pool_maker(seen), device="cpu") for pool, seen in turns]
-            for seen, future in zip(new, under_way, strict=True):
-                model.give_pool(seen, future.result())
+            for key in dict.fromkeys(map(id, observations)):
+                if key in self._begun:
+                    seen, under_way = self._begun.pop(key)
+                    model.give_pool(seen, under_way.result())
 
     def write(
         self, unwritten: Sequence[Unwritten], pointers: str, naming: Naming | None, shown: "ShownPart | None"
@@ -323,19 +338,29 @@ class Batches(Ahead[list[Taught]]):
         self.naming = naming
         self.shown = shown
         self._helpers = Helpers(model.prompts, workers) if workers else None
+        self._next: dict[int, tuple[list[Sample], list[Observation]]] = {}  # what the next step observes
         selector = model.view_selector
         moved = model.train_scene_encoder or (selector is not None and selector.learns)
         if ahead is None:
             ahead = model.device.type == "cuda" and not moved
         super().__init__(self._make, model.device, num_steps=num_steps, on=ahead)
 
+    def _observe(self, step: int) -> tuple[list[Sample], list[Observation]]:
+        """The samples of a step and their scenes, encoded."""
+        samples = self.choose(step)
+        if self.model.train_scene_encoder:
+            return samples, self.observations.resampled(samples, seed=step)
+        return samples, self.observations.of(samples)
+
     def _make(self, step: int) -> list[Taught]:
-        """The batch of a step."""
-        samples, model = self.choose(step), self.model
-        if model.train_scene_encoder:
-            seen = self.observations.resampled(samples, seed=step)
-        else:
-            seen = self.observations.of(samples)
+        """The batch of a step. Views of the next one are made meanwhile, where processes make them."""
+        model = self.model
+        samples, seen = self._next.pop(step, None) or self._observe(step)
+        if self._helpers is not None and model.view_selector is not None and not model.train_scene_encoder:
+            self._helpers.begin_views(model, seen)
+            if step + 1 < self.num_steps:
+                self._next = {step + 1: self._observe(step + 1)}
+                self._helpers.begin_views(model, self._next[step + 1][1])
         naming = None if self.naming is None else partial(self.naming, step)
         shown = self.shown(step) if self.shown else None
         return write_targets(

@@ -359,6 +359,38 @@ def test_processes_make_the_views_that_one_makes(rooms_root, encoders, tmp_path,
             assert np.array_equal(camera.pose_44, other.pose_44)
 
 
+def test_processes_begin_the_next_steps_views_while_this_ones_rows_are_written(rooms_root, encoders, monkeypatch):
+    samples, store = load_split(sft_config(rooms_root, "unused", "data.datasets=scanqa").data, "train", 0)
+    one, other = list({sample.scene_id: sample for sample in samples}.values())[:2]
+    steps = [[one], [other, one], [other]]
+    asked, given = [], []
+    plain_maker, plain_give = SceneVLM.pool_maker, SceneVLM.give_pool
+    monkeypatch.setattr(
+        SceneVLM, "pool_maker", lambda self, seen: asked.append(seen.scene.scene_id) or plain_maker(self, seen)
+    )
+    monkeypatch.setattr(
+        SceneVLM,
+        "give_pool",
+        lambda self, seen, pool: given.append(seen.scene.scene_id) or plain_give(self, seen, pool),
+    )
+
+    def made_by(workers: int) -> tuple[list[list], list[tuple]]:
+        asked.clear()
+        given.clear()
+        model = build(rooms_root, *both(encoders))
+        cache, made, done = ObservationCache(store, model, seed=0), [], []
+        with Batches(model, steps.__getitem__, cache, pointers="name", num_steps=3, workers=workers) as batches:
+            for step in range(3):
+                made.append([(entry.row, entry.views) for entry in batches[step]])
+                done.append(([*asked], [*given]))
+        return made, done
+
+    (rows, done), (expected, _) = made_by(1), made_by(0)
+    assert rows == expected
+    first, both_scenes = [one.scene_id], [one.scene_id, other.scene_id]
+    assert done == [(both_scenes, first), (both_scenes, both_scenes), (both_scenes, both_scenes)]
+
+
 def test_a_scene_without_the_views_asked_for_is_told_from_the_process(rooms_root, encoders):
     model = build(rooms_root, *both(encoders, "model.views.source=posed"))
     samples, store = load_split(sft_config(rooms_root, "unused", "data.datasets=scanqa").data, "train", 0)
