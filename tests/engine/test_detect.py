@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from threedr1.engine import detect
 from threedr1.engine.checkpoint import list_checkpoints
 from threedr1.engine.config import DetectConfig, from_dict, save_config, to_dict
 from threedr1.engine.detection_data import SceneSamples
+from threedr1.engine.runtime import init_runtime
 from threedr1.engine.tracking import read_metrics
 from threedr1.models.scene_encoder import SceneEncoder
+from threedr1.utils.labels import DETECTION_CLASSES, NUM_CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -170,6 +173,32 @@ def test_the_best_encoder_is_kept_and_not_the_last(data_root, tmp_path, monkeypa
     folder = detect.train(make_config(data_root, tmp_path / "run", eval_every=3))
     assert_same_weights(folder, tmp_path / "run" / "checkpoints" / "step-000003" / "model")
     assert json.loads((tmp_path / "run" / "detection.json").read_text())["step"] == 3
+
+
+class Finder(torch.nn.Module):
+    """In place of an encoder: finds all objects of two scenes, and a chair besides, of which it is surest."""
+
+    def __init__(self, boxes_B37: torch.Tensor, chair_B7: torch.Tensor):
+        super().__init__()
+        self.boxes_B47 = torch.cat([boxes_B37, chair_B7[:, None]], dim=1)
+
+    def forward(self, points_BN3, features_BNF):
+        logits_BQC1 = torch.full((2, 4, NUM_CLASSES + 1), -20.0)
+        logits_BQC1[..., -1] = 0.0
+        for query, (class_id, logit) in enumerate([(2, 5.0), (4, 5.0), (7, 5.0), (2, 9.0)]):
+            logits_BQC1[:, query, class_id] = logit
+        return SimpleNamespace(boxes_BQ7=self.boxes_B47, class_logits_BQC1=logits_BQC1)
+
+
+def test_empty_boxes_are_left_out_of_the_scores(data_root, tmp_path):
+    """By hand: a false chair before the true one, precision 1/2 at every hit, unless nothing is in it."""
+    scenes = detect.SceneSamples(make_config(data_root, tmp_path / "run"), "val")
+    boxes_237 = torch.stack([torch.as_tensor(scene.to_model(scene.boxes_K7)) for scene in (scenes[0], scenes[1])])
+    names = [DETECTION_CLASSES[number] for number in (2, 4, 7)]
+    for lifted, expected in ((0.35, [0.5, 1.0, 1.0]), (5.0, [1.0, 1.0, 1.0])):
+        chair_27 = boxes_237[:, 0] + torch.tensor([0, 0, lifted, 0, 0, 0, 0])
+        scores = detect.evaluate_encoder(Finder(boxes_237, chair_27), scenes, init_runtime("cpu"))
+        assert [scores["0.25"]["AP"][name] for name in names] == expected
 
 
 def test_the_averaged_weights_are_evaluated_and_kept(data_root, tmp_path):
