@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..models.scene_encoder import SceneEncoder, SetCriterion, build_scene_encoder
-from ..utils.metrics.detection import SceneDetections, SceneObjects, evaluate_detections, is_full, split_logits
+from ..utils.metrics.detection import SceneDetections, SceneObjects, evaluate_detections, nonempty_boxes, split_logits
 from .checkpoint import restore_run
 from .config import DetectConfig
 from .data import fingerprint
@@ -122,7 +122,8 @@ def evaluate_encoder(encoder: SceneEncoder, scenes: SceneSamples, runtime: Runti
     """mAP and AR of an encoder on prepared scenes, as utils.metrics.detection reports them (3DETR's settings).
 
     Ranks share the scenes, and all of them return the result. The points of a scene are sampled from a stream of their
-    own, so that it repeats. Empty boxes are found where the encoder is: on a CPU that is nearly all of the work.
+    own, so that it repeats. Empty boxes are found on the encoder's device: finding them on the host took longer than
+    all else of an evaluation.
     """
     was_training = encoder.training
     encoder.eval()
@@ -135,18 +136,18 @@ def evaluate_encoder(encoder: SceneEncoder, scenes: SceneSamples, runtime: Runti
         points_BN3, features_BNF, targets = scenes.batch(rows, streams, augment=False)
         points_BN3 = points_BN3.to(runtime.device)
         encoding = encoder(points_BN3, features_BNF.to(runtime.device))
-        full = [is_full(*pair) for pair in zip(points_BN3, encoding.boxes_BQ7, strict=True)]
-        full_BQ = torch.stack(full).cpu().numpy()
+        nonempty = [nonempty_boxes(*pair) for pair in zip(points_BN3, encoding.boxes_BQ7, strict=True)]
+        nonempty_BQ = torch.stack(nonempty).cpu().numpy()
         boxes_BQ7, logits_BQC1 = encoding.boxes_BQ7.cpu().numpy(), encoding.class_logits_BQC1.float().cpu().numpy()
-        for index, (row, full_Q) in enumerate(zip(rows, full_BQ, strict=True)):
-            probability_KC, objectness_K = split_logits(logits_BQC1[index, full_Q])
-            detections = SceneDetections(boxes_BQ7[index, full_Q], probability_KC, objectness_K)
+        for index, (row, kept_Q) in enumerate(zip(rows, nonempty_BQ, strict=True)):
+            probability_KC, objectness_K = split_logits(logits_BQC1[index, kept_Q])
+            detections = SceneDetections(boxes_BQ7[index, kept_Q], probability_KC, objectness_K)
             boxes_G7, classes_G = targets.of_scene(index)
             found.append((row, detections, SceneObjects(boxes_G7.numpy(), classes_G.numpy())))
     encoder.train(was_training)
     everything = sorted((entry for part in runtime.gather(found) for entry in part), key=lambda entry: entry[0])
     detections, objects = [entry[1] for entry in everything], [entry[2] for entry in everything]
-    return evaluate_detections(detections, objects, min_points=0)  # empty boxes are gone
+    return evaluate_detections(detections, objects, min_points=0)  # the empty ones are gone
 
 
 class Best:

@@ -31,6 +31,7 @@ from .data import ObservationCache
 from .runtime import Runtime, batch_positions
 
 Naming = Callable[[int], np.random.Generator]  # by a sample's place
+BegunViews = list[tuple[Observation, Future[ViewPool]]]
 
 _NAME_STREAM = 14  # name of a random stream
 _KEPT_SCENES = 8192  # whose boxes a helper remembers
@@ -88,11 +89,9 @@ def write_targets(
         naming: gives, by a sample's place, the generator that draws the names of its proposals, where the model has a
             pool of them; None: 0, 1, 2 …
         shown: how many proposals a sample is shown, drawn by the same generator; None: all.
-        helpers: processes that write, and make the views of new scenes; None: this one.
+        helpers: processes that write; None: this one.
     """
     model.expect(samples)
-    if helpers is not None and model.view_selector is not None:
-        helpers.make_views(model, observations)
     views = [model.choose_views(*pair) for pair in zip(samples, observations, strict=True)]
     unwritten = [
         Unwritten(sample, encoded.told, model.asked_box(sample, seen), model.view_grids(seen, chosen))
@@ -148,37 +147,32 @@ class Helpers:
     def __init__(self, prompts: PromptWriter, workers: int):
         self._pools = [start_pool(1, _adopt, prompts) for _ in range(workers)]
         self._turns = itertools.cycle(self._pools)
-        self._begun: dict[int, tuple[Observation, Future[ViewPool]]] = {}  # by id of the scene's observation
 
     def start(self) -> None:
         """Start the processes now: a pool starts its own with its first task, and that takes seconds."""
         for pool in self._pools:
             pool.submit(os.getpid)
 
-    def begin_views(self, model: SceneVLM, observations: Sequence[Observation]) -> None:
-        """Begin to make the candidate views of scenes that have none yet; `make_views` waits for them.
+    def begin_views(self, model: SceneVLM, observations: Sequence[Observation]) -> BegunViews:
+        """Begin to make the candidate views of scenes that have none yet.
 
         Raises:
             ValueError: a process was killed, or did not start.
         """
+        new = {id(seen): seen for seen in observations if seen.pool is None}.values()
         with _all_alive():
-            for seen in observations:
-                if seen.pool is None and id(seen) not in self._begun:
-                    maker = model.pool_maker(seen)
-                    self._begun[id(seen)] = seen, next(self._turns).submit(maker, device="cpu")
+            return [(seen, next(self._turns).submit(model.pool_maker(seen), device="cpu")) for seen in new]
 
-    def make_views(self, model: SceneVLM, observations: Sequence[Observation]) -> None:
-        """Give the scenes their candidate views that have none yet.
+    @staticmethod
+    def give_views(model: SceneVLM, begun: BegunViews) -> None:
+        """Wait for views that were begun, and give them to their scenes.
 
         Raises:
-            ValueError: a scene of which none can be made; a process was killed, or did not start.
+            ValueError: a scene of which none can be made; a process was killed.
         """
-        self.begin_views(model, observations)
         with _all_alive():
-            for key in dict.fromkeys(map(id, observations)):
-                if key in self._begun:
-                    seen, under_way = self._begun.pop(key)
-                    model.give_pool(seen, under_way.result())
+            for seen, under_way in begun:
+                model.give_pool(seen, under_way.result())
 
     def write(
         self, unwritten: Sequence[Unwritten], pointers: str, naming: Naming | None, shown: "ShownPart | None"
@@ -304,10 +298,20 @@ class NameStreams:
         return stream(self.seed, _NAME_STREAM, batch_positions(step, self.batch_size, self.runtime)[place])
 
 
+class _Begun(NamedTuple):
+    """What a step's batch is made of, while its views are under way."""
+
+    step: int
+    samples: list[Sample]
+    seen: list[Observation]  # encoded
+    views: BegunViews
+
+
 class Batches(Ahead[list[Taught]]):
     """This rank's batches of a run: scenes read and encoded, views chosen, rows written.
 
-    Where a GPU trains, the next batch is made meanwhile; not where a step moves what batches are made with.
+    Where a GPU trains, the next batch is made meanwhile; not where a step moves what batches are made with. Processes
+    begin the views of a batch's scenes a batch before, so that they do not wait while views are chosen.
 
     Args:
         choose: the samples of a step.
@@ -338,33 +342,41 @@ class Batches(Ahead[list[Taught]]):
         self.naming = naming
         self.shown = shown
         self._helpers = Helpers(model.prompts, workers) if workers else None
-        self._next: dict[int, tuple[list[Sample], list[Observation]]] = {}  # what the next step observes
         selector = model.view_selector
+        # not for an encoder that trains: it would see the next scenes before it has learned from these
+        self._view_makers = self._helpers if selector is not None and not model.train_scene_encoder else None
+        self._next: _Begun | None = None
         moved = model.train_scene_encoder or (selector is not None and selector.learns)
         if ahead is None:
             ahead = model.device.type == "cuda" and not moved
         super().__init__(self._make, model.device, num_steps=num_steps, on=ahead)
 
-    def _observe(self, step: int) -> tuple[list[Sample], list[Observation]]:
-        """The samples of a step and their scenes, encoded."""
+    def _begin(self, step: int) -> _Begun:
+        """Read and encode the scenes of a step, and let the processes begin their views."""
         samples = self.choose(step)
         if self.model.train_scene_encoder:
-            return samples, self.observations.resampled(samples, seed=step)
-        return samples, self.observations.of(samples)
+            return _Begun(step, samples, self.observations.resampled(samples, seed=step), [])
+        seen = self.observations.of(samples)
+        makers = self._view_makers
+        return _Begun(step, samples, seen, makers.begin_views(self.model, seen) if makers is not None else [])
 
     def _make(self, step: int) -> list[Taught]:
-        """The batch of a step. Views of the next one are made meanwhile, where processes make them."""
-        model = self.model
-        samples, seen = self._next.pop(step, None) or self._observe(step)
-        if self._helpers is not None and model.view_selector is not None and not model.train_scene_encoder:
-            self._helpers.begin_views(model, seen)
+        """The batch of a step; where processes make views, the next step's scenes are read with it."""
+        begun, self._next = self._next, None
+        its = begun if begun is not None and begun.step == step else self._begin(step)
+        if self._view_makers is not None:
+            self._view_makers.give_views(self.model, its.views)
             if step + 1 < self.num_steps:
-                self._next = {step + 1: self._observe(step + 1)}
-                self._helpers.begin_views(model, self._next[step + 1][1])
-        naming = None if self.naming is None else partial(self.naming, step)
-        shown = self.shown(step) if self.shown else None
+                # before this step's views are chosen, or the processes would wait for that
+                self._next = self._begin(step + 1)
         return write_targets(
-            model, samples, seen, pointers=self.pointers, naming=naming, shown=shown, helpers=self._helpers
+            self.model,
+            its.samples,
+            its.seen,
+            pointers=self.pointers,
+            naming=None if self.naming is None else partial(self.naming, step),
+            shown=self.shown(step) if self.shown else None,
+            helpers=self._helpers,
         )
 
     def __enter__(self) -> "Batches":
@@ -375,5 +387,6 @@ class Batches(Ahead[list[Taught]]):
 
     def __exit__(self, *reason: object) -> None:
         super().__exit__(*reason)
+        self._next = None
         if self._helpers is not None:
             self._helpers.close()

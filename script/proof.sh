@@ -2,7 +2,7 @@
 # Whether it learns, and what each idea is worth, on generated rooms and one GPU (docs/proof.md): a model of 15 M weights
 # from random ones, trained and tested on held-out rooms. Every stage is meant for nine minutes on an H100 (align and
 # blind: with fewer runs at once than three; grpo: and a minute of scoring; rows of tables 8 and 10, which render each
-# room, took 11 to 15 three at once), and goes on where it was interrupted; one that is complete is skipped.
+# room, took 11 to 15 three at once on 16 cores), and goes on where it was interrupted; one that is complete is skipped.
 #
 #   bash script/proof.sh data                 rooms, prepared scenes, the untrained model
 #   bash script/proof.sh detect               scene encoder

@@ -190,8 +190,13 @@ class Finder(torch.nn.Module):
         return SimpleNamespace(boxes_BQ7=self.boxes_B47, class_logits_BQC1=logits_BQC1)
 
 
-def test_empty_boxes_are_left_out_of_the_scores(data_root, tmp_path):
-    """By hand: a false chair before the true one, precision 1/2 at every hit, unless nothing is in it."""
+def test_empty_boxes_are_left_out_of_the_scores(data_root, tmp_path, monkeypatch):
+    """By hand: two false chairs come before the two true ones, precision 1/3 and 2/4, unless nothing is in them."""
+    scored = []
+    plain = detect.evaluate_detections
+    monkeypatch.setattr(
+        detect, "evaluate_detections", lambda found, *rest, **more: scored.extend(found) or plain(found, *rest, **more)
+    )
     scenes = detect.SceneSamples(make_config(data_root, tmp_path / "run"), "val")
     boxes_237 = torch.stack([torch.as_tensor(scene.to_model(scene.boxes_K7)) for scene in (scenes[0], scenes[1])])
     names = [DETECTION_CLASSES[number] for number in (2, 4, 7)]
@@ -199,6 +204,10 @@ def test_empty_boxes_are_left_out_of_the_scores(data_root, tmp_path):
         chair_27 = boxes_237[:, 0] + torch.tensor([0, 0, lifted, 0, 0, 0, 0])
         scores = detect.evaluate_encoder(Finder(boxes_237, chair_27), scenes, init_runtime("cpu"))
         assert [scores["0.25"]["AP"][name] for name in names] == expected
+        # nothing is left for the host to find
+        assert [len(scene.boxes_K7) for scene in scored] == [4 if lifted < 1 else 3] * 2
+        assert all(scene.points_P3 is None for scene in scored)
+        scored.clear()
 
 
 def test_the_averaged_weights_are_evaluated_and_kept(data_root, tmp_path):

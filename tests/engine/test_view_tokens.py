@@ -359,36 +359,55 @@ def test_processes_make_the_views_that_one_makes(rooms_root, encoders, tmp_path,
             assert np.array_equal(camera.pose_44, other.pose_44)
 
 
-def test_processes_begin_the_next_steps_views_while_this_ones_rows_are_written(rooms_root, encoders, monkeypatch):
+@pytest.fixture(scope="module")
+def three_steps(rooms_root):
+    """Prepared scenes, and three batches about two of them."""
     samples, store = load_split(sft_config(rooms_root, "unused", "data.datasets=scanqa").data, "train", 0)
     one, other = list({sample.scene_id: sample for sample in samples}.values())[:2]
-    steps = [[one], [other, one], [other]]
-    asked, given = [], []
+    return store, [[one], [other, one], [other]]
+
+
+def batches_of_three(rooms_root, encoders, three_steps, *, workers, capacity=8, ahead=None):
+    store, steps = three_steps
+    model = build(rooms_root, *both(encoders))
+    cache = ObservationCache(store, model, seed=0, capacity=capacity)
+    return Batches(model, steps.__getitem__, cache, pointers="name", num_steps=3, workers=workers, ahead=ahead)
+
+
+def rows_and_views(taught):
+    return [(entry.row, entry.views) for entry in taught]
+
+
+def test_processes_begin_views_a_step_before(rooms_root, encoders, three_steps, monkeypatch):
+    """And each scene's once; no step is read after the last."""
+    begun, given = [], []
     plain_maker, plain_give = SceneVLM.pool_maker, SceneVLM.give_pool
     monkeypatch.setattr(
-        SceneVLM, "pool_maker", lambda self, seen: asked.append(seen.scene.scene_id) or plain_maker(self, seen)
+        SceneVLM, "pool_maker", lambda self, seen: begun.append(seen.scene.scene_id) or plain_maker(self, seen)
     )
     monkeypatch.setattr(
         SceneVLM,
         "give_pool",
         lambda self, seen, pool: given.append(seen.scene.scene_id) or plain_give(self, seen, pool),
     )
+    one, other = three_steps[1][1][1].scene_id, three_steps[1][1][0].scene_id
+    done = []
+    with batches_of_three(rooms_root, encoders, three_steps, workers=1) as batches:
+        for step in range(3):
+            assert len(batches[step]) == len(three_steps[1][step])
+            done.append(([*begun], [*given]))
+    assert done == [([one, other], [one]), ([one, other], [one, other]), ([one, other], [one, other])]
 
-    def made_by(workers: int) -> tuple[list[list], list[tuple]]:
-        asked.clear()
-        given.clear()
-        model = build(rooms_root, *both(encoders))
-        cache, made, done = ObservationCache(store, model, seed=0), [], []
-        with Batches(model, steps.__getitem__, cache, pointers="name", num_steps=3, workers=workers) as batches:
-            for step in range(3):
-                made.append([(entry.row, entry.views) for entry in batches[step]])
-                done.append(([*asked], [*given]))
-        return made, done
 
-    (rows, done), (expected, _) = made_by(1), made_by(0)
-    assert rows == expected
-    first, both_scenes = [one.scene_id], [one.scene_id, other.scene_id]
-    assert done == [(both_scenes, first), (both_scenes, both_scenes), (both_scenes, both_scenes)]
+@pytest.mark.parametrize("capacity", [1, 8])
+@pytest.mark.parametrize("ahead", [False, True], ids=["here", "in the thread"])
+def test_views_begun_before_change_no_batch(rooms_root, encoders, three_steps, ahead, capacity):
+    with batches_of_three(rooms_root, encoders, three_steps, workers=0) as batches:
+        expected = [rows_and_views(batches[step]) for step in range(3)]
+    with batches_of_three(rooms_root, encoders, three_steps, workers=2, capacity=capacity, ahead=ahead) as batches:
+        assert [rows_and_views(batches[step]) for step in range(3)] == expected
+        # a step that was not begun, as none is after a resume
+        assert rows_and_views(batches[1]) == expected[1]
 
 
 def test_a_scene_without_the_views_asked_for_is_told_from_the_process(rooms_root, encoders):

@@ -58,8 +58,8 @@ def split_logits(logits_KC1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return probabilities[:, :-1], 1 - probabilities[:, -1]
 
 
-def is_full(points_P3: ArrayLike, boxes_K7: ArrayLike, min_points: int = MIN_POINTS) -> torch.Tensor:
-    """Which boxes hold at least so many points, bool [K]; 3DETR leaves out the others. On the device of the boxes."""
+def nonempty_boxes(points_P3: ArrayLike, boxes_K7: ArrayLike, min_points: int = MIN_POINTS) -> torch.Tensor:
+    """Which boxes hold at least `min_points` points, bool [K]; 3DETR leaves out the others. On the boxes' device."""
     return points_in_boxes(points_P3, boxes_K7).sum(0) >= min_points
 
 
@@ -77,7 +77,7 @@ def keep_detections(
     if min_points > 0 and len(boxes):
         if scene.points_P3 is None:
             raise ValueError("Removing empty boxes needs the scene's points; give points_P3 or set min_points=0.")
-        kept = kept[is_full(scene.points_P3, boxes, min_points).cpu().numpy()]
+        kept = kept[nonempty_boxes(scene.points_P3, boxes, min_points).cpu().numpy()]
     if nms_iou is not None and len(kept):
         classes = np.asarray(scene.class_probs_KC)[kept].argmax(-1)
         kept = kept[nms_3d(boxes[kept], objectness[kept], nms_iou, classes).cpu().numpy()]
