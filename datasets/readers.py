@@ -279,6 +279,10 @@ def _read_npz(path: Path) -> _Cloud | Scene:
     except BrokenScene:
         raise
     except (ValueError, EOFError, OSError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        if "Object arrays" in str(error):  # NumPy does not unpickle what a stranger wrote
+            raise ValueError(
+                f"{path} holds Python objects; points and colours are numbers, write them again."
+            ) from None
         raise ValueError(
             f"{path} is not a whole .npz file ({error}){_looks_like(path)}; copy it again from its source."
         ) from None

@@ -21,13 +21,16 @@ def save_answers(session: Session, answers: Sequence[tuple[Prediction, Rollout]]
 def answer_pictures(session: Session, predictions: Sequence[Prediction], folder: Path) -> list[Path]:
     """The scan with detected boxes in orange, the one asked about in blue and those of the answer in red.
 
-    `answer-<number>.png` for each answer; one `objects.png` where every detected object was captioned.
+    `answer-<number>.png` for each answer; one `objects.png` where every detected object was captioned, in blue.
+    Pictures of earlier answers in the folder go.
     """
+    for earlier in (*folder.glob("answer-*.png"), *folder.glob("objects.png")):
+        earlier.unlink()
     assert session.observation.encoded is not None
     asked = [[entry.meta["query_box"]] if "query_box" in entry.meta else [] for entry in predictions]
     if predictions and all(entry.task == "dense_caption" for entry in predictions):
         boxes = [box for entry in asked for box in entry]
-        return [save_picture(scene_picture(session.scene, [(boxes, ANSWERED)]), folder / "objects.png")]
+        return [save_picture(scene_picture(session.scene, [(boxes, ASKED)]), folder / "objects.png")]
     detected = world_boxes(session.observation, session.observation.encoded.proposals.tolist())
     return [
         save_picture(

@@ -1,5 +1,6 @@
 """From samples to predictions: greedy answers, boxes resolved to the world frame."""
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,9 +261,16 @@ def open_session(
 
 
 def check_out(out: str | Path | None) -> None:
-    """ValueError where answers cannot go to a folder."""
-    if out and Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"{out} is a file; name a folder to write the answers to.")
+    """ValueError where answers cannot go to a folder, before hours of answering."""
+    if not out:
+        return
+    there = next(path for path in (Path(out), *Path(out).absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file; name a folder to write the answers to.")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(f"Nothing can be written to {out} ({error.strerror}); name another folder.") from None
 
 
 def infer(

@@ -282,6 +282,10 @@ SCANS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "light years": (lambda folder: cloud(folder / "a.ply", 1e30 * np.eye(3)), "is no room"),
     "no points": (lambda folder: write_npz(folder / "a.npz", mask=np.zeros(3)), "has no array xyz or points"),
     "words": (lambda folder: write_npz(folder / "a.npz", xyz=np.array([["a", "b", "c"]])), "are numbers, not <U1"),
+    "objects": (
+        lambda folder: write_npz(folder / "a.npz", xyz=np.array([[{}, {}, {}]])),
+        "holds Python objects; points and colours are numbers",
+    ),
     "flat": (lambda folder: write_npz(folder / "a.npz", xyz=np.zeros((5, 2))), "not [N, 3]"),
     "one array": (single_array, "holds a single array"),
     "broken mesh": (lambda folder: written(folder / "a.glb", b"glTF\x02"), "is not a readable mesh"),
@@ -328,6 +332,9 @@ def test_infer_on_what_is_no_scan(case: str, refused: Refused, run: Path):
         (["--ask", "Where?", "--model", "none"], "There is no model at none"),
         (["--ask", "Where?", "--model", "blank.txt"], "blank.txt is a file; name the folder of a model"),
         (["--ask", "Where?", "--out", "blank.txt"], "blank.txt is a file; name a folder"),
+        (["--ask", "Where?", "--out", "blank.txt/more"], "blank.txt is a file; name a folder"),
+        (["--ask", "Where?", "--out", "/proc/none/more"], "Nothing can be written to /proc/none/more"),
+        (["--chat", "--out", "/proc/none/more"], "Nothing can be written to /proc/none/more"),
     ],
 )
 def test_infer_with_wrong_arguments(argv: list[str], words: str, refused: Refused, run: Path, prepared: Path):

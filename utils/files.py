@@ -65,9 +65,14 @@ def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
         OSError: the folder of `path` is not there or cannot be written, or the block wrote nothing.
     """
     path = Path(path)
-    with tempfile.TemporaryDirectory(
-        prefix=f"{path.name}.", suffix=".partial", dir=path.parent, ignore_cleanup_errors=True
-    ) as folder:
+    try:
+        beside = tempfile.TemporaryDirectory(
+            prefix=f"{path.name}.", suffix=".partial", dir=path.parent, ignore_cleanup_errors=True
+        )
+    except OSError as error:
+        error.filename = str(path)  # what the user named
+        raise
+    with beside as folder:
         partial = Path(folder) / path.name
         yield partial
         if sync:

@@ -40,7 +40,8 @@ def overview(scene: Scene, width: int = 640, height: int = 480) -> tuple[np.ndar
     if kept_N.sum() < 0.2 * len(kept_N):
         kept_N[:] = True  # a single object or a thin slab: nothing to cut away
     camera = Camera(look_at(eye_3, target_3), pinhole(width, height, 55.0), width, height)
-    rendered = splat(scene.points_N3[kept_N], scene.colors_N3[kept_N], camera)
+    # not smoothed: from so far away things on a surface lie as deep as the surface, and would be mixed with it
+    rendered = splat(scene.points_N3[kept_N], scene.colors_N3[kept_N], camera, smooth=False)
     return rendered.color_HW3, camera
 
 

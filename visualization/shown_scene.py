@@ -68,11 +68,22 @@ class ShownScene:
 
     @property
     def predicted(self) -> ShownBoxes:
-        """What was predicted of the scene: `boxes`, then those of every answer, each labelled with its sample."""
+        """What was predicted of the scene: `boxes`, then those of every answer, each labelled with its sample.
+
+        A dense caption is of the box in `boxes`, or else of the one that it was asked for.
+        """
         rows = [
-            (box, question.prediction.sample_id) for question in self.questions for box in question.prediction.boxes
+            (box, prediction.sample_id)
+            for prediction in (question.prediction for question in self.questions)
+            for box in prediction.boxes or _captioned(prediction)
         ]
         return joined([self.boxes, ShownBoxes.from_rows([box for box, _ in rows], [name for _, name in rows])])
+
+
+def _captioned(prediction: Prediction) -> list[list[float]]:
+    return (
+        [prediction.meta["query_box"]] if prediction.task == "dense_caption" and "query_box" in prediction.meta else []
+    )
 
 
 def joined(parts: Sequence[ShownBoxes]) -> ShownBoxes:

@@ -22,6 +22,7 @@ from threedr1.engine.questions import Request
 from threedr1.models.model_files import local_folder
 from threedr1.models.scene_vlm import SceneVLM
 from threedr1.utils.predictions import read_predictions
+from threedr1.visualization.palette import ANSWERED, ASKED
 
 from ..data_factory import room_vertices, write_ply
 from .test_object_token import build, folder, model, scan, scene  # noqa: F401 - fixtures
@@ -211,8 +212,13 @@ def test_dense_captions_are_of_every_detected_object(session, tmp_path):
     predictions = [prediction for prediction, _ in answers]
     assert len(expected) > 1 and {entry.task for entry in predictions} == {"dense_caption"}
     np.testing.assert_allclose([entry.meta["query_box"] for entry in predictions], expected, atol=1e-5)
+    for stale in ("answer-0.png", "answer-11.png"):
+        (tmp_path / stale).touch()
     (picture,) = save_answers(session, answers, tmp_path)
-    assert picture.name == "objects.png" and np.asarray(Image.open(picture)).std() > 5
+    assert list(tmp_path.glob("*.png")) == [picture], "those of earlier answers are gone"
+    assert picture.name == "objects.png"
+    drawn_HW3 = np.asarray(Image.open(picture))
+    assert (drawn_HW3 == ASKED).all(-1).any() and not (drawn_HW3 == ANSWERED).all(-1).any()
     assert len(read_predictions(tmp_path / "predictions.jsonl")) == len(expected)
 
 

@@ -75,8 +75,9 @@ def test_a_block_that_writes_nothing_and_a_missing_folder_are_errors(tmp_path: P
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "out.txt"):
         pass
     assert names(tmp_path) == []
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError) as missing:
         write_whole(tmp_path / "gone" / "out.txt", "text")
+    assert missing.value.filename == str(tmp_path / "gone" / "out.txt"), "not a name of our own"
 
 
 @pytest.mark.parametrize("name", ["arrays.npz", "arrays.v2.npz"])

@@ -75,6 +75,15 @@ def test_questions_come_with_layers_labels_scores_and_cameras(answers):
     assert shown.predicted.labels == ["odd-0", "odd-1"] and shown.predicted.scores == [None, None]
 
 
+def test_the_box_of_a_dense_caption_is_the_one_that_it_was_asked_for(answers):
+    asked = answered(sample_id="odd-1", task="dense_caption", boxes=[], meta={"query_box": [9.0, 8, 7, 1, 1, 1, 0]})
+    question = answered(sample_id="odd-2", boxes=[], meta={"query_box": BOX})  # asked about it, answered none
+    write_predictions(answers / "predictions.jsonl", [answered(), asked, question])
+    (shown,) = load_shown(answers, data_root=answers.parent / "data")
+    assert shown.predicted.labels == ["odd-0", "odd-1"]
+    np.testing.assert_allclose(shown.predicted.centers_K3[1], [9, 8, 7])
+
+
 def test_a_true_box_has_the_label_of_the_object_that_it_is(answers):
     write_predictions(answers / "predictions.jsonl", [answered(target_boxes=[BOX], boxes=[BOX, BOX])])
     (shown,) = load_shown(answers, data_root=answers.parent / "data")
