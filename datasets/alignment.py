@@ -276,7 +276,10 @@ def scale_to_height(points_N3: np.ndarray, height: float | None, *, from_video: 
     measured = max(extent(points_N3, _AXES["z"]), 1e-9)
     factor = (height or CEILING) / measured
     if height is not None:
-        note = f"scaled by {factor:.4g}, so that floor to highest point are the {height:g} m that were given"
+        note = (
+            f"scaled by {factor:.4g}, so that floor to highest point, without the outermost half per cent of points, "
+            f"are the {height:g} m that were given"
+        )
     else:
         note = (
             f"scaled by {factor:.4g}: a reconstruction from video has no unit, and floor to highest point were taken "

@@ -252,6 +252,8 @@ def load_language_model(
             )
         model, report = loaded
         _check_complete(report)
+        if Path(name).is_dir() and not any((Path(name) / file).exists() for file in ("tokenizer.json", "vocab.json")):
+            raise ValueError("there is no tokenizer.json")  # transformers would make an empty one
         tokenizer = AutoTokenizer.from_pretrained(str(name))
         # The whole processor needs torchvision for its video half; images alone do not.
         image_processor = AutoImageProcessor.from_pretrained(str(name))

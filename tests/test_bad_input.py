@@ -613,6 +613,14 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut connector": (lambda model: truncate(model / "connector.safetensors"), "is truncated or no safetensors"),
     "other connector": (lambda model: widen(model / "connector.safetensors"), "a checkpoint of another model size"),
     "no encoder": (lambda model: shutil.rmtree(model / "scene_encoder"), "There is no scene encoder"),
+    "no encoder's configuration": (
+        lambda model: (model / "scene_encoder" / "config.json").unlink(),
+        "scene_encoder/config.json; copy the whole folder again",
+    ),
+    "no tokenizer": (
+        lambda model: (model / "language_model" / "tokenizer.json").unlink(),
+        "(there is no tokenizer.json); give a whole Qwen2.5-VL checkpoint",
+    ),
     "cut encoder": (lambda model: truncate(model / "scene_encoder" / "model.safetensors"), "truncated or no"),
     "other encoder": (
         lambda model: rewrite_json(model / "scene_encoder" / "config.json", lambda config: {**config, "width": 32}),

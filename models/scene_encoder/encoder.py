@@ -274,6 +274,8 @@ class SceneEncoder(nn.Module):
         try:
             config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         except FileNotFoundError:
+            if (folder / WEIGHTS_NAME).exists():
+                raise ValueError(f"There is no {folder / CONFIG_NAME}; copy the whole folder again.") from None
             raise ValueError(
                 f"There is no scene encoder at {folder}; train one with `bash script/pretrain.detector.sh`, or name "
                 "another folder."

@@ -225,7 +225,10 @@ def check_items(items: Sequence[QaItem]) -> None:
         if not item.answers:
             raise ValueError(f"Question {item.key!r} has no answer; give at least one (it may be an empty string).")
         if not item.references:
-            raise ValueError(f"Question {item.key!r} has no reference answer; it cannot be scored.")
+            raise ValueError(
+                f"Question {item.key!r} has no reference answer; give one in the file, or by --references or "
+                "--data of `main.py score`."
+            )
         if item.key in seen:
             raise ValueError(f"Question {item.key!r} is answered twice; keep one answer a question.")
         seen.add(item.key)

@@ -42,7 +42,10 @@ def sample_score(task: str, prediction: Prediction) -> float:
             raise ValueError(f"Sample {prediction.sample_id} has no target box; it cannot be scored as grounding.")
         return grounding.matched_iou(prediction.boxes, prediction.target_boxes)
     if not prediction.references:
-        raise ValueError(f"Sample {prediction.sample_id} has no reference text; it cannot be scored.")
+        raise ValueError(
+            f"Sample {prediction.sample_id} has no reference text; give one in the file, or by --references or "
+            "--data of `main.py score`."
+        )
     if task in QA_TASKS:
         return qa.qa_exact(answer_text(prediction), prediction.references)
     return rouge_l(answer_text(prediction), prediction.references)
