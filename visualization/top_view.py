@@ -83,11 +83,13 @@ def _draw_boxes(pen: ImageDraw.ImageDraw, corners_K82: np.ndarray, color: Color)
 def _draw_labels(
     pen: ImageDraw.ImageDraw, font: Font, corners_K82: np.ndarray, texts: Sequence[str], color: Color
 ) -> None:
-    """Each label above the upper left corner of its box."""
+    """Each label above the upper left corner of its box, or as far to the left as the picture's edge makes it."""
     for corners_82, text in zip(corners_K82, texts, strict=True):
         if not text:
             continue
         place = (float(corners_82[:, 0].min()), float(corners_82[:, 1].min()) - _TEXT - 4)
+        beyond = max(pen.textbbox(place, text, font=font)[2] + 4 - pen.im.size[0], 0)
+        place = (max(place[0] - beyond, 2), place[1])
         left, top, right, bottom = pen.textbbox(place, text, font=font)
         pen.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=color)
         pen.text(place, text, fill=(255, 255, 255), font=font)

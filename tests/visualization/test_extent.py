@@ -71,6 +71,16 @@ def test_a_box_outside_the_points_is_on_the_plan():
     assert columns.min() > 500 and columns.max() < 645, "within the margin of 40 pixels"
 
 
+def test_a_label_at_the_edge_of_the_plan_is_not_cut():
+    red, label = (255, 0, 0), "a box of a rather long name"
+    box = [[1237.4, -988, 56, 0.1, 0.1, 1]]
+    with_label, without = (
+        top_view(odd_scene(), [(ShownBoxes.from_rows(box, labels), red)], width=680) for labels in ([label], [""])
+    )
+    columns = np.nonzero((with_label != without).any(-1))[1]
+    assert columns.max() < 679 and np.ptp(columns) > 100, "all of it is there"
+
+
 def test_colours_of_boxes_are_defined_once():
     """No other module of the viewers, and no page, has a colour of the palette in numbers."""
     root = Path(threedr1.__file__).parent
