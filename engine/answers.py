@@ -24,7 +24,7 @@ def answer_pictures(session: Session, predictions: Sequence[Prediction], folder:
     `answer-<number>.png` for each answer; one `objects.png` where every detected object was captioned, in blue.
     Pictures of earlier answers in the folder go.
     """
-    for earlier in (*folder.glob("answer-*.png"), *folder.glob("objects.png")):
+    for earlier in (*folder.glob("answer-[0-9]*.png"), *folder.glob("objects.png")):
         earlier.unlink()
     assert session.observation.encoded is not None
     asked = [[entry.meta["query_box"]] if "query_box" in entry.meta else [] for entry in predictions]

@@ -37,6 +37,7 @@ def overview(
     Args:
         corners_C3: of boxes that will be drawn in, world frame; the room and they are in the picture.
     """
+    room_low_3, room_high_3 = room_extent(scene)
     low_3, high_3 = room_extent(scene, corners_C3)
     size_3 = np.maximum(high_3 - low_3, 0.1)
     target_3 = (low_3 + high_3) / 2
@@ -47,9 +48,9 @@ def overview(
     distance = fitting_distance(corners_83 - target_3, -direction_3, matrix_33[0, 0], width, height)
     eye_3 = target_3 + direction_3 * distance
     kept_N = (
-        (scene.points_N3[:, 0] > low_3[0] + _WALL_MARGIN)
-        & (scene.points_N3[:, 1] > low_3[1] + _WALL_MARGIN)
-        & (scene.points_N3[:, 2] < low_3[2] + _CEILING_SHARE * size_3[2])
+        (scene.points_N3[:, 0] > room_low_3[0] + _WALL_MARGIN)
+        & (scene.points_N3[:, 1] > room_low_3[1] + _WALL_MARGIN)
+        & (scene.points_N3[:, 2] < room_low_3[2] + _CEILING_SHARE * max(room_high_3[2] - room_low_3[2], 0.1))
     )
     if kept_N.sum() < 0.2 * len(kept_N):
         kept_N[:] = True  # a single object or a thin slab: nothing to cut away

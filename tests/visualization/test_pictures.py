@@ -56,6 +56,15 @@ def test_a_box_at_the_edge_of_the_room_or_beyond_is_in_the_picture():
         assert rows.min() > 1 and rows.max() < 478 and columns.min() > 1 and columns.max() < 638
 
 
+@pytest.mark.parametrize("boxes", [[], [[-4, -4, 0.2, 0.6, 0.6, 0.4, 0]]], ids=["alone", "with a box outside"])
+def test_near_walls_are_cut_away(boxes):
+    scene = floor_with_a_poster()
+    near = scene.points_N3[:, 0] < -2.9
+    scene.colors_N3[near] = [0, 0, 200]
+    shown = scene_picture(scene, [(boxes, ANSWERED)]).reshape(-1, 3)
+    assert not (shown == [0, 0, 200]).all(-1).any() and (shown == [200, 0, 0]).all(-1).any()
+
+
 def test_a_thing_on_a_surface_keeps_its_colour():
     """A red poster flat on a grey floor is as deep as the floor, and is not mixed with it."""
     scene = floor_with_a_poster()
