@@ -44,7 +44,10 @@ _PLAIN = re.compile(
 
 @dataclass
 class PlyMesh:
-    """What a PLY file holds. `colors_V3` is None where the file has none; `faces_F3` may be empty."""
+    """What a PLY file holds. `colors_V3` is None where the file has none; `faces_F3` may be empty.
+
+    Where faces alone have colours, a vertex has the mean of those that meet in it.
+    """
 
     vertices_V3: np.ndarray  # float32, the file's own units and frame
     colors_V3: np.ndarray | None  # uint8
@@ -84,7 +87,10 @@ def read_ply(path: str | Path, *, with_faces: bool = True) -> PlyMesh:
     faces_F3 = _faces(ply, path) if with_faces else np.zeros((0, 3), np.int32)
     if len(faces_F3) and (faces_F3.min() < 0 or faces_F3.max() >= len(vertices_V3)):
         raise ValueError(f"{path} has faces that name vertices it does not have; copy it again from its source.")
-    return PlyMesh(vertices_V3, _colors(vertex), faces_F3)
+    colors_V3 = _colors(vertex)
+    if colors_V3 is None and len(faces_F3):
+        colors_V3 = _colors_of_faces(ply["face"].data, faces_F3, len(vertices_V3))
+    return PlyMesh(vertices_V3, colors_V3, faces_F3)
 
 
 def read_plain_text(path: Path, *, with_faces: bool = True) -> PlyMesh | None:
@@ -215,12 +221,26 @@ def _read(path: Path) -> PlyData:
         return PlyData.read(str(path))  # faces with more than three corners
 
 
-def _colors(vertex: np.ndarray) -> np.ndarray | None:
-    names = set(vertex.dtype.names or ())
+def _colors(rows: np.ndarray) -> np.ndarray | None:
+    names = set(rows.dtype.names or ())
     for triple in _COLOR_NAMES:
         if names.issuperset(triple):
-            return to_uint8(np.stack([vertex[name] for name in triple], axis=1))
+            return to_uint8(np.stack([rows[name] for name in triple], axis=1))
     return None
+
+
+def _colors_of_faces(face: np.ndarray, faces_F3: np.ndarray, num_vertices: int) -> np.ndarray | None:
+    """Colours [V, 3] uint8 of vertices from those of the triangles that meet in them; black where none does."""
+    colors = _colors(face)
+    if colors is None:
+        return None
+    if len(colors) < len(faces_F3):  # polygons were cut into triangles
+        corners = face[next(name for name in _FACE_LISTS if name in (face.dtype.names or ()))]
+        colors = np.repeat(colors, [len(its) - 2 for its in corners], axis=0)
+    sums_V3, counts_V = np.zeros((num_vertices, 3)), np.bincount(faces_F3.ravel(), minlength=num_vertices)
+    for corner_F in faces_F3.T:
+        np.add.at(sums_V3, corner_F, colors)
+    return np.rint(sums_V3 / np.maximum(counts_V, 1)[:, None]).astype(np.uint8)
 
 
 def to_uint8(colors_N3: np.ndarray) -> np.ndarray:

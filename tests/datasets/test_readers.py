@@ -109,6 +109,28 @@ def test_blocks_of_a_text_ply_are_cut_between_numbers(tmp_path, block, monkeypat
         assert len(parts.faces_F3) == (9 if with_faces else 0)
 
 
+@pytest.mark.parametrize("encoding", ["binary", "ascii"])
+def test_colours_of_a_plys_faces_are_those_that_trimesh_gives_to_its_vertices(tmp_path, encoding):
+    mesh = trimesh.creation.icosphere(subdivisions=2)
+    mesh.visual.face_colors = np.random.default_rng(0).integers(0, 256, (len(mesh.faces), 3), dtype=np.uint8)
+    (tmp_path / "ball.ply").write_bytes(trimesh.exchange.ply.export_ply(mesh, encoding=encoding))
+    read = read_ply(tmp_path / "ball.ply")
+    expected_V3 = mesh.visual.vertex_colors[:, :3].astype(int)
+    assert np.abs(read.colors_V3.astype(int) - expected_V3).max() <= 1  # trimesh rounds down
+
+
+def test_colours_of_polygons_go_with_all_their_triangles(tmp_path):
+    """A red square and a blue triangle on one of its sides: two vertices are between."""
+    header = "ply\nformat ascii 1.0\nelement vertex 5\n" + "".join(f"property float {axis}\n" for axis in "xyz")
+    header += "element face 2\nproperty list uchar int vertex_indices\n"
+    header += "".join(f"property uchar {name}\n" for name in ("red", "green", "blue")) + "end_header\n"
+    rows = "0 0 0\n1 0 0\n1 1 0\n0 1 0\n2 0 0\n4 0 1 2 3 200 0 0\n3 1 4 2 0 0 200\n"
+    (tmp_path / "a.ply").write_text(header + rows)
+    # the square is cut from its corner 0: two of its triangles meet there and in corner 2
+    expected = [[200, 0, 0], [100, 0, 100], [133, 0, 67], [200, 0, 0], [0, 0, 200]]
+    assert read_ply(tmp_path / "a.ply").colors_V3.tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("kind", "written", "color"),
     [("uchar", "255 0 7", [255, 0, 7]), ("ushort", "65535 0 1799", [255, 0, 7]), ("float", "1 0 0.5", [255, 0, 128])],
