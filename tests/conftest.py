@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as main.py does
+
 if "threedr1" not in sys.modules:
     spec = importlib.util.spec_from_file_location(
         "threedr1", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]

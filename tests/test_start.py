@@ -65,6 +65,16 @@ def test_main_py_reaches_the_package(tmp_path: Path):
     assert "steps: 7" in output
 
 
+@pytest.mark.parametrize("asked", ["", "COMPATIBLE"])
+def test_products_on_a_cpu_round_alike_unless_asked_otherwise(asked: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("MKL_CBWR")
+    if asked:
+        monkeypatch.setenv("MKL_CBWR", asked)
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert os.environ["MKL_CBWR"] == (asked or "AUTO,STRICT")
+
+
 def test_torchrun_starts_main_py():
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     output = checked(*launcher, "main.py", "sft", "--dry-run")
