@@ -265,8 +265,8 @@ def explain(error: BaseException) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit status. THREEDR1_DEBUG=1 lets errors through with a traceback."""
-    # Before torch is imported; else the last bits of a product on a CPU may go by where in memory its matrices lie, and
-    # a resumed run does not repeat what the whole one does (seen on processors with AMX).
+    # Before torch is imported; else the last bits of a product on a CPU may go by where in memory its matrices lie,
+    # and a resumed run does not repeat what the whole one does (seen on processors with AMX).
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     args = build_parser().parse_args(argv)
     try:
