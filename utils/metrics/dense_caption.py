@@ -18,8 +18,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ..boxes import ArrayLike, as_boxes, box3d_iou, extents, nms_3d, points_in_boxes
+from ..boxes import ArrayLike, as_boxes, box3d_iou, extents, nms_3d
 from .caption import MeteorChoice, ngram_scores
+from .detection import nonempty_boxes
 from .result import Scores
 
 Assignment = Literal["ll3da", "scan2cap"]
@@ -82,8 +83,7 @@ def filter_proposals(
     logits = np.asarray(logits_KC1, dtype=np.float64)
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
     objectness = 1 - shifted[:, -1] / shifted.sum(-1)
-    counts = points_in_boxes(points_P3, boxes).sum(0).numpy()
-    filled = np.flatnonzero(counts >= min_points)
+    filled = np.flatnonzero(nonempty_boxes(points_P3, boxes, min_points).numpy())
     classes = logits[:, :-1].argmax(-1)
     kept = np.zeros(len(boxes), dtype=bool)
     kept[filled[nms_3d(boxes[filled], objectness[filled], nms_iou, classes[filled]).numpy()]] = True
