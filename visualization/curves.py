@@ -9,6 +9,7 @@ from typing import Any
 
 Curve = tuple[list[float], list[float]]  # steps, values
 _STYLES = ("-", "--", ":")  # for more curves than there are colours
+_FEW = 10  # points, each of which gets a dot
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,10 @@ class Panel:
 
 
 def draw_panels(panels: Sequence[Panel], path: str | Path) -> Path:
-    """Panels side by side as a PNG: runs of one label in thin lines, and their mean in a thick one."""
+    """Panels side by side as a PNG: runs of one label in thin lines, and their mean in a thick one.
+
+    A panel of the same labels as the one before has its colours, and no legend of its own.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -29,17 +33,21 @@ def draw_panels(panels: Sequence[Panel], path: str | Path) -> Path:
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4.2 * len(panels), 2.8), layout="constrained", squeeze=False
     )
+    explained: list[str] = []
     for axis, panel in zip(axes[0], panels, strict=True):
         for number, (label, runs) in enumerate(panel.curves.items()):
             color = f"C{number % 10}"
             for steps, values in runs if len(runs) > 1 else []:
                 axis.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
-            axis.plot(*mean_curve(runs), color=color, linewidth=1.6, label=label)
+            mean = mean_curve(runs)
+            marker = "o" if len(mean[0]) <= _FEW else ""
+            axis.plot(*mean, color=color, linewidth=1.6, label=label, marker=marker, markersize=3)
         axis.set_title(panel.title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-        if len(panel.curves) > 1:
+        if len(panel.curves) > 1 and list(panel.curves) != explained:
+            explained = list(panel.curves)
             axis.legend(fontsize=7)
     figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
     pyplot.close(figure)

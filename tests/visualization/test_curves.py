@@ -29,3 +29,11 @@ def test_of_several_runs_the_mean_is_the_thick_line(tmp_path):
     strong = np.nonzero(found > 100)[0]
     assert len(strong) and np.ptp(strong) < 6, "one thick line"
     assert strong.mean() < np.nonzero(inked(9.0, 9.0) > 100)[0].mean(), "at the mean"
+
+
+def test_labels_are_explained_once_and_again_where_they_change(tmp_path, monkeypatch):
+    explained = []
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axes, **_: explained.append(axes.get_title()))
+    both, one = {"ours": [([1.0, 2.0], [3.0, 4.0])], "blind": [([1.0, 2.0], [2.0, 2.0])]}, {"alone": [([1.0], [1.0])]}
+    draw_panels([Panel("a", one), Panel("b", both), Panel("c", both), Panel("d", {**both, **one})], tmp_path / "p.png")
+    assert explained == ["b", "d"]
