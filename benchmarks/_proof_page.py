@@ -57,16 +57,18 @@ VIEWS_NOTE = """\
 Pictures alone, no token of the point cloud. *Selected* are four of twelve views, by the question; *uniform* four of
 the same twelve, evenly spaced among them; *best coverage* the four that show most of the room and its detected
 objects; *ring* and *top-down* four from fixed places. All but *selected* are the same whatever the question. A view's
-tokens do not say where it was taken from, so that a place in the room is not to be read off them."""
+tokens do not say where it was taken from, so a model cannot tell from them where in the room a thing is."""
 ENCODERS_NOTE = """\
 With the point cloud there are objects to point at by name, and inventories that teach the names; without it boxes are
 asked for and given in numbers. What the rows differ by is therefore more than an encoder."""
 RANKS = {"views.ours": "before", **{f"lora.{rank}": f"rank {rank}" for rank in (4, 8, 12, 16, 32)}}
 RANKS_NOTE = """\
-*Before* is the model of table 8's *selected*: it was trained on text and pictures alone. In the other rows it learns
-the scene, tokens of the point cloud and names, whose embeddings are drawn anew (`python main.py names`) and stay, as
-do its own weights, by adapters of one rank on all of its blocks (alpha 32); the connector, which makes the tokens of
-what the frozen scene encoder finds, is trained whole. It sees no pictures then. The paper's rank is 12 (alpha 16)."""
+*Before* is table 8's *selected*: the recipe, not the very models, that the other rows begin with. It was trained on
+text and pictures alone. The other rows train such a model for 1,500 steps on the data of SFT, without pictures, to
+read the tokens of the point cloud and the names of objects. Its own weights stay, as do the names' embeddings, which
+are drawn anew (`python main.py names`). What learns are adapters of one rank on all of its blocks (alpha 32 at every
+rank), and the connector, which makes tokens of what the frozen scene encoder finds. The paper's rank is 12, with
+alpha 16, on the last 8 of 28 blocks."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,16 @@ class Ablation:
     note: str
     picture: str = ""  # file name of its curves; table 7's are those of GRPO
     caption: str = ""
+    remark: str = ""  # on the picture
+    undrawn: frozenset[str] = frozenset()  # names without curves there, being trained on something else
 
     def measured(self, runs: Sequence[Run]) -> Mapping[str, str]:
         """The names; none before a row of the table's own is measured."""
         return self.names if any(run.name.startswith(self.own) for run in runs) else {}
+
+    def drawn(self, runs: Sequence[Run]) -> Mapping[str, str]:
+        """Those of them that its picture shows."""
+        return {name: text for name, text in self.measured(runs).items() if name not in self.undrawn}
 
 
 ABLATIONS = (
@@ -96,6 +104,7 @@ ABLATIONS = (
         VIEWS_NOTE,
         "views.png",
         "Loss and held-out scores by choice of views",
+        "Grounding is at chance in all rows.",
     ),
     Ablation(
         "Encoders one by one (table 10)",
@@ -105,6 +114,7 @@ ABLATIONS = (
         ENCODERS_NOTE,
         "encoders.png",
         "Loss and held-out scores by encoders",
+        "With the point cloud inventories are among the samples: losses with and without it are of different data.",
     ),
     Ablation(
         "Ranks of LoRA (table 11)",
@@ -114,8 +124,13 @@ ABLATIONS = (
         RANKS_NOTE,
         "ranks.png",
         "Loss and held-out scores by the rank of LoRA",
+        undrawn=frozenset({"views.ours"}),
     ),
 )
+PICTURES_NOTE = """\
+In pictures of training a thin line is a run, a thick one the mean of the runs. Held-out scores there are of a part of
+the questions (150 of a form for the tables' 1,600 to 2,400), now and then: they show the course of training, and rows
+may stand in another order than in the tables."""
 THOUGHTS_NOTE = """\
 Whether thoughts tell of the room: lists that count things or tell their colours, and distances, all by name, so that
 boxes can be looked up. Means over runs, with the lowest and the highest."""
@@ -129,11 +144,12 @@ rooms (`rooms-v1`) and one GPU, in stages of minutes. **These numbers are small-
 machinery does; they say nothing about ScanNet, and they are not comparable with published results. A claim of the
 paper that does not show here is reported as such.
 
-Intervals (95 %) know both kinds of chance, which questions were asked and which seed was drawn: a crossed bootstrap
-over runs and questions, what comes of the runs widened for their small number by Student's t
-(`utils/metrics/seeds.py`). Rooms are drawn with all their questions, since those about one room are not independent.
-The interval of a single run knows the questions alone, so it is too narrow. Differences are taken question by question
-between runs of the same seed. Scores are those of `python main.py eval`, in percent.
+The 95 % intervals cover both kinds of chance, which rooms were asked about and which seed was drawn: a crossed
+bootstrap over runs and rooms, what comes of the runs widened for their small number by Student's t
+(`utils/metrics/seeds.py`), so that a share's interval may reach below 0. Rooms are drawn with all their questions,
+since those about one room are not independent. The interval of a single run knows the rooms alone, so it is too
+narrow. Differences are taken question by question between runs of the same seed. Scores are those of
+`python main.py eval`, in percent.
 """
 HEADLINE_INTRODUCTION = """\
 **Small-scale:** 15 million weights from random ones, generated rooms, one GPU, stages of minutes. Held-out rooms,
@@ -191,11 +207,11 @@ def gain(runs: Sequence[Run], ours: str, other: str, metric: str) -> Estimate | 
     return difference_over_seeds(values_SQ[: len(seeds)], values_SQ[len(seeds) :], scenes_Q).scaled(100)
 
 
-def shown(value: Estimate | None, *, signed: bool = False) -> str:
+def shown(value: Estimate | None, *, signed: bool = False, digits: int = 1) -> str:
     """`41.3 (38.0 to 44.1)`, or a dash."""
     if value is None:
         return "-"
-    form = "+.1f" if signed else ".1f"
+    form = f"{'+' if signed else ''}.{digits}f"
     return f"{value.mean:{form}} ({value.low:{form}} to {value.high:{form}})"
 
 
@@ -232,11 +248,15 @@ def demands(runs: Sequence[Run]) -> list[str]:
     for sentence, ours, other, metric, bound in checks:
         found = gain(runs, ours, other, metric)
         holds = "-" if found is None else "yes" if (found.mean >= bound if bound else found.low > 0) else "**no**"
+        if found is not None and bound and found.low < bound <= found.mean:
+            holds = f"yes, by the mean; the interval reaches below {bound:.0f}"
         lines.append(f"| {sentence} | {shown(found, signed=True)} | {holds} |")
     kept = gain(runs, "grpo", "sft", "scanqa/EM")
     # an interval so wide that it holds a loss does not say that nothing is lost
     holds = "-" if kept is None else "**no**" if kept.high < 0 else "yes" if kept.low > -_LOSS else "**not shown**"
-    lines.append(f"| GRPO loses less than {_LOSS:.0f} points of questions | {shown(kept, signed=True)} | {holds} |")
+    lines.append(
+        f"| GRPO loses less than {_LOSS:.0f} points of questions | {shown(kept, signed=True, digits=2)} | {holds} |"
+    )
     return lines
 
 
@@ -292,17 +312,20 @@ def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
 
     def of_encoder(name: str) -> list[Panel]:
         its = {name: "scene encoder"}
-        found = {metric: curves_of(runs, its, metric).get("scene encoder", []) for metric in ("map25", "map50")}
+        found = {
+            f"mAP@0.{metric[-2:]}": curves_of(runs, its, metric).get("scene encoder", [])
+            for metric in ("map25", "map50")
+        }
         return [
-            Panel("loss of the scene encoder", curves_of(runs, its, "loss")),
-            Panel("mAP, held-out", {metric: curves for metric, curves in found.items() if curves}),
+            Panel("scene encoder, training", curves_of(runs, its, "loss"), "loss"),
+            Panel("boxes, held-out", {metric: curves for metric, curves in found.items() if curves}, "share"),
         ]
 
     def of_models(names: Mapping[str, str], grounding: str = "scanrefer") -> list[Panel]:
         return [
-            Panel("loss, training", curves_of(runs, names, "loss")),
-            Panel("grounding Acc@0.25, held-out", curves_of(runs, names, f"eval/{grounding}/Acc@0.25")),
-            Panel("questions EM, held-out", curves_of(runs, names, "eval/scanqa/EM")),
+            Panel("training", curves_of(runs, names, "loss"), "loss"),
+            Panel("grounding Acc@0.25, held-out", curves_of(runs, names, f"eval/{grounding}/Acc@0.25"), "percent"),
+            Panel("questions EM, held-out", curves_of(runs, names, "eval/scanqa/EM"), "percent"),
         ]
 
     found = {
@@ -310,10 +333,10 @@ def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
         "align.png": of_models({"align": "align"}),
         "sft.png": of_models({"blind": "blind", "sft": "SFT"}),
         "grpo.png": [
-            Panel(f"reward, {name}", curves_of(runs, {"grpo": "all three rewarded"}, f"rewards/{name}/mean"))
+            Panel(name, curves_of(runs, {"grpo": "all three rewarded"}, f"rewards/{name}/mean"), "mean reward")
             for name in ("format", "perception", "semantic", "combined")
         ],
-        **{its.picture: of_models(its.measured(runs)) for its in ABLATIONS if its.picture},
+        **{its.picture: of_models(its.drawn(runs)) for its in ABLATIONS if its.picture},
         "real.png": [*of_encoder("real-detect"), *of_models(REAL, "scanrefer_targets")],
     }
     kept = {name: [panel for panel in row if any(panel.curves.values())] for name, row in found.items()}
@@ -348,31 +371,50 @@ def with_headline(text: str, runs: Sequence[Run]) -> str:
     return before + begin + "\n" + (f"{shown}\n" if shown else "") + end + after
 
 
-def render(runs: Sequence[Run], findings: str = "") -> str:
+def render(runs: Sequence[Run], findings: str = "", summary: str = "") -> str:
     """The page.
 
     Args:
+        summary: a paragraph that people wrote, docs/proof/summary.md: which claims show, and which do not.
         findings: a section in Markdown that people wrote, docs/proof/findings.md.
     """
     everything = tuple(TASKS)
     pictures = panels(runs)
 
-    def picture(name: str, text: str) -> list[str]:
-        return ["", f"![{text}](proof/{name})"] if name in pictures else []
+    def picture(name: str, text: str, remark: str = "") -> list[str]:
+        said = ["", remark] if remark else []
+        return ["", f"![{text}](proof/{name})", *said] if name in pictures else []
 
-    lines = [INTRODUCTION, "## Blind, SFT, GRPO", "", *table(runs, MAIN, everything, "model"), "", *demands(runs)]
+    said = [summary.strip(), ""] if summary.strip() else []
+    lines = [
+        INTRODUCTION,
+        *said,
+        "## Blind, SFT, GRPO",
+        "",
+        *table(runs, MAIN, everything, "model"),
+        "",
+        *demands(runs),
+    ]
     lines += thoughts(runs)
     if pictures:
-        lines += ["", "In pictures of training a thick line is the mean of the runs."]
+        lines += ["", PICTURES_NOTE]
     lines += picture("detect.png", "Loss and mAP of the scene encoder while it is pre-trained")
     lines += picture("align.png", "Loss and held-out grounding while the model learns what names stand for (align)")
-    lines += picture("sft.png", "Loss and held-out scores while training: of the scene, and blind")
-    lines += picture("grpo.png", "Rewards by component while GRPO trains")
+    lines += picture(
+        "sft.png",
+        "Loss and held-out scores while training: of the scene, and blind",
+        "SFT begins with what `align` left, blind with random weights.",
+    )
+    lines += picture(
+        "grpo.png",
+        "Rewards by component while GRPO trains",
+        "All three are rewarded. Each panel has its own scale.",
+    )
     for its in ABLATIONS:
         lines += ["", f"## {its.title}", "", its.note, ""]
         lines += table(runs, its.measured(runs), everything, "model")
         lines += differences(runs, its.measured(runs), its.base, HEADLINE)
-        lines += picture(its.picture, its.caption)
+        lines += picture(its.picture, its.caption, its.remark)
     lines += ["", "## Real scans", "", REAL_INTRODUCTION, *table(runs, REAL, tuple(REAL_TASKS), "model")]
     lines += differences(runs, REAL, "real.blind", tuple(REAL_TASKS))
     lines += picture("real.png", "The same of real scans: scene encoder, model and blind model")

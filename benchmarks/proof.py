@@ -43,14 +43,15 @@ def finished(run: Path, stage: str) -> int | None:
 
 
 def page(docs: Path) -> str:
-    """The page's text from the runs that are kept, and what people found."""
+    """The page's text from the runs that are kept, what people found, and their summary of it."""
     from ._proof_page import render
     from ._proof_runs import read_runs
 
-    findings = docs / "proof" / "findings.md"
-    return render(
-        read_runs(docs / "proof" / "runs"), findings.read_text(encoding="utf-8") if findings.exists() else ""
-    )
+    def written(name: str) -> str:
+        path = docs / "proof" / name
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    return render(read_runs(docs / "proof" / "runs"), written("findings.md"), written("summary.md"))
 
 
 def main(argv: Sequence[str] = ()) -> int:

@@ -18,6 +18,7 @@ class Panel:
 
     title: str
     curves: Mapping[str, Sequence[Curve]]
+    unit: str = ""  # of the values
 
 
 def draw_panels(panels: Sequence[Panel], path: str | Path) -> Path:
@@ -44,6 +45,7 @@ def draw_panels(panels: Sequence[Panel], path: str | Path) -> Path:
             axis.plot(*mean, color=color, linewidth=1.6, label=label, marker=marker, markersize=3)
         axis.set_title(panel.title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
+        axis.set_ylabel(panel.unit, fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
         if len(panel.curves) > 1 and list(panel.curves) != explained:

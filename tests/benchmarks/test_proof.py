@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,13 @@ def test_what_does_not_hold_is_said():
     assert page.count("| **no** |") == 3 and "+0.0 (+0.0 to +0.0)" in page  # questions are not lost
     assert "No difference from *none (SFT)* lies beyond its interval." in page
     worse = [run("sft", 0, 0.9), run("grpo", 0, 0.1)]
-    assert re.search(r"of questions \| -80\.0 \([^)]*\) \| \*\*no\*\* \|", proof_page.render(worse))
+    assert re.search(r"of questions \| -80\.00 \([^)]*\) \| \*\*no\*\* \|", proof_page.render(worse))
+
+
+def test_it_is_said_where_a_mean_is_beyond_a_bound_and_its_interval_is_not():
+    scores = {"blind": 0.1, "sft": 0.35}
+    page = proof_page.render([run(name, seed, scores[name]) for seed in (0, 1) for name in scores])
+    assert page.count("| yes, by the mean; the interval reaches below 20 |") == 2
 
 
 def test_a_wide_interval_does_not_show_that_nothing_is_lost():
@@ -91,6 +98,14 @@ def test_runs_that_were_asked_other_questions_are_not_compared(runs):
     with pytest.raises(ValueError, match="were not asked the same questions of scanrefer"):
         proof_page.gain(runs[:1] + runs[3:4], "sft", "blind", "scanrefer/Acc@0.25")
     assert proof_page.estimate(runs, "blind", "scanqa/EM").mean == pytest.approx(10)
+
+
+def test_a_summary_stands_before_the_tables_and_ranks_are_drawn_without_what_they_begin_with(runs):
+    drawn = {"loss": ([1.0, 2.0], [3.0, 2.0])}
+    ranks = [replace(run(name, 0, 0.4), curves=drawn) for name in ("views.ours", "lora.4", "lora.12")]
+    page = proof_page.render([*runs, *ranks], summary="In short: yes.\n")
+    assert page.index("In short: yes.\n\n## Blind") < page.index("| before | 1 |") < page.index("proof/ranks.png")
+    assert [list(panel.curves) for panel in proof_page.panels(ranks)["ranks.png"]] == [["rank 4", "rank 12"]]
 
 
 def test_a_table_waits_for_a_row_of_its_own(runs):
