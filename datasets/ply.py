@@ -49,7 +49,7 @@ class PlyMesh:
     Where faces alone have colours, a vertex has the mean of those that meet in it.
     """
 
-    vertices_V3: np.ndarray  # float32, the file's own units and frame
+    vertices_V3: np.ndarray  # float32, or float64 where the file has doubles; its own units and frame
     colors_V3: np.ndarray | None  # uint8
     faces_F3: np.ndarray  # int32
 
@@ -81,7 +81,8 @@ def read_ply(path: str | Path, *, with_faces: bool = True) -> PlyMesh:
     if "vertex" not in ply or not {"x", "y", "z"} <= set(ply["vertex"].data.dtype.names or ()):
         raise ValueError(f"{path} has no vertices with x, y and z; it is not a point cloud or a mesh.")
     vertex = ply["vertex"].data
-    vertices_V3 = np.stack([vertex[axis] for axis in "xyz"], axis=1).astype(np.float32)
+    vertices_V3 = np.stack([vertex[axis] for axis in "xyz"], axis=1)
+    vertices_V3 = vertices_V3.astype(_precision(vertices_V3.dtype))
     if len(vertices_V3) == 0:
         raise ValueError(f"{path} is an empty cloud: it has 0 vertices. Export it again from the scanning software.")
     faces_F3 = _faces(ply, path) if with_faces else np.zeros((0, 3), np.int32)
@@ -119,13 +120,19 @@ def read_plain_text(path: Path, *, with_faces: bool = True) -> PlyMesh | None:
     faces_F3 = rows_F4[:, 1:].astype(np.int32)
     if len(faces_F3) and (faces_F3.min() < 0 or faces_F3.max() >= vertices):
         return None
-    vertices_V3 = values_VP[:, [names.index(axis) for axis in "xyz"]].astype(np.float32)
+    precision = _precision(np.result_type(*(_KINDS[kinds[axis]] for axis in "xyz")))
+    vertices_V3 = values_VP[:, [names.index(axis) for axis in "xyz"]].astype(precision)
     triple = next((triple for triple in _COLOR_NAMES if set(triple) <= set(names)), None)
     colors_V3 = None
     if triple is not None:
         values_V3 = values_VP[:, [names.index(name) for name in triple]]
         colors_V3 = to_uint8(_as_kind(values_V3, kinds[triple[0]]))
     return PlyMesh(vertices_V3, colors_V3, faces_F3)
+
+
+def _precision(kind: np.dtype) -> type[np.floating]:
+    """Of coordinates: surveyed ones of millions of metres are doubles, which float32 would round to half metres."""
+    return np.float64 if kind == np.float64 else np.float32
 
 
 def _as_kind(values_V3: np.ndarray, name: str) -> np.ndarray:

@@ -108,7 +108,6 @@ ORIGINS = {
     "nr3d_targets": _REPACKAGED,
     "nr3d_captions": _REPACKAGED,
 }
-SCANNET = Origin("https://github.com/ScanNet/ScanNet", "ScanNet's terms of use, by e-mail from an institution")
 SCENE_LISTS_PLACE = "https://github.com/ScanNet/ScanNet, folder Tasks/Benchmark"
 
 

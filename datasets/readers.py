@@ -229,7 +229,7 @@ def _sample_faces(
     colors_N3 = None
     if colors_V3 is not None:
         colors_N3 = np.rint((colors_V3[faces_F3[face_N]] * weights_N3[:, :, None]).sum(axis=1)).astype(np.uint8)
-    cloud = _Cloud(points_N3.astype(np.float32), colors_N3, up=up)
+    cloud = _Cloud(points_N3.astype(np.result_type(vertices_V3, np.float32), copy=False), colors_N3, up=up)
     cloud.notes.append(f"mesh of {len(faces_F3)} faces sampled at {SURFACE_POINTS} points")
     return cloud
 

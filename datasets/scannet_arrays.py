@@ -42,11 +42,6 @@ class StoredBoxes:
     object_ids_K: np.ndarray  # int, from 0
 
 
-def has_arrays(folder: Path, scene_id: str) -> bool:
-    """Whether a folder holds a scene's vertices in this form."""
-    return (folder / f"{scene_id}{VERTICES}").exists()
-
-
 def build_scene_of_arrays(
     folder: str | Path,
     scene_id: str,

@@ -1,4 +1,4 @@
-"""Scene, Sample and Batch: the data contracts, defined once and used everywhere.
+"""Scene and Sample: the data contracts, defined once and used everywhere.
 
 World frame: metres, z up, ScanNet's axis-aligned frame (raw points times `axis_align_44`). Boxes are
 `centre xyz, size xyz, heading about z` (`boxes_K7`), heading counter-clockwise seen from above, 0 for ScanNet.

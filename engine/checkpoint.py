@@ -7,7 +7,6 @@ killed. `<run>/best` is a model's folder that is replaced in the same way.
 """
 
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..models.model_files import local_folder
+from ..models.model_files import checkpoints_of, local_folder
 from ..utils.files import readable_as_its_folder
 from .background import advice, disk_error
 from .config import save_config
@@ -23,7 +22,6 @@ from .optim import Optimizer
 from .runtime import log
 from .training_state import load_state, save_state, set_rng_state
 
-_STEP = re.compile(r"step-(\d+)")
 _PARTIAL, _DELETED = "partial-", "deleted-"  # folders that are being written or deleted
 BEST = "best"  # the folder of a run's best model
 
@@ -158,10 +156,7 @@ def restore_run(checkpoint: Path | None, optimizer: Optimizer, data: str) -> dic
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    folder = Path(run_dir) / "checkpoints"
-    if not folder.is_dir():
-        return []
-    return sorted(entry for entry in folder.iterdir() if _STEP.fullmatch(entry.name))
+    return checkpoints_of(Path(run_dir))
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:

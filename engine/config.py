@@ -102,10 +102,13 @@ class DataConfig:
     multiview: str = ""  # HDF5 file of multi-view features, where the encoder takes them
 
     def __post_init__(self):
-        at_least(self, num_points=1, max_samples=0, workers=0)
+        at_least(self, num_points=1, cached_scenes=0, max_samples=0, workers=0)
         one_of(self, missing=("error", "skip"))
         if not self.datasets:
             raise ValueError("datasets is empty; name one or more, for instance scene30k.")
+        twice = [name for name in dict.fromkeys(self.datasets) if self.datasets.count(name) > 1]
+        if twice:
+            raise ValueError(f"datasets names {twice[0]} twice; name it once, and give it more turns by weights.")
         for name, weight in self.weights.items():
             if weight < 0:
                 raise ValueError(f"weights.{name} is {weight}; it must not be below 0.")
@@ -131,6 +134,9 @@ class OptimConfig:
     lr_factors: dict[str, float] = field(default_factory=dict)  # sft: part of the model (PARTS): factor on lr, min_lr
 
     def __post_init__(self):
+        for name in ("lr", "min_lr", "weight_decay", "warmup_steps", "max_grad_norm", "max_skipped_steps"):
+            if not getattr(self, name) >= 0:  # nor is NaN
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must not be below 0.")
         for name, factor in self.lr_factors.items():
             if name not in PARTS:
                 raise ValueError(f"lr_factors names {name!r}; the parts are {', '.join(PARTS)}.")

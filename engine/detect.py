@@ -18,12 +18,13 @@ from .config import DetectConfig
 from .data import fingerprint
 from .detection_data import SceneSamples
 from .optim import Optimizer, update_average
-from .run_folder import open_run
+from .run_folder import open_run, run_folder
 from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything, stream
 from .saving import Checkpoints
 from .tracking import Tracker, track
 
 SCORES = "detection.json"
+METRICS = ("ar25", "ar50", "map25", "map50")  # that the best encoder may be chosen by
 _EVAL_STREAM = 22  # name of a random stream
 
 
@@ -36,8 +37,19 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
     run = config.run
     if run.micro_batch_size not in (0, run.batch_size):
         raise ValueError("detect takes a batch at once; leave run.micro_batch_size at 0 and lower run.batch_size.")
-    last = open_run(config, resume)
-    runtime = init_runtime(run.device)
+    if run.best_metric not in ("", *METRICS):  # or that is found out after hours
+        raise ValueError(f"run.best_metric is {run.best_metric!r}; choose {', '.join(METRICS)}.")
+    with run_folder(run.dir):
+        last = open_run(config, resume)
+        runtime = init_runtime(run.device)
+        best = pre_train(config, last, runtime)
+        close_runtime(runtime)
+    return best
+
+
+def pre_train(config: DetectConfig, last: Path | None, runtime: Runtime) -> Path:
+    """All steps from a checkpoint on, or from the start; returns the folder of the best encoder."""
+    run = config.run
     scenes = SceneSamples(config, config.data.train_split)
     held_out = SceneSamples(config, config.data.eval_split) if config.data.eval_split else None
     if last is None and runtime.is_main:  # of a run that was killed before its first checkpoint
@@ -85,7 +97,6 @@ def train(config: DetectConfig, resume: bool = False) -> Path:
         # no steps at all: the untrained encoder. The first rank has waited for its own writing; the others cannot tell
         if runtime.gather(not checkpoints.best_folder.exists())[0]:
             best.evaluate(average, held_out, runtime, tracker, state["step"] - 1)
-    close_runtime(runtime)
     return checkpoints.best_folder
 
 

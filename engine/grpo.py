@@ -31,7 +31,7 @@ from .grpo_loss import Normalizer, grpo_loss, merge_metrics
 from .grpo_packs import Pack, filled, make_packs, pack_logprobs
 from .optim import Optimizer
 from .rewards import RewardSet, build_configured_rewards
-from .run_folder import open_run
+from .run_folder import open_run, run_folder
 from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything
 from .saving import Checkpoints
 from .throughput import Phases
@@ -167,13 +167,14 @@ def train(config: GrpoConfig, resume: bool = False) -> Path:
     if not config.init:
         raise ValueError("GRPO starts from an SFT model: set init to the run folder that `sft` wrote.")
     model_folder(config.init)
-    last = open_run(config, resume)
-    runtime = init_runtime(config.run.device)
-    samples, store = load_split(config.data, config.data.train_split, config.run.seed)
-    rewards = build_configured_rewards(config.reward, runtime.device)
-    last = reinforce(config, last, samples, store, rewards, runtime)
-    rewards.close()
-    close_runtime(runtime)
+    with run_folder(config.run.dir):
+        last = open_run(config, resume)
+        runtime = init_runtime(config.run.device)
+        samples, store = load_split(config.data, config.data.train_split, config.run.seed)
+        rewards = build_configured_rewards(config.reward, runtime.device)
+        last = reinforce(config, last, samples, store, rewards, runtime)
+        rewards.close()
+        close_runtime(runtime)
     return last
 
 

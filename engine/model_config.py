@@ -58,7 +58,8 @@ class EncoderConfig:
 
     def __post_init__(self):
         one_of(self, backbone=("pointnet2", "ptv3"))
-        at_least(self, multiview_dim=0)
+        at_least(self, num_tokens=1, num_neighbors=1, width=1, encoder_layers=0, decoder_layers=1, num_queries=1)
+        at_least(self, num_heads=1, multiview_dim=0)
 
 
 @dataclass(frozen=True)

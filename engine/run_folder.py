@@ -1,7 +1,9 @@
-"""Opening a run's folder: where a run goes on, and refusing to go on under another configuration."""
+"""Opening a run's folder: where a run goes on, and refusing to go on under another configuration or beside another."""
 
+import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,38 @@ import yaml
 from ..utils.files import read_text
 from .checkpoint import BEST, latest_checkpoint, remove_leftovers
 from .config import AugmentConfig, to_dict
+from .runtime import log
+
+
+@contextmanager
+def run_folder(path: str | Path) -> Iterator[Path]:
+    """A run's folder, made where there is none and held by this run alone; one that stays empty goes again.
+
+    The first process of a run holds it, by a lock on the folder that ends with the process.
+
+    Raises:
+        ValueError: another run is going on in it.
+    """
+    folder = Path(path)
+    if os.environ.get("RANK", "0") != "0":
+        yield folder
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"Another run is going on in {folder}; wait for it, or set another run.dir.") from None
+        except OSError as error:  # some network file systems lock no folders
+            log.warning("%s cannot be held against other runs (%s): start no other one in it.", folder, error)
+        try:
+            yield folder
+        finally:
+            with suppress(OSError):
+                folder.rmdir()
+    finally:
+        os.close(held)
 
 
 def open_run(config: Any, resume: bool) -> Path | None:
@@ -92,7 +126,8 @@ def _fill(saved: dict, defaults: dict) -> None:
 # Settings that change how a run is carried out, not what it computes.
 _FREE_TO_CHANGE = {"run.log_every", "run.save_every", "run.keep_checkpoints", "run.trackers"}
 _FREE_TO_CHANGE |= {"run.eval_every", "eval_datasets", "eval_samples", "eval_answers", "eval_new_tokens"}
-_FREE_TO_CHANGE |= {"run.device", "run.dir", "data.cached_scenes", "data.workers", "model.language.sharding"}
+_FREE_TO_CHANGE |= {"eval_modes", "run.device", "run.dir", "data.cached_scenes", "data.cache_views", "data.workers"}
+_FREE_TO_CHANGE |= {"model.language.sharding"}
 _FREE_TO_CHANGE |= {"reward.timeout_s", "reward.workers", "reward.max_failure_share"}
 # How a step is cut up and carried out changes its result by rounding alone: after running out of memory one wants to.
 _FREE_TO_CHANGE |= {"token_budget", "blocks", "run.micro_batch_size", "model.language.gradient_checkpointing"}
@@ -105,8 +140,10 @@ def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
     names = []
     for key in sorted(set(saved) | set(now)):
         old, new = saved.get(key), now.get(key)
+        if prefix + key in _FREE_TO_CHANGE:
+            continue
         if isinstance(old, dict) and isinstance(new, dict):
             names += _differences(old, new, f"{prefix}{key}.")
-        elif old != new and prefix + key not in _FREE_TO_CHANGE:
+        elif old != new:
             names.append(f"{prefix}{key}: {old} -> {new}")
     return names

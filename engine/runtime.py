@@ -78,9 +78,14 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("run.device is cuda, but PyTorch sees no GPU; set run.device=cpu or check the driver.")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"run.device is {name!r}; choose auto, cpu or cuda.") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"The device is {name!r}; choose auto, cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"The device is {name}, but there are {torch.cuda.device_count()} GPUs; the first is cuda:0.")
+    return device
 
 
 def init_runtime(device: str = "auto") -> Runtime:
@@ -136,7 +141,7 @@ def wait_for_beside(device: torch.device) -> None:
 
 
 def torch_stream(device: torch.device | str, *keys: int) -> torch.Generator:
-    """The same for torch, on a device."""
+    """A random stream of torch on a device, by keys as `utils.streams.stream` takes them."""
     generator = torch.Generator(device=device)
     generator.manual_seed(int(stream(*keys).integers(2**62)))
     return generator

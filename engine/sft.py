@@ -26,7 +26,7 @@ from .data import ObservationCache, fingerprint, load_split
 from .held_out import one_line
 from .mixture import Mixture
 from .optim import Optimizer
-from .run_folder import open_run
+from .run_folder import open_run, run_folder
 from .runtime import Runtime, close_runtime, init_runtime, log, seed_everything
 from .saving import Checkpoints
 from .sft_data import Batches, NameStreams, ShownPart, Taught, num_tokens
@@ -144,11 +144,12 @@ def train(config: SftConfig, resume: bool = False) -> Path:
     run = config.run
     if run.best_metric and not run.eval_every:
         raise ValueError("run.best_metric is set, but nothing is evaluated; set run.eval_every too.")
-    last = open_run(config, resume)
-    runtime = init_runtime(run.device)
-    last = fine_tune(config, last, runtime)
-    gc.collect()  # a model that is cut over the ranks must be gone before their group is
-    close_runtime(runtime)
+    with run_folder(run.dir):
+        last = open_run(config, resume)
+        runtime = init_runtime(run.device)
+        last = fine_tune(config, last, runtime)
+        gc.collect()  # a model that is cut over the ranks must be gone before their group is
+        close_runtime(runtime)
     return last
 
 

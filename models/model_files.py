@@ -16,7 +16,7 @@ from .weights import load_module
 
 FORMAT = 1
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_STEP = re.compile(r"step-\d+")
+_STEP = re.compile(r"step-(\d+)")
 # What a model is made of: nothing else is fetched, least of all what could run.
 _FETCHED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.md")
 _CONNECTOR, _TOWER = "connector.safetensors", "vision_tower.safetensors"
@@ -38,6 +38,13 @@ def lasting(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
+def checkpoints_of(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, by their steps."""
+    found = {entry: _STEP.fullmatch(entry.name) for entry in run.glob("checkpoints/*")}
+    steps = {entry: int(match[1]) for entry, match in found.items() if match}
+    return sorted(steps, key=lambda entry: steps[entry])
+
+
 def local_folder(source: str | Path) -> Path:
     """Where a model lies on this machine.
 
@@ -56,7 +63,7 @@ def local_folder(source: str | Path) -> Path:
             return path
         if (path / "model").is_dir():
             return path / "model"
-        steps = sorted(entry for entry in path.glob("checkpoints/*") if _STEP.fullmatch(entry.name))
+        steps = checkpoints_of(path)
         return steps[-1] / "model" if steps else path
     named = _HUB_NAME.fullmatch(str(source))
     # `runs/grpo` looks like a name on the hub: what begins with a folder that is there is a path

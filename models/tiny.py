@@ -125,7 +125,8 @@ def corpus_texts(root: str | Path) -> Iterator[str]:
     for path in files:
         try:
             text = path.read_text(encoding="utf-8")
-            rows = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+            lines = text.removesuffix("\n").split("\n")
+            rows = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else json.loads(text)
         except ValueError as error:
             raise ValueError(f"{path} is not whole JSON ({error}); copy it again from its source.") from None
         yield from _strings(rows)

@@ -25,6 +25,16 @@ fail() {
     exit 1
 }
 
+if [[ "${BASH_SOURCE[0]}" == "$0" && $# -gt 0 ]]; then # sourced, it sees the arguments of the other script
+    case "$1" in
+    -h | --help)
+        sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+    *) fail "setup.sh takes no arguments, but was given $*; bash script/setup.sh --help says what it reads." ;;
+    esac
+fi
+
 supported() {
     "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
 }

@@ -6,7 +6,7 @@
 #   CONFIG=script/recipes/sft.yaml       recipe; script/recipes/tiny.sft.yaml runs on a CPU. In two stages:
 #                                        script/recipes/sft.cold_start.yaml, then script/recipes/sft_tasks.yaml
 #   MODEL=Qwen/Qwen2.5-VL-7B-Instruct    language model: a name or a folder; default: the recipe's
-#   ENCODER=runs/detect                  pre-trained scene encoder; default: the recipe's
+#   ENCODER=runs/detector/best           pre-trained scene encoder; default: the recipe's
 #   DATA=data/scannet                    data root (data/README.md); default: the recipe's
 #   RUN=runs/sft                         where the run goes; default: the recipe's
 #   NGPU=8                               processes, one a GPU (default 1)

@@ -486,6 +486,14 @@ def setup(tmp_path: Path) -> Setup:
     return Setup(tmp_path)
 
 
+def test_setup_says_what_it_does_before_it_does_anything(setup: Setup):
+    told = setup.run("setup.sh", "--help", THREEDR1_PYTHON="", PYTHON=str(setup.fake))
+    assert told.returncode == 0 and "THREEDR1_NO_VENV=1" in told.stdout and "set -euo" not in told.stdout
+    odd = setup.run("setup.sh", "cpu", THREEDR1_PYTHON="", PYTHON=str(setup.fake))
+    assert odd.returncode == 1 and "takes no arguments" in odd.stderr
+    assert setup.installs() == [] and not (setup.root / ".venv").exists()
+
+
 def test_setup_installs_torch_then_the_pins_then_the_checkout(setup: Setup):
     done = setup.setup()
     assert done.returncode == 0, done.stderr

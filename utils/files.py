@@ -38,12 +38,13 @@ def read_log(path: str | Path) -> list[dict]:
     A last line that a kill cut short is left out; ValueError for any other that is not JSON.
     """
     path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # by bytes: texts of models hold characters that str.splitlines takes for ends of lines, too
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n") if path.exists() else []
     rows = []
     for number, line in enumerate(lines):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # cut within a character, it is no UTF-8
             if number + 1 < len(lines):
                 raise ValueError(f"{path}, line {number + 1}: not JSON.") from None
     return rows

@@ -45,27 +45,6 @@ NYU40_NAMES = (
 # Boxes of structure are dropped; everything else keeps one, in class OTHERS when it is outside the 18.
 NYU40_TO_CLASS = {nyu40: index for index, nyu40 in enumerate(NYU40_IDS)}
 
-CLASS_COLORS = (
-    (31, 119, 180),
-    (255, 187, 120),
-    (188, 189, 34),
-    (140, 86, 75),
-    (255, 152, 150),
-    (214, 39, 40),
-    (197, 176, 213),
-    (148, 103, 189),
-    (196, 156, 148),
-    (23, 190, 207),
-    (247, 182, 210),
-    (219, 219, 141),
-    (255, 127, 14),
-    (158, 218, 229),
-    (44, 160, 44),
-    (112, 128, 144),
-    (227, 119, 194),
-    (82, 84, 163),
-)
-
 
 def class_of_nyu40(nyu40: int) -> int:
     """Detection class (0..17) of a NYU40 id; ids outside the 18 classes are OTHERS."""

@@ -185,7 +185,7 @@ def show(scenes: Sequence[ShownScene], *, save: str | Path | None = None) -> Non
         save: an .rrd file to write instead of opening the viewer.
 
     Raises:
-        ValueError: Rerun is not installed.
+        ValueError: Rerun is not installed, or the file cannot be written.
     """
     try:
         import rerun
@@ -196,7 +196,10 @@ def show(scenes: Sequence[ShownScene], *, save: str | Path | None = None) -> Non
     rerun.init("3D-R1", spawn=save is None, default_blueprint=look if save is None else None)
     if save is not None:
         Path(save).parent.mkdir(parents=True, exist_ok=True)
-        rerun.save(str(save), default_blueprint=look)
+        try:
+            rerun.save(str(save), default_blueprint=look)
+        except RuntimeError as error:
+            raise ValueError(f"{save} cannot be written ({error}); choose another file.") from None
     rerun.log("world", rerun.ViewCoordinates.RIGHT_HAND_Z_UP, static=True)
     questions = [question for shown in scenes for question in shown.questions]
     recorder = _Recorder(rerun, max((len(question.views) for question in questions), default=0))

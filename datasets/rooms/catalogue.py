@@ -58,7 +58,6 @@ BRIGHT = (
     "gray",
     "beige",
 )
-WARES = ("white", "black", "gray", "red", "blue", "green", "yellow")
 PALE = ("white", "beige", "light blue", "gray", "pink")
 
 Builder = Callable[[Size, Paint, np.random.Generator], Model]

@@ -295,7 +295,7 @@ def _processes(number: int) -> Iterator[Map]:
         try:
             yield pool.map
         except BrokenProcessPool:
-            raise RuntimeError(
+            raise ValueError(
                 "A process that makes rooms was killed, most often for want of memory; "
                 "start again with fewer workers (whole rooms are kept)."
             ) from None

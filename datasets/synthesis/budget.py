@@ -76,11 +76,6 @@ class Budget:
             await self._changed.wait()
         self.commit(estimate)
 
-    @property
-    def in_flight(self) -> int:
-        """Reservations that are not taken back."""
-        return self._in_flight
-
     def commit(self, estimate: Usage) -> None:
         """Reserve what a request takes whether it fits or not: it is under way."""
         self._in_flight += 1

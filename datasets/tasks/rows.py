@@ -26,6 +26,7 @@ _ID_FIELDS = (
     ("scene_id", "object_id", "ann_id"),
     ("scan_id", "target_id"),
 )
+_MEND = "put that right, or take the official file."
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -76,9 +77,9 @@ class Row:
         """A field of the record; RowError where it is missing without a default, or of another type."""
         value = self.record.get(key, default)
         if value is None:
-            raise self.bad(key, f"the field {key!r} is missing; use the official file.")
+            raise self.bad(key, f"the field {key!r} is missing; {_MEND}")
         if not isinstance(value, kind):
-            raise self.bad(key, f"{key!r} is {type(value).__name__}, not {kind.__name__}; use the official file.")
+            raise self.bad(key, f"{key!r} is {type(value).__name__}, not {kind.__name__}; {_MEND}")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -104,13 +105,13 @@ class Row:
         value = self.record.get(key)
         if isinstance(value, (str, int)) and not isinstance(value, bool) and _WHOLE.fullmatch(str(value)):
             return int(value)
-        raise self.bad(key, f"{key!r} is {shown(repr(value))}, not a whole number; use the official file.")
+        raise self.bad(key, f"{key!r} is {shown(repr(value))}, not a whole number; {_MEND}")
 
     def integers(self, key: str) -> list[int]:
         """A list of whole numbers; absent reads as empty."""
         values = self.get(key, list, [])
         if not all(type(value) is int and abs(value) < 2**63 for value in values):
-            raise self.bad(key, f"{key!r} is not a list of whole numbers; use the official file.")
+            raise self.bad(key, f"{key!r} is not a list of whole numbers; {_MEND}")
         return values
 
     def strings(self, key: str, default: list[str] | None = None) -> list[str]:

@@ -79,7 +79,7 @@ def add_command(add: AddCommand) -> None:
         "--out",
         default="runs/infer",
         metavar="DIR",
-        help="where predictions.jsonl and a picture of each answer go (default: %(default)s)",
+        help="where predictions.jsonl and pictures of the answers go, in place of earlier ones (default: %(default)s)",
     )
     infer.add_argument("--json", action="store_true", help="print one JSON object a question")
 
@@ -115,8 +115,10 @@ def run(args: argparse.Namespace) -> int:
 
     if not answers:
         return 0
+    earlier = (Path(args.out) / "predictions.jsonl").exists()
     pictures = save_answers(session, answers, Path(args.out))
-    sys.stderr.write(f"wrote {args.out}/predictions.jsonl and {', '.join(path.name for path in pictures)}\n")
+    there = " (in place of earlier answers)" if earlier else ""
+    sys.stderr.write(f"wrote {args.out}/predictions.jsonl and {', '.join(path.name for path in pictures)}{there}\n")
     return 0
 
 

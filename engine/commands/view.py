@@ -55,7 +55,7 @@ def add_command(add: AddCommand) -> None:
     )
     view.add_argument(
         "--limit",
-        type=at_least(0),
+        type=at_least(1),
         metavar="N",
         help="predictions to show (default: 2 a task in the report, all in the viewers)",
     )

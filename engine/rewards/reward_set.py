@@ -24,7 +24,7 @@ _LATEST_ROWS = 512
 logger = logging.getLogger(__name__)
 
 
-class RewardFailure(RuntimeError):
+class RewardFailure(ValueError):
     """A user's reward failed on too large a share of the completions."""
 
 

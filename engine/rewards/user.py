@@ -117,8 +117,8 @@ class UserReward:
             status, value = worker.call(message, timeout_s)
         except (TimeoutError, EOFError, OSError) as error:
             self.last_failure = str(error) or "the reward's process ended"
-            assert worker is not None
-            worker.close()
+            if worker is not None:  # None: it could not be started
+                worker.close()
             worker = None
             return None
         finally:

@@ -7,6 +7,7 @@ import orjson
 import pytest
 import trimesh
 from PIL import Image
+from plyfile import PlyData, PlyElement
 from scipy.spatial.transform import Rotation
 
 from threedr1.datasets.ply import read_plain_text, read_ply
@@ -107,6 +108,19 @@ def test_blocks_of_a_text_ply_are_cut_between_numbers(tmp_path, block, monkeypat
         np.testing.assert_array_equal(parts.vertices_V3, whole.vertices_V3)
         np.testing.assert_array_equal(parts.colors_V3, whole.colors_V3)
         assert len(parts.faces_F3) == (9 if with_faces else 0)
+
+
+@pytest.mark.parametrize("encoding", ["binary_little_endian", "ascii"])
+def test_doubles_of_a_ply_keep_a_survey_exact(tmp_path, encoding):
+    surveyed_N3 = room() + [400_000.0, 5_400_000.0, 100.0]
+    rows = np.array([tuple(row) for row in surveyed_N3], dtype=[(axis, "f8") for axis in "xyz"])
+    PlyData([PlyElement.describe(rows, "vertex")], text=encoding == "ascii").write(str(tmp_path / "a.ply"))
+    read = read_ply(tmp_path / "a.ply")
+    assert read.vertices_V3.dtype == np.float64
+    np.testing.assert_allclose(read.vertices_V3, surveyed_N3, atol=1e-6)
+    scene = read_scene(tmp_path / "a.ply")
+    assert any("up-axis +z" in note for note in scene.notes)
+    np.testing.assert_allclose(np.sort(np.ptp(scene.points_N3, axis=0)), [2.4, 3.0, 4.0], atol=0.15)
 
 
 @pytest.mark.parametrize("encoding", ["binary", "ascii"])
@@ -223,6 +237,20 @@ def test_up_scale_and_walls_are_found_and_told(tmp_path, turn, scale, words):
     assert total_33[2, 2] > np.cos(np.radians(1.5))
     assert apart(heading(total_33), 0.0) < 1.0
     np.testing.assert_allclose(np.sort(np.ptp(scene.points_N3, axis=0)), [2.4, 3.0, 4.0], atol=0.15)
+
+
+@pytest.mark.parametrize("up", ["z", "y"])
+def test_without_walls_what_lies_level_is_the_floor_wherever_things_stand(tmp_path, up):
+    """A floor with a cube in a corner, whose sides are next to nothing."""
+    rng = np.random.default_rng(0)
+    floor_N3 = np.concatenate([rng.uniform(0, [5, 4], (20_000, 2)), rng.normal(0, 0.005, (20_000, 1))], axis=1)
+    cube_N3, side_N = rng.uniform(0, 1, (4_000, 3)), rng.integers(0, 5, 4_000)
+    cube_N3[np.arange(4_000), np.array([0, 0, 1, 1, 2])[side_N]] = np.array([0, 1, 0, 1, 1])[side_N]
+    points_N3 = np.concatenate([floor_N3, cube_N3 + [3, 2, 0]])
+    np.savez(tmp_path / "a.npz", xyz=points_N3 if up == "z" else points_N3[:, [0, 2, 1]] * [1, 1, -1])
+    scene = read_scene(tmp_path / "a.npz")
+    assert up == "y" or "up-axis +z" in scene.notes
+    np.testing.assert_allclose(np.ptp(scene.points_N3[:, 2]), 1.0, atol=0.05)
 
 
 def test_heights_that_fit_no_room_are_told_and_left(tmp_path):

@@ -21,10 +21,10 @@ from torch import nn
 from threedr1.engine import checkpoint as module
 from threedr1.engine import sft
 from threedr1.engine.background import Writer, advice, disk_error
-from threedr1.engine.checkpoint import list_checkpoints
+from threedr1.engine.checkpoint import list_checkpoints, model_folder
 from threedr1.engine.config import load_config, save_config
 from threedr1.engine.optim import Optimizer
-from threedr1.engine.run_folder import open_run
+from threedr1.engine.run_folder import open_run, run_folder
 from threedr1.engine.runtime import Runtime
 from threedr1.engine.saving import Checkpoints
 from threedr1.engine.snapshot import twin
@@ -413,6 +413,32 @@ def test_a_best_model_whose_successor_never_came_gets_its_name_back(tmp_path):
     open_run(checkpoints.config, resume=True)
     assert {entry.name for entry in tmp_path.iterdir()} == {"best", "checkpoints"}
     assert json.loads((tmp_path / "best" / "best.json").read_text())["score"] == 0.5
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in ("step-999900", "step-1000000", "step-000100", "partial-step-2000000"):
+        (tmp_path / "checkpoints" / step / "model").mkdir(parents=True)
+    assert [entry.name for entry in list_checkpoints(tmp_path)] == ["step-000100", "step-999900", "step-1000000"]
+    assert model_folder(tmp_path) == tmp_path / "checkpoints" / "step-1000000" / "model"
+
+
+def test_a_run_has_its_folder_to_itself_until_it_ends(tmp_path, monkeypatch):
+    taken = tmp_path / "runs" / "a"
+    with run_folder(taken) as folder:
+        assert folder == taken and taken.is_dir()
+        refused = pytest.raises(ValueError, match="Another run is going on in .*; wait for it, or set another run.dir")
+        with refused, run_folder(taken):
+            pass
+        monkeypatch.setenv("RANK", "1")
+        with run_folder(taken):  # of the same run
+            (taken / "metrics.jsonl").touch()
+        monkeypatch.delenv("RANK")
+    with run_folder(taken):
+        pass
+    assert [entry.name for entry in taken.iterdir()] == ["metrics.jsonl"]
+    with run_folder(tmp_path / "runs" / "b"):
+        pass
+    assert not (tmp_path / "runs" / "b").exists(), "it stayed empty"
 
 
 def test_a_best_model_that_could_not_be_written_leaves_the_one_before(tmp_path, monkeypatch):

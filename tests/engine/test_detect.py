@@ -329,6 +329,8 @@ def test_missing_data_and_settings_that_do_not_fit_are_explained(data_root, tmp_
         detect.train(config)
     with pytest.raises(ValueError, match="micro_batch_size"):
         detect.train(dataclasses.replace(config, run=dataclasses.replace(config.run, micro_batch_size=1)))
+    with pytest.raises(ValueError, match="run.best_metric is 'map99'; choose ar25, ar50, map25, map50"):
+        detect.train(dataclasses.replace(config, run=dataclasses.replace(config.run, best_metric="map99")))
     assert not (tmp_path / "run").exists()
 
 

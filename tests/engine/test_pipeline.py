@@ -12,6 +12,7 @@ from threedr1.engine import evaluate, grpo, sft
 from threedr1.engine.checkpoint import latest_checkpoint, list_checkpoints
 from threedr1.engine.config import load_config
 from threedr1.engine.references import score_dataset
+from threedr1.engine.run_folder import open_run
 from threedr1.engine.tracking import read_metrics
 from threedr1.models.scene_vlm import SceneVLM
 from threedr1.utils.predictions import read_predictions
@@ -145,6 +146,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_under_another_configuration(sf
         sft.train(sft_config(rooms_root, sft_run))
     with pytest.raises(ValueError, match=r"another configuration \(optim.lr: 0.003 -> 0.5"):
         sft.train(sft_config(rooms_root, sft_run, "optim.lr=0.5"), resume=True)
+    other = ("eval_modes={qa: direct}", "eval_samples=7", "data.cache_views=false", "data.workers=1")
+    assert open_run(sft_config(rooms_root, sft_run, *other), resume=True) == latest_checkpoint(sft_run)
 
 
 def test_training_the_scene_encoder_moves_it(rooms_root, tmp_path):

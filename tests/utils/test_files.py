@@ -1,5 +1,6 @@
 """Writing a file whole or not at all."""
 
+import json
 import os
 import signal
 import stat
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from threedr1.utils import files
-from threedr1.utils.files import replacing, write_whole
+from threedr1.utils.files import read_log, replacing, write_whole
 
 # what a process of its own begins with: the module stands alone
 ALONE = f"import os, runpy, signal, sys; there = runpy.run_path({files.__file__!r}); path = sys.argv[1]; "
@@ -33,6 +34,20 @@ def test_text_bytes_and_views_of_bytes_are_written_as_they_are(tmp_path: Path):
         write_whole(path, content)
         assert path.read_bytes() == expected
         assert names(tmp_path) == ["out.txt"]
+
+
+@pytest.mark.parametrize("kept", [1, 2, 5, 100], ids=lambda kept: f"cut after {kept} bytes")
+def test_a_log_is_read_by_lines_whatever_its_texts_hold_and_without_what_a_kill_cut(tmp_path: Path, kept: int):
+    rows = [{"text": f"a{odd}b"} for odd in ("\u2028", "\u2029", "\x85", "\x0c", "\x1c", "Stühle")]
+    lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
+    cut = json.dumps({"é": 1}, ensure_ascii=False).encode()[: kept + 2]  # 1: within the character
+    (tmp_path / "log.jsonl").write_bytes(b"".join(lines) + cut)
+    assert read_log(tmp_path / "log.jsonl") == rows + ([{"é": 1}] if kept == 100 else [])
+    (tmp_path / "log.jsonl").write_bytes(cut[:3] + b"\n" + lines[0])
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 1: not JSON"):
+        read_log(tmp_path / "log.jsonl")
+    (tmp_path / "log.jsonl").write_bytes(b"")
+    assert read_log(tmp_path / "log.jsonl") == read_log(tmp_path / "none.jsonl") == []
 
 
 def test_the_old_file_is_there_until_the_block_ends(tmp_path: Path):

@@ -157,7 +157,7 @@ class TestNgrams:
     def test_meteor_that_dies(self):
         texts = {"a": ["a chair"]}
         java._meteor_process().kill()
-        with pytest.raises(RuntimeError, match="METEOR stopped after 0 of 1"):
+        with pytest.raises(ValueError, match="METEOR stopped after 0 of 1"):
             java.meteor_scores(texts, texts)
         assert java.meteor_scores(texts, texts)[0] > 0.9
 
@@ -210,6 +210,13 @@ class TestAnswers:
             "EM-R/what": 100,
             "EM-R/how": 0,
         }
+
+    def test_hits_of_answers_that_say_nothing_are_told(self):
+        items = [QaItem("1", "what is it?", ("",), ("chair",))]
+        for scores in (exact(items), sqa3d(items)):
+            assert scores.metrics["EM"] == 0 and scores.metrics["EM-R"] == 100
+            assert scores.notes == ["1 of 1 answers are empty, and EM-R, as published, counts them as hits: go by EM."]
+        assert exact([QaItem("1", "what?", ("a chair",), ("chair",))]).notes == []
 
     def test_bad_items(self):
         item = QaItem("1", "q", ("x",), ("y",))

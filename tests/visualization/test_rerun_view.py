@@ -67,6 +67,12 @@ def answers(tmp_path):
     return folder
 
 
+def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "taken.rrd").mkdir()
+    with pytest.raises(ValueError, match=r"taken\.rrd cannot be written .*; choose another file"):
+        show([ShownScene(odd_scene())], save=tmp_path / "taken.rrd")
+
+
 def test_the_file_holds_scenes_questions_boxes_cameras_and_text(answers, tmp_path):
     file = tmp_path / "new" / "scenes.rrd"
     show(load_shown(answers, data_root=tmp_path), save=file)

@@ -55,7 +55,7 @@ def ptb_tokenize(texts: Sequence[str]) -> list[str]:
     )
     lines = finished.stdout.decode().split("\n")
     if finished.returncode != 0 or len(lines) != len(texts) + 1:
-        raise RuntimeError(
+        raise ValueError(
             f"The PTB tokenizer returned {len(lines) - 1} lines for {len(texts)} texts "
             f"(exit status {finished.returncode}): {finished.stderr.decode(errors='replace')[-500:]}"
         )
@@ -132,7 +132,7 @@ def _ask(process: subprocess.Popen, lines: Sequence[str], num_answers: int) -> l
         process.kill()  # also frees the writer, should it be blocked
     writer.join()
     if len(answers) < num_answers:
-        raise RuntimeError(
+        raise ValueError(
             f"METEOR stopped after {len(answers)} of {num_answers} answers; check that Java may use 2 GB."
         )
     return answers

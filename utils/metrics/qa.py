@@ -168,6 +168,7 @@ def sqa3d(items: Sequence[QaItem]) -> Scores:
     }
     kinds = [sqa3d_question_type(item.question) if item.question else "" for item in items]
     scores = grouped_percent(per_item, kinds)
+    scores.notes += _empty_hits(items)
     unknown = sum(not item.question for item in items)
     if unknown:
         scores.notes.append(
@@ -185,7 +186,17 @@ def exact(items: Sequence[QaItem]) -> Scores:
         "EM-raw": [float(first_answer(item) in item.references) for item in items],
         "EM-R": [qa_refined(first_answer(item), item.references) for item in items],
     }
-    return grouped_percent(per_item, [item.question_type for item in items])
+    scores = grouped_percent(per_item, [item.question_type for item in items])
+    scores.notes += _empty_hits(items)
+    return scores
+
+
+def _empty_hits(items: Sequence[QaItem]) -> list[str]:
+    """What is to be said of answers that say nothing, where EM-R is given (`qa_refined`)."""
+    empty = sum(not "".join(clean_answer(first_answer(item)).split()) for item in items)
+    if not empty:
+        return []
+    return [f"{empty} of {len(items)} answers are empty, and EM-R, as published, counts them as hits: go by EM."]
 
 
 def percent_scores(
