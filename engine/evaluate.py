@@ -149,6 +149,22 @@ def _check(config: EvalConfig) -> None:
     check_modes(config.modes, "modes")
 
 
+def check_place(config: EvalConfig) -> None:
+    """ValueError where `run.dir` holds the results of another model, in whose place these would come."""
+    path = Path(config.run.dir) / "results.json"
+    if not path.exists():
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        model, answers = Path(there["model"]), there["answers"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not one of eval's results; remove it, or set another run.dir.") from None
+    if (model, answers) != (Path(config.model), config.answers):
+        raise ValueError(
+            f"{config.run.dir} holds the results of {model} (answers: {answers}); set another run.dir, or remove them."
+        )
+
+
 def score_all(scorers: Sequence[str], task: str, predictions: Sequence[Prediction], meteor: MeteorChoice) -> dict:
     """Scores of the first scorer, as `score_predictions` gives them, with those of the others by their names under
     "other_scorers".
@@ -252,6 +268,7 @@ def evaluate(config: EvalConfig) -> Path:
     Answers are kept as they come: an evaluation that was killed, started again, asks for the rest.
     """
     _check(config)
+    check_place(config)
     runtime = init_runtime(config.run.device)
     seed_everything(config.run.seed)
     folder = model_folder(config.model)

@@ -131,3 +131,19 @@ def test_killed_in_the_middle_it_ends_the_same(model, whole, rooms_root, tmp_pat
     assert not (tmp_path / "run" / "results.json").exists()
     assert subprocess.run(arguments, capture_output=True, timeout=300).returncode == 0
     assert outcome(tmp_path / "run") == whole
+
+
+def test_results_of_another_model_are_not_replaced(model, rooms_root, tmp_path):
+    config = eval_config(model, rooms_root, tmp_path, "data.datasets=planning", "max_new_tokens=4")
+    evaluate.evaluate(config)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    other = tmp_path / "other"
+    (other / "model").mkdir(parents=True)
+    for more in (f"model={other}", "answers=most-frequent"):
+        with pytest.raises(ValueError, match=r"holds the results of .*sft \(answers: model\); set another run.dir"):
+            evaluate.evaluate(eval_config(model, rooms_root, tmp_path, "data.datasets=planning", more))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    evaluate.evaluate(config)  # its own are
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"results.json is not one of eval's results; remove it"):
+        evaluate.evaluate(config)
